@@ -1,0 +1,36 @@
+"""TERACON in plain PyTorch: slow and obvious. It is the specification that every optimised operation is tested against.
+
+Nothing of the rest of the package is imported here except its errors, and no optimised code imports this folder. Every
+function works in any floating dtype on any device. Equation numbers are those of Kim et al., "Task Relation-aware
+Continual User Representation Learning", KDD 2023; "published program" is the code that its authors released.
+
+    masks.py    task embeddings -> masks (Eq. 6, 11 to 13)
+    model.py    the masked NextItNet backbone with one head per task (Eq. 7, 8, 20)
+    losses.py   cross-entropy, retention loss, rho, annealing (Eq. 15, 16, 18, 19)
+    step.py     drawing users and one training step (Eq. 9, 14, 17)
+    metrics.py  ranks of the targets and what is counted from them
+"""
+
+from __future__ import annotations
+
+from teracon_fast.reference.losses import annealed_scale, cross_entropy, retention_loss, rho
+from teracon_fast.reference.masks import plain_masks, relation_mask
+from teracon_fast.reference.metrics import target_rank
+from teracon_fast.reference.model import ReferenceTCN
+from teracon_fast.reference.step import clamp_task_embeddings, continual_step, draw_users, sample_counts, t1_step
+
+__all__ = [
+    "ReferenceTCN",
+    "annealed_scale",
+    "clamp_task_embeddings",
+    "continual_step",
+    "cross_entropy",
+    "draw_users",
+    "plain_masks",
+    "relation_mask",
+    "retention_loss",
+    "rho",
+    "sample_counts",
+    "t1_step",
+    "target_rank",
+]
