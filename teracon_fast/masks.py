@@ -1,0 +1,120 @@
+"""Task embeddings to output masks, all sites and tasks at once; annealing of the mask scale; user sampling rates.
+
+A *site* is a place where a mask is applied: two per residual block, in network order.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from teracon_fast.errors import ConfigError
+
+MaskVariant = Literal["relation", "positive_only", "none"]
+Parity = Literal["official", "paper"]
+
+
+def check_variant(variant: str) -> MaskVariant:
+    """The variant itself, or a ConfigError that lists the known ones."""
+    if variant not in get_args(MaskVariant):
+        raise ConfigError(f"mask variant is {variant!r}, expected one of {list(get_args(MaskVariant))}")
+    return variant  # type: ignore[return-value]
+
+
+def relation_width(num_tasks: int, variant: MaskVariant = "relation") -> int:
+    """Number of relation weights per task and site: 2T-1, or T without the negated rows."""
+    return 2 * num_tasks - 1 if variant == "relation" else num_tasks
+
+
+def plain_masks(embeddings: Tensor, s: float | Tensor) -> Tensor:
+    """`sigmoid(s * e)` (Eq. 6), elementwise for any shape."""
+    return torch.sigmoid(s * embeddings)
+
+
+@lru_cache(maxsize=64)
+def _columns(num_tasks: int, variant: MaskVariant, tasks: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """For each requested task t and task i: column of w_t that holds i, column of its negated row, and whether it has one."""
+    positive, negative, negated = [], [], []
+    for t in tasks:
+        others = [i for i in range(num_tasks) if i != t]
+        step = 2 if variant == "relation" else 1
+        plus = {t: 0} | {i: 1 + step * k for k, i in enumerate(others)}
+        positive.append([plus[i] for i in range(num_tasks)])
+        has = [variant == "relation" and i != t for i in range(num_tasks)]
+        negative.append([plus[i] + 1 if h else 0 for i, h in enumerate(has)])
+        negated.append([float(h) for h in has])
+    return torch.tensor(positive), torch.tensor(negative), torch.tensor(negated)
+
+
+def relation_masks(
+    embeddings: Tensor,
+    weights: Tensor,
+    biases: Tensor,
+    s: float | Tensor,
+    variant: MaskVariant = "relation",
+    tasks: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Relation-aware masks of several tasks at every site (Eq. 12, 13).
+
+    tanh is odd, so the weights of a task's row and of its negated row act through their difference: one matrix product
+    `[tasks, T] @ tanh(s * e)` per site serves all tasks.
+
+    Args:
+        embeddings: `[S, T, f]`, task embeddings of all T tasks.
+        weights: `[S, n, 2T-1]` ("positive_only": `[S, n, T]`), relation weights of the requested tasks.
+        biases: `[S, n]`.
+        s: mask scale.
+        variant: "relation" or "positive_only".
+        tasks: the n requested tasks, counted from 0; None for all T.
+
+    Returns:
+        `[S, n, f]` in (0, 1).
+    """
+    num_tasks = embeddings.shape[1]
+    tasks = tuple(range(num_tasks)) if tasks is None else tasks
+    positive, negative, negated = (t.to(embeddings.device) for t in _columns(num_tasks, variant, tasks))
+    sites = embeddings.shape[0]
+    mixing = weights.gather(2, positive.expand(sites, -1, -1))
+    if variant == "relation":
+        mixing = mixing - weights.gather(2, negative.expand(sites, -1, -1)) * negated.to(weights.dtype)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        mixed = torch.baddbmm(biases[:, :, None], mixing, torch.tanh(s * embeddings))
+    return torch.sigmoid(s * mixed)
+
+
+def annealed_scale(batch_index: int, num_batches: float, s_max: float = 50.0, parity: Parity = "official") -> float:
+    """Mask scale s of a training step, rising over an epoch from 1/s_max towards s_max (Eq. 19).
+
+    Args:
+        batch_index: from 0, restarted each epoch.
+        num_batches: number of batches of the epoch; "official" takes samples / batch size, not rounded.
+        s_max: scale of inference.
+        parity: "official" divides by `num_batches`; "paper" by `num_batches - 1`, so the last batch has s_max.
+    """
+    low = 1.0 / s_max
+    if parity == "official":
+        return (s_max - low) * batch_index / num_batches + low
+    return low + (s_max - low) * (batch_index / (num_batches - 1) if num_batches > 1 else 0.0)
+
+
+def similarity(first: Tensor, second: Tensor, eps: float = 1e-6) -> Tensor:
+    """Cosine similarity over channels, `[..., f]` and `[..., f]` to `[...]`."""
+    return torch.cosine_similarity(first, second, dim=-1, eps=eps)
+
+
+@torch.no_grad()
+def rho(teacher_masks: Tensor, current_mask: Tensor, c: float = 6.0) -> Tensor:
+    """Share of a batch's users that retention draws for each past task in the next step (Eq. 15).
+
+    Args:
+        teacher_masks: `[S, J, f]`, frozen masks of the J past tasks.
+        current_mask: `[S, f]`, mask of the task in training.
+        c: scale of the cosine similarity.
+
+    Returns:
+        `[J]` on the masks' device (no wait for the device), in (1 - sigmoid(c), 0.5] for masks in (0, 1).
+    """
+    return 1.0 - torch.sigmoid(c * similarity(teacher_masks, current_mask[:, None])).mean(0)

@@ -1,0 +1,196 @@
+"""Masked dilated causal convolution on packed rows, with LayerNorm, ReLU, output mask and residual in one operation.
+
+`y[r] = mask[q(r)] * relu(LayerNorm(bias + sum_k W[:, :, k] @ x[taps[r, k]])) (+ residual[residual_rows[r]])`
+
+(Eq. 1 to 3 and 7 of the TERACON paper, on gathered rows; indirect convolution after Dukhan 2019, arXiv 1907.02129.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teracon_fast import backends
+from teracon_fast.errors import ShapeError
+from teracon_fast.ops import _torch_masked_conv
+from teracon_fast.packing import ResidualTable, TapTable
+
+_IMPLEMENTATIONS = {"torch": _torch_masked_conv}
+
+
+def masked_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    mask: Tensor,
+    table: TapTable,
+    *,
+    residual: Tensor | None = None,
+    residual_table: ResidualTable | None = None,
+    eps: float = 1e-8,
+    backend: str = "auto",
+) -> Tensor:
+    """One convolution of the network over packed rows.
+
+    Under autocast the convolution's operands take the autocast dtype; LayerNorm parameters and masks keep theirs.
+
+    Args:
+        x: floating `[table.rows_in, f_in]`.
+        weight: `[f_out, f_in, K]` (the layout of `nn.Conv1d`). bias: `[f_out]`.
+        ln_weight, ln_bias: `[f_out]`, LayerNorm over channels.
+        mask: `[requests, f_out]`; row `q` multiplies the `table.rows_per_request[q]` consecutive output rows of request q.
+        table: which rows each output row reads (see `teracon_fast.packing`).
+        residual: `[rows, f_out]` added after the mask through `residual_table`; both or none.
+        eps: added to the variance.
+        backend: "auto", "torch", or another that `teracon_fast.env_report()` lists as available.
+
+    Returns:
+        `[rows_out, f_out]`, differentiable with respect to every floating argument.
+
+    Raises:
+        ShapeError: when shapes, dtypes or devices do not fit.
+        BackendError: when an explicitly requested backend is not available for this input.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        residual = None if residual is None else residual.to(dtype)
+    _check(x, weight, bias, ln_weight, ln_bias, mask, table, residual, residual_table)
+    name = backends.resolve(backend, device=x.device, dtype=x.dtype, operation="masked_conv")
+    floating = (x, weight, bias, ln_weight, ln_bias, mask)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (*floating, residual) if t is not None)
+    rows, back = (None, None) if residual_table is None else residual_table
+    return _masked_conv(
+        x.contiguous(), weight, bias, ln_weight, ln_bias, mask, table.taps, table.readers, table.bag_rows,
+        table.bag_offsets, list(table.rows_per_request), residual, rows, back, eps, name, save,
+    )[0]  # fmt: skip
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, table: TapTable,
+    residual: Tensor | None, residual_table: ResidualTable | None,
+) -> None:  # fmt: skip
+    def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device != x.device:
+            raise ShapeError(
+                f"masked_conv: {name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, "
+                f"expected {' or '.join(map(str, dtypes))} {list(shape)} on {x.device}"
+            )
+
+    if weight.dim() != 3:
+        raise ShapeError(f"masked_conv: weight is {list(weight.shape)}, expected [f_out, f_in, K]")
+    f_out, f_in, kernel_size = weight.shape
+    if not x.dtype.is_floating_point:
+        raise ShapeError(f"masked_conv: x is {x.dtype}, expected a floating dtype")
+    same = (x.dtype,)
+    low_precision = x.dtype in (torch.bfloat16, torch.float16)
+    wide = (x.dtype, torch.float32) if low_precision else same
+    rows_out = table.taps.shape[0]
+    expect("x", x, (table.rows_in, f_in), same)
+    expect("weight", weight, (f_out, f_in, kernel_size), same)
+    expect("bias", bias, (f_out,), same)
+    expect("ln_weight", ln_weight, (f_out,), wide)
+    expect("ln_bias", ln_bias, (f_out,), (ln_weight.dtype,))
+    expect("mask", mask, (len(table.rows_per_request), f_out), wide)
+    expect("table.taps", table.taps, (rows_out, kernel_size), (torch.int32,))
+    expect("table.readers", table.readers, (table.rows_in, kernel_size), (torch.int32,))
+    if sum(table.rows_per_request) != rows_out:
+        raise ShapeError(f"masked_conv: rows_per_request sums to {sum(table.rows_per_request)}, expected {rows_out} rows")
+    if (residual is None) != (residual_table is None):
+        raise ShapeError("masked_conv: residual and residual_table go together: one is given, the other is not")
+    if residual is not None and residual_table is not None:
+        expect("residual", residual, (residual_table.readers.shape[0], f_out), same)
+        expect("residual_table.rows", residual_table.rows, (rows_out,), (torch.int32,))
+
+
+@torch.library.custom_op("teracon_fast::masked_conv", mutates_args=())
+def _masked_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
+    readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], residual: Tensor | None,
+    residual_rows: Tensor | None, residual_readers: Tensor | None, eps: float, backend: str, save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    implementation = _IMPLEMENTATIONS[backend]
+    return implementation.forward(
+        x, weight, bias, ln_weight, ln_bias, mask, taps, rows_per_request, residual, residual_rows, eps, save
+    )
+
+
+@_masked_conv.register_fake
+def _masked_conv_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
+    readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], residual: Tensor | None,
+    residual_rows: Tensor | None, residual_readers: Tensor | None, eps: float, backend: str, save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, f_out = taps.shape[0], weight.shape[0]
+    kept = rows if save else 0
+    statistics = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    return (
+        x.new_empty(rows, f_out),
+        x.new_empty(kept, f_out),
+        x.new_empty(kept, 1, dtype=statistics),
+        x.new_empty(kept, 1, dtype=statistics),
+    )
+
+
+@torch.library.custom_op("teracon_fast::masked_conv_backward", mutates_args=())
+def _masked_conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
+    readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int],
+    residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, backend: str, need_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    implementation = _IMPLEMENTATIONS[backend]
+    return implementation.backward(
+        grad, x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets, rows_per_request,
+        residual_readers, conv, mean, rstd, eps, need_input,
+    )  # fmt: skip
+
+
+@_masked_conv_backward.register_fake
+def _masked_conv_backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
+    readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int],
+    residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, backend: str, need_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    residual_shape = (0,) if residual_readers is None else (residual_readers.shape[0], weight.shape[0])
+    return (
+        x.new_empty(x.shape if need_input else (0,)),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape[0]),
+        torch.empty_like(ln_weight),
+        torch.empty_like(ln_bias),
+        torch.empty_like(mask),
+        grad.new_empty(residual_shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    (x, weight, _, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets,
+     rows_per_request, _, _, residual_readers, eps, backend, _) = inputs  # fmt: skip
+    _, conv, mean, rstd = output
+    ctx.save_for_backward(
+        x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets, residual_readers, conv, mean, rstd
+    )
+    ctx.rows_per_request, ctx.eps, ctx.backend = rows_per_request, eps, backend
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 17
+    (x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets,
+     residual_readers, conv, mean, rstd) = ctx.saved_tensors  # fmt: skip
+    need = ctx.needs_input_grad
+    d_x, d_weight, d_bias, d_ln_weight, d_ln_bias, d_mask, d_residual = _masked_conv_backward(
+        grad.contiguous(), x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets,
+        ctx.rows_per_request, residual_readers if need[11] else None, conv, mean, rstd, ctx.eps, ctx.backend, need[0],
+    )  # fmt: skip
+    gradients: list[Tensor | None] = [d_x, d_weight, d_bias, d_ln_weight, d_ln_bias, d_mask]
+    gradients = [g if needed else None for g, needed in zip(gradients, need[:6], strict=True)]
+    return (*gradients, None, None, None, None, None, d_residual if need[11] else None, None, None, None, None, None)
+
+
+_masked_conv.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,380 @@
+"""FastTCN: NextItNet's dilated causal network under TERACON's task masks, evaluated on packed rows.
+
+A drop-in for the published `NextItNet_Decoder` (same constructor dict, call, in-place masks list and state-dict names),
+and a native interface that encodes several (users, task) requests in one pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from teracon_fast import backends, masks, ops, packing
+from teracon_fast.errors import ConfigError, ShapeError
+from teracon_fast.masks import MaskVariant
+
+LAYER_NORM_EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which users to encode under which task's mask.
+
+    Attributes:
+        task: counted from 0.
+        users: int64 `[n]`, rows of x; None for all of them, in order.
+        drop_last: items dropped from the end of each sequence first (1: the state at position L-2).
+    """
+
+    task: int
+    users: Tensor | None = None
+    drop_last: int = 0
+
+
+@dataclass(frozen=True)
+class PackedPositions:
+    """States of every position with equal rows merged.
+
+    Attributes:
+        hidden: `[R, f]`, one row per distinct state.
+        row_of: int64 `[B, L]`, row of each (sequence, position).
+    """
+
+    hidden: Tensor
+    row_of: Tensor
+
+
+class ResidualBlock(nn.Module):
+    """Parameters of one residual block, under the published names. `FastTCN` runs it; it has no forward of its own."""
+
+    def __init__(
+        self, channels: int, kernel_size: int, dilation: int, num_tasks: int, relation_width: int | None,
+        embedding_range: tuple[float, float],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        # Modules are built in the published order, so that one seed gives the published program's initial weights.
+        self.conv1 = nn.Conv2d(channels, channels, (1, kernel_size), dilation=dilation)
+        self.ln1 = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
+        self.conv2 = nn.Conv2d(channels, channels, (1, kernel_size), dilation=2 * dilation)
+        self.ln2 = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
+        self.ec = nn.ModuleList(nn.Embedding(2, channels) for _ in range(num_tasks))
+        for embedding in self.ec:
+            nn.init.uniform_(embedding.weight, *embedding_range)
+        if relation_width is not None:
+            self.mlp1 = nn.ModuleList(nn.Linear(relation_width, 1) for _ in range(num_tasks))
+            self.mlp2 = nn.ModuleList(nn.Linear(relation_width, 1) for _ in range(num_tasks))
+            for pair in zip(self.mlp1, self.mlp2, strict=True):
+                for linear in pair:
+                    _init_linear(linear)
+
+
+def _init_linear(linear: nn.Linear) -> None:
+    nn.init.normal_(linear.weight, 0.0, 0.01)
+    nn.init.constant_(linear.bias, 0.1)
+
+
+class FastTCN(nn.Module):
+    """TERACON's user encoder with one head per task.
+
+    Two constructors. `FastTCN(model_para)` takes the published dict: item_size, dilated_channels, dilations, kernel_size,
+    task_embs, and for the network of several tasks num_task and target_item_size (without num_task: the task-1 network,
+    plain mask, head over all items). The native one takes named arguments:
+
+    Args:
+        num_items: V, rows of the item embedding including the pad, item 0 (a learned row like any other).
+        channels: f.
+        labels: number of labels of each task; None means one next-item task over all items.
+        dilations: one per residual block; its convolutions have dilations d and 2d.
+        kernel_size: at least 2.
+        task_embedding_range: bounds of the uniform initialisation of task embeddings.
+        mask: "relation" (Eq. 12), "positive_only" (no negated rows) or "none" (Eq. 6).
+        backend: of the compiled operations, see `teracon_fast.env_report()`.
+
+    With one task the native form has no relation weights and uses the plain mask (Eq. 6), like the published task-1 network.
+
+    Raises:
+        ConfigError: for a missing or invalid argument.
+    """
+
+    def __init__(
+        self,
+        model_para: Mapping[str, Any] | None = None,
+        *,
+        num_items: int | None = None,
+        channels: int = 256,
+        labels: Sequence[int] | None = None,
+        dilations: Sequence[int] = (1, 4, 1, 4, 1, 4, 1, 4),
+        kernel_size: int = 3,
+        task_embedding_range: Sequence[float] = (0.0, 2.0),
+        mask: str = "relation",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        variant = masks.check_variant(mask)
+        if model_para is not None:
+            if num_items is not None or labels is not None:
+                raise ConfigError("FastTCN takes either the published dict or named arguments, got both")
+            num_items, channels, labels, dilations, kernel_size, task_embedding_range, published_t1 = _read_para(model_para)
+            has_relation = not published_t1 and variant != "none"
+        elif num_items is None:
+            raise ConfigError("FastTCN needs num_items (or the published dict as its first argument)")
+        else:
+            labels = [num_items] if labels is None else list(labels)
+            has_relation = len(labels) > 1 and variant != "none"
+        self.model_para = dict(model_para) if model_para is not None else None
+        _check_sizes(num_items, channels, labels, dilations, kernel_size)
+        backends.resolve(backend)  # an unknown name fails here, not in the first step
+        self.num_items, self.channels, self.labels = int(num_items), int(channels), [int(c) for c in labels]
+        self.dilations, self.kernel_size = tuple(int(d) for d in dilations), int(kernel_size)
+        low, high = task_embedding_range
+        self.task_embedding_range = (float(low), float(high))
+        self.mask_variant: MaskVariant = variant
+        self.backend = backend
+
+        self.embeding = nn.Embedding(self.num_items, self.channels)  # the published spelling
+        bound = math.sqrt(1.0 / self.num_items)
+        nn.init.uniform_(self.embeding.weight, -bound, bound)
+        width = masks.relation_width(self.num_tasks, variant) if has_relation else None
+        self.residual_blocks = nn.Sequential(
+            *(
+                ResidualBlock(self.channels, self.kernel_size, d, self.num_tasks, width, self.task_embedding_range)
+                for d in self.dilations
+            )
+        )
+        self.task_classifier = nn.ModuleList(nn.Linear(self.channels, count) for count in self.labels)
+        for head in self.task_classifier:
+            _init_linear(head)
+
+    @property
+    def num_tasks(self) -> int:
+        """T, number of tasks the network has heads and masks for."""
+        return len(self.labels)
+
+    @property
+    def has_relation(self) -> bool:
+        """Whether masks are relation-aware (Eq. 12) or plain (Eq. 6)."""
+        return hasattr(self.residual_blocks[0], "mlp1")
+
+    @property
+    def num_sites(self) -> int:
+        """S, number of masks per task: two per residual block."""
+        return 2 * len(self.residual_blocks)
+
+    def head(self, task: int) -> nn.Linear:
+        """The head of a task, counted from 0: `Linear(f, labels[task])`."""
+        self._check_task(task)
+        return self.task_classifier[task]
+
+    def masks(self, s: float | Tensor, tasks: Sequence[int] | None = None, plain: bool = False) -> Tensor:
+        """Masks of the given tasks (None: all) at every site, `[S, n, f]`, in network order.
+
+        Args:
+            s: mask scale.
+            tasks: counted from 0.
+            plain: use `sigmoid(s * e)` even where relation weights exist.
+        """
+        chosen = tuple(range(self.num_tasks)) if tasks is None else tuple(tasks)
+        for task in chosen:
+            self._check_task(task)
+        plain = plain or not self.has_relation
+        # A parameter that the chosen masks do not depend on stays out of the graph: its gradient is None, as published.
+        used = chosen if plain else tuple(range(self.num_tasks))
+        embeddings = torch.stack([block.ec[t].weight for block in self.residual_blocks for t in used])
+        blocks = len(self.residual_blocks)
+        embeddings = embeddings.view(blocks, len(used), 2, -1).transpose(1, 2).reshape(2 * blocks, len(used), -1)
+        if plain:
+            return masks.plain_masks(embeddings, s)
+        linears = [site[t] for block in self.residual_blocks for site in (block.mlp1, block.mlp2) for t in chosen]
+        weights = torch.cat([linear.weight for linear in linears]).view(2 * blocks, len(chosen), -1)
+        biases = torch.cat([linear.bias for linear in linears]).view(2 * blocks, len(chosen))
+        return masks.relation_masks(embeddings, weights, biases, s, self.mask_variant, chosen)
+
+    def encode(
+        self, x: Tensor, requests: Sequence[Request], s: float = 50.0, masks: Tensor | None = None,
+        lengths: np.ndarray | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        """User representations for several (users, task) requests in one packed pass (Eq. 8).
+
+        Args:
+            x: int64 `[B, L]` item ids, oldest first, left-padded with 0.
+            requests: what to encode; each gives one result.
+            s: mask scale, used when `masks` is None.
+            masks: `[S, T, f]` from `self.masks(s)`, to share them with other uses.
+            lengths: real lengths int64 `[B]` on the host, if known; else they are read from x.
+
+        Returns:
+            One `[n, f]` tensor per request, states of the last position, in the request's order of users.
+        """
+        for request in requests:
+            self._check_task(request.task)
+        masks = self.masks(s) if masks is None else masks
+        chosen = masks[:, [request.task for request in requests]]
+        hidden, packed = self._run(x, [(r.users, r.drop_last) for r in requests], chosen, lengths, every_position=False)
+        return [ops.gather_rows(hidden, rows) for rows in packed.outputs]
+
+    def encode_all(
+        self, x: Tensor, task: int = 0, s: float = 50.0, masks: Tensor | None = None, lengths: np.ndarray | None = None
+    ) -> PackedPositions:
+        """States of every position under one task's mask, equal pad states merged. Arguments as `encode`."""
+        self._check_task(task)
+        masks = self.masks(s) if masks is None else masks
+        hidden, packed = self._run(x, [(None, 0)], masks[:, [task]], lengths, every_position=True)
+        return PackedPositions(hidden, packed.outputs[0])
+
+    def next_item_loss(self, x: Tensor, s: float = 50.0, masks: Tensor | None = None) -> Tensor:
+        """Task 1's loss: item p+1 from positions <= p, mean cross-entropy over all B*(L-1) positions, pad targets counted.
+
+        Args:
+            x: int64 `[B, L]`, L at least 2; inputs are `x[:, :-1]`, targets `x[:, 1:]`.
+            s, masks: as `encode`.
+        """
+        if x.dim() != 2 or x.shape[1] < 2:
+            raise ShapeError(f"x is {list(x.shape)}, expected [B, L] with L at least 2")
+        positions = self.encode_all(x[:, :-1], 0, s, masks)
+        head = self.head(0)
+        return ops.linear_cross_entropy(
+            positions.hidden, head.weight, head.bias, x[:, 1:].reshape(-1), rows=positions.row_of.reshape(-1)
+        )
+
+    def forward(
+        self, x: Tensor, s: float | Tensor, masks_list: list[Tensor] | None, task_num: int, gpu_num: Any = None,
+        onecall: bool = False, backward: bool = False, new_task: int = 2,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """The published call. `gpu_num` is ignored: the model runs where its parameters are.
+
+        Args:
+            x: int64 `[B, L]`.
+            s: mask scale.
+            masks_list: extended in place with the S masks, each `[1, f]`, in network order, and returned.
+            task_num: task counted from 0.
+            onecall: logits of the last position only.
+            backward, new_task: the plain mask is used only if `task_num != new_task and new_task == 1 and not backward`.
+
+        Returns:
+            logits `[B, C]` with onecall, else `[B*L, C]`; and `masks_list`.
+        """
+        self._check_task(task_num)
+        plain = task_num != new_task and new_task == 1 and not backward
+        chosen = self.masks(s, [task_num], plain)
+        masks_list = [] if masks_list is None else masks_list
+        masks_list += list(chosen)
+        hidden, packed = self._run(x, [(None, 0)], chosen, None, every_position=not onecall)
+        head = self.task_classifier[task_num]
+        rows = packed.outputs[0].reshape(-1)
+        if rows.shape[0] < hidden.shape[0] or onecall:
+            return head(ops.gather_rows(hidden, rows)), masks_list
+        # Equal pad states meet the head once.
+        return ops.gather_rows(head(hidden), rows), masks_list
+
+    def _run(
+        self, x: Tensor, requests: Sequence[tuple[Tensor | None, int]], chosen: Tensor, lengths: np.ndarray | None,
+        every_position: bool,
+    ) -> tuple[Tensor, packing.PackedBatch]:  # fmt: skip
+        """Pack and run all residual blocks; `chosen` is `[S, requests, f]`. Returns the last layer's rows and the tables."""
+        if x.dim() != 2 or x.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(f"x is {x.dtype} {list(x.shape)}, expected int64 [B, L]")
+        if chosen.shape[0] != self.num_sites:
+            raise ShapeError(f"masks have {chosen.shape[0]} sites, expected {self.num_sites}")
+        geometry = packing.geometry(x.shape[1], self.dilations, self.kernel_size, every_position)
+        lengths = packing.real_lengths(x) if lengths is None else lengths
+        everyone = np.arange(x.shape[0])
+        streams = [
+            packing.Streams(everyone if users is None else users.detach().cpu().numpy().astype(np.int64), drop)
+            for users, drop in requests
+        ]
+        packed = packing.pack(lengths, streams, geometry)
+        device = self.embeding.weight.device
+        if device.type != "cpu":
+            packed = packed.to(device)
+        hidden = F.embedding(x.to(device).reshape(-1)[packed.cells], self.embeding.weight)
+        for i, block in enumerate(self.residual_blocks):
+            inner = self._conv(hidden, block.conv1, block.ln1, chosen[2 * i], packed.convolutions[2 * i])
+            hidden = self._conv(
+                inner, block.conv2, block.ln2, chosen[2 * i + 1], packed.convolutions[2 * i + 1], hidden, packed.residuals[i]
+            )
+        return hidden, packed
+
+    def _conv(
+        self, x: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm, mask: Tensor, table: packing.TapTable,
+        residual: Tensor | None = None, residual_table: packing.ResidualTable | None = None,
+    ) -> Tensor:  # fmt: skip
+        assert conv.bias is not None
+        return ops.masked_conv(
+            x, conv.weight.squeeze(2), conv.bias, norm.weight, norm.bias, mask, table,
+            residual=residual, residual_table=residual_table, eps=norm.eps, backend=self.backend,
+        )  # fmt: skip
+
+    def extended(self, num_labels: int, generator: torch.Generator | None = None) -> FastTCN:
+        """A new model with one more task, ready to train it.
+
+        Backbone, item and task embeddings and heads are copied. The new task's embedding and head are initialised, and the
+        relation weights of all tasks anew, since their number changes.
+
+        Args:
+            num_labels: labels of the new task.
+            generator: CPU generator that seeds the new parameters; None draws from torch's global one.
+        """
+        seed = int(torch.randint(2**62, (), generator=generator))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = FastTCN(
+                num_items=self.num_items, channels=self.channels, labels=[*self.labels, num_labels],
+                dilations=self.dilations, kernel_size=self.kernel_size,
+                task_embedding_range=self.task_embedding_range, mask=self.mask_variant, backend=self.backend,
+            )  # fmt: skip
+        kept = {name: value for name, value in self.state_dict().items() if ".mlp" not in name}
+        model.load_state_dict(kept, strict=False)
+        parameter = self.embeding.weight
+        return model.to(device=parameter.device, dtype=parameter.dtype)
+
+    def frozen(self) -> FastTCN:
+        """A copy without gradients in eval mode: the teacher of the next task."""
+        return copy.deepcopy(self).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def clamp_task_embeddings(self, bound: float = 6.0) -> None:
+        """Clamp all task embeddings to [-bound, bound], as after every optimiser step."""
+        for block in self.residual_blocks:
+            for embedding in block.ec:
+                embedding.weight.clamp_(-bound, bound)
+
+    def _check_task(self, task: int) -> None:
+        if not 0 <= task < self.num_tasks:
+            raise ConfigError(f"task is {task}, expected 0..{self.num_tasks - 1} (tasks are counted from 0)")
+
+
+def _read_para(para: Mapping[str, Any]) -> tuple[int, int, list[int], Sequence[int], int, Sequence[float], bool]:
+    """(num_items, channels, labels, dilations, kernel_size, task_embs, task-1 form) of the published dict."""
+    required = ("item_size", "dilated_channels", "dilations", "kernel_size", "task_embs")
+    missing = [key for key in required if key not in para]
+    if missing:
+        raise ConfigError(f"model_para lacks {missing}, expected the keys {list(required)}")
+    if "num_task" in para:
+        if "target_item_size" not in para or len(para["target_item_size"]) < para["num_task"]:
+            got = para.get("target_item_size")
+            raise ConfigError(f"target_item_size is {got}, expected one size for each of {para['num_task']} tasks")
+        labels = list(para["target_item_size"])[: para["num_task"]]
+    else:
+        labels = [para["item_size"]]
+    return (
+        para["item_size"], para["dilated_channels"], labels, para["dilations"], para["kernel_size"], para["task_embs"],
+        "num_task" not in para,
+    )  # fmt: skip
+
+
+def _check_sizes(num_items: int, channels: int, labels: Sequence[int], dilations: Sequence[int], kernel_size: int) -> None:
+    for name, value, least in (("num_items", num_items, 1), ("channels", channels, 1), ("kernel_size", kernel_size, 2)):
+        if value < least:
+            raise ConfigError(f"{name} is {value}, expected at least {least}")
+    if not labels or any(count < 1 for count in labels):
+        raise ConfigError(f"labels are {list(labels)}, expected one positive count per task")
+    if not dilations or any(d < 1 for d in dilations):
+        raise ConfigError(f"dilations are {list(dilations)}, expected at least one, all positive")
