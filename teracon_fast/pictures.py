@@ -1,0 +1,378 @@
+"""Pictures of a run: R matrix, task similarity, rho over training, learning curves, losses.
+
+Each function takes plain arrays and returns a matplotlib Figure (no pyplot, no global state, no display), or None where
+there is nothing to show yet. Colours are safe for colour-blind readers: the Okabe-Ito set for lines, each with its own
+line style, and RdBu / cividis for maps.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
+
+# Okabe and Ito (2008), darkest first; the yellow is replaced, being unreadable on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.labelsize": 10,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#D9D9D9",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "figure.dpi": 150,
+    "savefig.dpi": 150,
+    "pdf.fonttype": 42,
+}
+MAX_POINTS = 1500
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
+    return figure
+
+
+def style() -> Any:
+    """The pictures' matplotlib settings, as a context manager (needed while drawing and while saving)."""
+    from matplotlib import rc_context
+
+    settings: Any = STYLE
+    return rc_context(settings)
+
+
+def _wrap(name: str, width: int = 13, lines: int = 2) -> str:
+    """`name` broken into at most `lines` lines of `width` letters, the rest shown as an ellipsis."""
+    parts = textwrap.wrap(name.replace("_", " "), width, max_lines=lines, placeholder=" …")
+    return "\n".join(parts) or name
+
+
+def _title(task: int, name: str, width: int = 34) -> str:
+    return f"T{task} " + textwrap.shorten(name.replace("_", " "), width, placeholder=" …")
+
+
+def _ink(rgba: tuple[float, float, float, float]) -> str:
+    """Black or white, whichever is readable on `rgba` (relative luminance, sRGB weights)."""
+    red, green, blue = rgba[:3]
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "white"
+
+
+def _percent(value: float, digits: int) -> str:
+    """Signed percentage with a true minus sign, and no sign on what rounds to zero."""
+    value = round(value, digits)
+    return f"{abs(value):.{digits}f} %" if value == 0 else f"{value:+.{digits}f} %".replace("-", "−")
+
+
+def _thin(x: Array, y: Array) -> tuple[Array, Array]:
+    """At most MAX_POINTS points, each the mean of a run of equal length; all of them when there are few."""
+    stride = math.ceil(len(x) / MAX_POINTS)
+    if stride <= 1:
+        return x, y
+    whole = len(x) // stride * stride
+    return x[:whole].reshape(-1, stride).mean(1), y[:whole].reshape(-1, stride).mean(1)
+
+
+def _smooth(y: Array) -> Array:
+    """Centred moving mean over a twentieth of the points, shorter at the ends (so no lag and no bias at the ends)."""
+    half = max(1, len(y) // 40)
+    total = np.concatenate([[0.0], np.cumsum(y)])
+    index = np.arange(len(y))
+    low, high = np.maximum(0, index - half), np.minimum(len(y), index + half + 1)
+    return np.asarray((total[high] - total[low]) / (high - low))
+
+
+def _grid(count: int, width: float = 3.5, height: float = 2.7) -> tuple[Figure, list[Axes]]:
+    """`count` panels, at most four in a row, and the list of their axes (unused cells removed)."""
+    columns = count if count <= 3 else (2 if count == 4 else math.ceil(count / math.ceil(count / 4)))
+    rows = math.ceil(count / columns)
+    figure = _figure(max(width * columns, 5.2), height * rows + 0.7)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for spare in axes[count:]:
+        spare.remove()
+    return figure, axes[:count]
+
+
+def r_matrix(matrix: Array, names: Sequence[str], metrics: Sequence[str], bwt: Sequence[float]) -> Figure:
+    """R[j, i], the test metric of task i after training task j, with BWT below.
+
+    Args:
+        matrix: [M, M]; NaN where a task is not trained yet. Colour is the change in percent since the task was learned.
+        names, metrics: M task names, and M metric names (each column has its own metric).
+        bwt: M values in percent (100 (R[M,i] - R[i,i]) / R[i,i]); NaN where it is not defined.
+    """
+    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.patches import Rectangle
+
+    count = len(names)
+    learned = np.diag(matrix)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change = np.where(np.abs(learned) > 0, 100 * (matrix - learned) / learned, np.nan)
+    finite = np.abs(change[np.isfinite(change)])
+    limit = max(1.0, float(finite.max()) if finite.size else 1.0)
+    with style():
+        cell_w, cell_h = 1.12, 0.62
+        figure = _figure(max(cell_w * count + 3.1, 5.4), cell_h * (count + 1) + 1.9)
+        body, foot = figure.subplots(2, 1, height_ratios=[count, 1])
+        norm = TwoSlopeNorm(0.0, -limit, limit)
+        from matplotlib import colormaps
+
+        colours = colormaps["RdBu"].with_extremes(bad="#F0F0F0")
+        lower = np.tril(np.ones((count, count), dtype=bool)) & np.isfinite(matrix)
+        shown = np.ma.masked_where(~lower, np.where(np.isfinite(change), change, 0.0))
+        image = body.imshow(shown, cmap=colours, norm=norm, aspect="auto")
+        for row, column in zip(*np.nonzero(lower), strict=True):
+            ink = _ink(colours(norm(float(shown[row, column]))))
+            text = f"{matrix[row, column]:.4f}"
+            if row > column and np.isfinite(change[row, column]):
+                text += f"\n{_percent(change[row, column], 1)}"
+            body.text(column, row, text, ha="center", va="center", color=ink, fontsize=9)
+            if row == column:
+                body.add_patch(Rectangle((column - 0.47, row - 0.46), 0.94, 0.92, fill=False, lw=1.4, ec="#222222"))
+        body.set_yticks(range(count), [f"T{i + 1}" for i in range(count)])
+        body.set_ylabel("after training task")
+        body.xaxis.tick_top()
+        labels = [f"T{i + 1}\n{_wrap(names[i])}\n({metrics[i]})" for i in range(count)]
+        body.set_xticks(range(count), labels)
+        body.set_title("Test metric R of each task (columns) after each training (rows)", pad=10)
+        foot.imshow(np.ma.masked_invalid(np.asarray([bwt], dtype=float)), cmap=colours, norm=norm, aspect="auto")
+        for column, value in enumerate(bwt):
+            ink = _ink(colours(norm(value))) if np.isfinite(value) else "#666666"
+            text = _percent(value, 2) if np.isfinite(value) else "–"
+            foot.text(column, 0, text, ha="center", va="center", color=ink, fontsize=9)
+        foot.set_yticks([0], ["BWT"])
+        foot.set_xticks([])
+        for axes in (body, foot):
+            axes.grid(False)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+        if count > 1:
+            bar = figure.colorbar(image, ax=[body, foot], aspect=25, pad=0.02)
+            bar.set_label("change since the task was learned (%)")
+            bar.outline.set_visible(False)
+    return figure
+
+
+def _annotated(axes: Axes, values: Array, digits: int, size: float) -> Any:
+    """A cividis map of cosines (NaN left blank), each cell with its number; the colour scale spans at least 0.1."""
+    from matplotlib import colormaps
+    from matplotlib.colors import Normalize
+
+    finite = values[np.isfinite(values)]
+    high = math.ceil(float(finite.max()) * 20 - 1e-9) / 20
+    norm = Normalize(min(math.floor(float(finite.min()) * 20) / 20, high - 0.1), high)
+    colours = colormaps["cividis"].with_extremes(bad="#F0F0F0")
+    image = axes.imshow(np.ma.masked_invalid(values), cmap=colours, norm=norm, aspect="auto")
+    for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
+        value = values[row, column]
+        # Cut, not rounded, so that only equal masks show as 1; no leading zero, since 448 cells must stay readable.
+        cut = math.trunc((value + 1e-6) * 10**digits) / 10**digits
+        shown = f"{cut:.{digits}f}".replace("0.", ".", 1).replace("-", "−")
+        axes.text(column, row, shown, ha="center", va="center", fontsize=size, color=_ink(colours(norm(value))))
+    axes.grid(False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def similarity(pairs: Mapping[tuple[int, int], Array], names: Sequence[str]) -> Figure | None:
+    """Cosine similarity of the tasks' masks, mean over the sites: one cell a pair of tasks.
+
+    Args:
+        pairs: (i, j) with i > j, tasks from 1 -> [S] cosines, one a mask site in network order.
+    """
+    count = len(names)
+    if count < 2 or not pairs:
+        return None
+    table = np.full((count - 1, count - 1), np.nan)
+    for (i, j), values in pairs.items():
+        table[i - 2, j - 1] = float(np.mean(values))
+    with style():
+        figure = _figure(0.92 * (count - 1) + 3.6, 0.55 * (count - 1) + 2.0)
+        axes = figure.subplots()
+        image = _annotated(axes, table, 3, 9.5)
+        axes.set_xticks(range(count - 1), [f"T{i + 1}\n{_wrap(names[i], 11)}" for i in range(count - 1)])
+        axes.set_yticks(range(count - 1), [f"T{i + 1} {_wrap(names[i], 16)}" for i in range(1, count)])
+        axes.set_title("Similarity of the task masks\n(cosine, mean over mask sites)")
+        bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=18, pad=0.03)
+        bar.set_label("cosine similarity")
+        bar.outline.set_visible(False)
+    return figure
+
+
+def similarity_by_layer(pairs: Mapping[tuple[int, int], Array], names: Sequence[str]) -> Figure | None:
+    """Cosine similarity of the tasks' masks at each mask site: one row a pair of tasks, one column a site.
+
+    Args:
+        pairs: as in `similarity`. Sites 2k and 2k+1 are the two masks of residual block k.
+    """
+    if not pairs:
+        return None
+    keys = sorted(pairs)
+    table = np.stack([np.asarray(pairs[key], dtype=float) for key in keys])
+    sites = table.shape[1]
+    with style():
+        figure = _figure(0.43 * sites + 2.6, 0.28 * len(keys) + 1.5)
+        axes = figure.subplots()
+        image = _annotated(axes, table, 2, 7.5)
+        axes.set_yticks(range(len(keys)), [f"T{i} – T{j}" for i, j in keys])
+        axes.set_xticks(range(sites), [f"{site // 2 + 1}{'ab'[site % 2]}" for site in range(sites)])
+        axes.set_xlabel("mask site (residual block; a, b: its first, second convolution)")
+        axes.set_ylabel("pair of tasks")
+        axes.set_title("Similarity of the task masks by layer (cosine)")
+        # Thin lines between the rows of different newer tasks let the eye find a pair.
+        for row in range(1, len(keys)):
+            if keys[row][0] != keys[row - 1][0]:
+                axes.axhline(row - 0.5, color="white", lw=2.5)
+        few = len(keys) < 6
+        bar = figure.colorbar(image, ax=axes, shrink=1.0 if few else 0.6, aspect=8 if few else 20, pad=0.02)
+        bar.set_label("cosine similarity" if len(keys) > 3 else "cosine")
+        bar.outline.set_visible(False)
+    return figure
+
+
+def rho_over_training(rho: Mapping[int, tuple[Array, Array]], names: Sequence[str], c: float = 6.0) -> Figure | None:
+    """Sampling ratio rho of each past task over the steps of each later task (Eq. 15), on a logarithmic axis.
+
+    Args:
+        rho: task i (from 2) -> (steps [n], rho [n, i-1]).
+        c: scale of Eq. 15; the dotted line is its smallest value, 1 - sigmoid(c).
+    """
+    tasks = [task for task in sorted(rho) if len(rho[task][0])]
+    if not tasks:
+        return None
+    low = 1 / (1 + math.exp(c))
+    with style():
+        figure, panels = _grid(len(tasks))
+        known: dict[str, Any] = {}
+        for axes, task in zip(panels, tasks, strict=True):
+            steps, values = rho[task]
+            for past in range(values.shape[1]):
+                (line,) = axes.plot(
+                    *_thin(steps, values[:, past]),
+                    color=COLOURS[past % 8],
+                    ls=LINES[past % 8],
+                    lw=1.6 if values.shape[1] < 5 else 1.2,
+                    marker=MARKERS[past % 8] if len(steps) < 4 else None,
+                )
+                known.setdefault(_title(past + 1, names[past], 26), line)
+            axes.axhline(low, color="#777777", lw=0.9, ls=":")
+            axes.set_yscale("log")
+            axes.set_ylim(low * 0.75, 1.05)
+            axes.set_yticks([0.01, 0.1, 1.0], ["0.01", "0.1", "1"])
+            axes.minorticks_off()
+            axes.set_title(f"while training {_title(task, names[task - 1], 22)}")
+            axes.set_xlabel("step of the task")
+            axes.set_ylabel("sampling ratio ρ")
+            axes.margins(x=0.02)
+        panels[0].annotate(
+            f"smallest possible, {low:.4f}", (0.98, low), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            textcoords="offset points", ha="right", fontsize=7.5, color="#555555",
+        )  # fmt: skip
+        figure.suptitle("Share of each batch drawn to retain each past task", fontsize=11.5)
+        figure.legend(
+            list(known.values()),
+            list(known),
+            loc="outside lower center",
+            ncols=min(4, len(known)),
+            frameon=False,
+            title="past task",
+        )
+    return figure
+
+
+def learning_curves(
+    valid: Mapping[int, tuple[Array, Array, Array]], names: Sequence[str], metrics: Sequence[str]
+) -> Figure | None:
+    """Validation metric of each task after each epoch, the kept (best) epoch marked.
+
+    Args:
+        valid: task (from 1) -> (epochs [n] from 1, metric [n], is the best so far [n]).
+        metrics: name of each task's metric.
+    """
+    tasks = [task for task in sorted(valid) if len(valid[task][0])]
+    if not tasks:
+        return None
+    from matplotlib.ticker import MaxNLocator
+
+    with style():
+        figure, panels = _grid(len(tasks))
+        handles: list[Any] = []
+        for axes, task in zip(panels, tasks, strict=True):
+            epochs, values, best = valid[task]
+            (line,) = axes.plot(epochs, values, color=COLOURS[0], marker="o", ms=4, lw=1.6)
+            kept = np.flatnonzero(best)
+            if len(kept):
+                x, y = float(epochs[kept[-1]]), float(values[kept[-1]])
+                (mark,) = axes.plot(x, y, ls="none", marker="*", ms=13, color=COLOURS[1], mec="white")
+                axes.annotate(
+                    f"{y:.4f}", (x, y), xytext=(0, 9),
+                    textcoords="offset points", ha="center", fontsize=8.5, color=COLOURS[1],
+                )  # fmt: skip
+                handles = [line, mark]
+            axes.set_title(_title(task, names[task - 1], 30))
+            axes.set_xlabel("epoch")
+            axes.set_ylabel(f"validation {metrics[task - 1]}")
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.margins(x=0.12, y=0.25)
+            if len(epochs) == 1:
+                axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
+        figure.suptitle("Learning curves", fontsize=11.5)
+        if handles:
+            labels = ["after each epoch", "kept: best by the selection metric of the run"]
+            figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def losses(loss: Mapping[int, tuple[Array, Array, Array | None]], names: Sequence[str]) -> Figure | None:
+    """Training losses of each task over its steps: thin lines as logged, thick lines a moving mean.
+
+    Args:
+        loss: task (from 1) -> (steps [n], class loss [n], retention loss [n] or None).
+    """
+    tasks = [task for task in sorted(loss) if len(loss[task][0])]
+    if not tasks:
+        return None
+    with style():
+        figure, panels = _grid(len(tasks))
+        known: dict[str, Any] = {}
+        for axes, task in zip(panels, tasks, strict=True):
+            steps, class_loss, retention = loss[task]
+            kinds = [("class loss (cross-entropy)", class_loss, 0)]
+            if retention is not None and np.any(retention > 0):
+                kinds.append(("retention loss (mean squared error)", retention, 1))
+            for label, values, look in kinds:
+                shown = np.where(values > 0, values, np.nan) if len(kinds) > 1 else values
+                x, y = _thin(steps, shown)
+                axes.plot(x, y, color=COLOURS[look], lw=0.7, alpha=0.35)
+                (line,) = axes.plot(x, _smooth(np.nan_to_num(y)), color=COLOURS[look], ls=LINES[look], lw=1.8)
+                known.setdefault(label, line)
+            if len(kinds) > 1:
+                axes.set_yscale("log")
+            axes.set_title(_title(task, names[task - 1], 30))
+            axes.set_xlabel("step of the task")
+            axes.set_ylabel("loss (log scale)" if len(kinds) > 1 else "cross-entropy (nats)")
+            axes.margins(x=0.02)
+        figure.suptitle("Training losses", fontsize=11.5)
+        figure.legend(list(known.values()), list(known), loc="outside lower center", ncols=2, frameon=False)
+    return figure

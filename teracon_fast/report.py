@@ -1,0 +1,317 @@
+"""The report of a run: reads metrics.jsonl and results.json, writes pictures and report.md under RUN/report/.
+
+Works on a run that is still training or was interrupted: whatever has been logged is shown.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teracon_fast import pictures
+from teracon_fast.errors import DataError, TeraconError
+from teracon_fast.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
+FORMATS = ("png", "pdf", "svg")
+
+
+@dataclass
+class TaskLog:
+    """What metrics.jsonl says of one task, in the order of training.
+
+    `step` is the step of the task, from 0; `rho` is [n, past tasks]; `valid` holds (epoch from 1, metrics, best
+    so far).
+    """
+
+    step: list[float] = field(default_factory=list)
+    class_loss: list[float] = field(default_factory=list)
+    retention_loss: list[float] = field(default_factory=list)
+    rho: list[list[float]] = field(default_factory=list)
+    users_per_s: list[float] = field(default_factory=list)
+    valid: list[tuple[int, dict[str, float], bool]] = field(default_factory=list)
+    end: dict[str, Any] | None = None
+
+
+@dataclass
+class RunRecord:
+    """A run as read back from its folder.
+
+    `names`, `metrics`, `bwt`: one entry a task; `matrix`: [M, M], NaN where nothing was measured; `logs`: task from
+    1 -> TaskLog; `pairs`: (i, j), i > j, tasks from 1 -> cosine similarity of their masks at each site [S].
+    """
+
+    path: Path
+    names: list[str]
+    metrics: list[str]
+    matrix: Array
+    bwt: list[float]
+    logs: dict[int, TaskLog]
+    pairs: dict[tuple[int, int], Array]
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """Events of a metrics.jsonl file; a half-written last line (a killed run) is left out.
+
+    Raises:
+        DataError: a line is not a JSON object with "event" and "task".
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                event = json.loads(line)
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise DataError(path, f"not JSON ({error}), expected one JSON object a line", number) from None
+            if not isinstance(event, dict) or "event" not in event or not isinstance(event.get("task"), int):
+                reason = f'got {str(event)[:60]!r}, expected a JSON object with "event" and "task"'
+                raise DataError(path, reason, number)
+            yield event
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _square(rows: list[list[Any]], count: int) -> Array:
+    matrix = np.full((count, count), np.nan)
+    for j, row in enumerate(rows[:count]):
+        for i, value in enumerate(row[: j + 1]):
+            matrix[j, i] = _number(value)
+    return matrix
+
+
+def _pairs(logs: dict[int, TaskLog]) -> dict[tuple[int, int], Array]:
+    """Mask similarities ([S][T][T]) at the end of the last finished task, by pair of tasks."""
+    ended = [task for task, log in logs.items() if log.end and log.end.get("similarity")]
+    if not ended:
+        return {}
+    last = max(ended)
+    table = np.asarray((logs[last].end or {})["similarity"], dtype=float)
+    if table.ndim != 3 or table.shape[1:] != (last, last):
+        raise TeraconError(f"similarity of task {last} has shape {list(table.shape)}, expected [sites, {last}, {last}]")
+    return {(i, j): table[:, i - 1, j - 1] for i in range(2, last + 1) for j in range(1, i)}
+
+
+def _fold(events: Iterator[dict[str, Any]]) -> dict[int, TaskLog]:
+    """Events by task."""
+    logs: dict[int, TaskLog] = {}
+    for event in events:
+        log = logs.setdefault(int(event["task"]), TaskLog())
+        if event["event"] == "step":
+            log.step.append(float(event["step"]))
+            log.class_loss.append(_number(event.get("class_loss", event.get("loss"))))
+            log.retention_loss.append(_number(event.get("retention_loss")))
+            log.rho.append([_number(value) for value in event.get("rho") or []])
+            log.users_per_s.append(_number(event.get("users_per_s")))
+        elif event["event"] == "valid":
+            log.valid.append((int(event["epoch"]) + 1, event["metrics"], bool(event.get("best"))))
+        elif event["event"] == "task_end":
+            log.end = event
+    return logs
+
+
+def headline(metrics: dict[str, float]) -> str:
+    """The metric that stands for a task in R: accuracy for small label sets, else MRR@5."""
+    return next((name for name in ("mrr@5", "accuracy") if name in metrics), next(iter(metrics), "metric"))
+
+
+def load_run(run: str | Path) -> RunRecord:
+    """Read a run folder back.
+
+    Args:
+        run: folder with metrics.jsonl; dataset.json and results.json are used where they exist.
+
+    Raises:
+        TeraconError: the folder or metrics.jsonl is missing; DataError: a file is malformed.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise TeraconError(f"{run}: no such run folder")
+    if not (run / "metrics.jsonl").is_file():
+        raise TeraconError(f"{run}: has no metrics.jsonl: not a run folder, or nothing has been trained in it yet")
+    logs = _fold(read_events(run / "metrics.jsonl"))
+    results = _json(run / "results.json")
+    tasks = [task["name"] for task in _json(run / "dataset.json").get("tasks", [])]
+    names = list(results.get("tasks") or tasks or [f"task {task}" for task in sorted(logs)])
+    count = len(names)
+    matrix = _square(results.get("R") or [], count)
+    metrics = list(results.get("metric") or [])
+    if not metrics:
+        metrics = [_task_metric(logs, task + 1) for task in range(count)]
+        for j in range(count):
+            test = (logs[j + 1].end or {}).get("test", {}) if j + 1 in logs else {}
+            for i in range(j + 1):
+                matrix[j, i] = _number(test.get(str(i + 1), {}).get(metrics[i]))
+    bwt = [_number(value) for value in results.get("bwt") or []]
+    if len(bwt) != count:
+        last = next((j for j in range(count - 1, -1, -1) if np.isfinite(matrix[j]).any()), 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            bwt = list(100 * (matrix[last] - np.diag(matrix)) / np.diag(matrix))
+    # The last task has nothing after it to forget it: its backward transfer is not defined.
+    bwt[-1:] = [float("nan")]
+    return RunRecord(run, names, metrics, matrix, bwt, logs, _pairs(logs))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(path, f"got text that is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise DataError(path, f"got {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _task_metric(logs: dict[int, TaskLog], task: int) -> str:
+    log = logs.get(task)
+    return headline(log.valid[0][1]) if log and log.valid else "metric"
+
+
+def draw(record: RunRecord) -> dict[str, Figure]:
+    """The pictures of a run that have something to show, by file stem."""
+    rho, loss, valid = {}, {}, {}
+    for task, log in record.logs.items():
+        steps = np.asarray(log.step)
+        retention = np.asarray(log.retention_loss)
+        loss[task] = (steps, np.asarray(log.class_loss), retention if np.isfinite(retention).any() else None)
+        width = max((len(row) for row in log.rho), default=0)
+        if width:
+            kept = [index for index, row in enumerate(log.rho) if len(row) == width]
+            rho[task] = (steps[kept], np.asarray([log.rho[index] for index in kept]))
+        if log.valid:
+            name = record.metrics[task - 1]
+            values = np.asarray([_number(metrics.get(name)) for _, metrics, _ in log.valid])
+            epochs, _, best = (np.asarray(column) for column in zip(*log.valid, strict=True))
+            valid[task] = (epochs.astype(float), values, best.astype(float))
+    labels = [_pretty(name) for name in record.metrics]
+    drawn = {
+        "r_matrix": pictures.r_matrix(record.matrix, record.names, labels, record.bwt),
+        "similarity": pictures.similarity(record.pairs, record.names),
+        "similarity_by_layer": pictures.similarity_by_layer(record.pairs, record.names),
+        "rho": pictures.rho_over_training(rho, record.names),
+        "learning_curves": pictures.learning_curves(valid, record.names, labels),
+        "losses": pictures.losses(loss, record.names),
+    }
+    return {stem: figure for stem, figure in drawn.items() if figure is not None}
+
+
+def write_report(run: str | Path, file_format: str = "png") -> list[Path]:
+    """Draw every picture of `run` and write report.md; returns the files written, report.md first.
+
+    Args:
+        run: run folder.
+        file_format: "png" (150 dpi), "pdf" or "svg".
+
+    Raises:
+        TeraconError: no such run or format.
+    """
+    if file_format not in FORMATS:
+        raise TeraconError(f"picture format {file_format!r} is not known, expected one of {', '.join(FORMATS)}")
+    record = load_run(run)
+    folder = record.path / "report"
+    written = []
+    for stem, figure in draw(record).items():
+        written.append(folder / f"{stem}.{file_format}")
+        with pictures.style(), atomic_write(written[-1]) as file:
+            # Drawn in memory first: some writers seek, and a failure must not leave a part.
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=file_format)
+            file.write(buffer.getvalue())
+    page = folder / "report.md"
+    with atomic_write(page, "w") as file:
+        file.write(markdown(record, [path.name for path in written]))
+    return [page, *written]
+
+
+def _pretty(metric: str) -> str:
+    head, _, tail = metric.partition("@")
+    return {"mrr": "MRR", "hit": "Hit", "ndcg": "NDCG"}.get(head, head) + (f"@{tail}" if tail else "")
+
+
+def shown(value: float, form: str = ".4f") -> str:
+    """`value` in `form`; an en dash where it was not measured."""
+    return format(value, form) if math.isfinite(value) else "–"
+
+
+def summary_rows(record: RunRecord) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of the R table: one row per trained task, then BWT."""
+    heading = ["after training", *(f"T{i + 1} {name}" for i, name in enumerate(record.names))]
+    rows = [["metric", *(_pretty(name) for name in record.metrics)]]
+    for j, values in enumerate(record.matrix):
+        if np.isfinite(values).any():
+            rows.append([f"T{j + 1}", *(shown(value) if i <= j else "" for i, value in enumerate(values))])
+    rows.append(["BWT (%)", *(shown(value, "+.2f") for value in record.bwt)])
+    return heading, rows
+
+
+def task_rows(record: RunRecord) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of the training table: epochs, seconds, rate, last rho of each task."""
+    heading = ["task", "epochs", "steps logged", "time (s)", "users/s (median)", "rho at the end (T1, T2, ...)"]
+    rows = []
+    for task in sorted(record.logs):
+        log = record.logs[task]
+        end = log.end or {}
+        rate = np.asarray(log.users_per_s)
+        rows.append(
+            [
+                f"T{task} {record.names[task - 1] if task <= len(record.names) else ''}".strip(),
+                str(end.get("epochs", len(log.valid))),
+                str(len(log.step)),
+                shown(_number(end.get("seconds")), ",.1f"),
+                shown(float(np.nanmedian(rate)), ",.0f") if np.isfinite(rate).any() else "–",
+                ", ".join(shown(value, ".3g") for value in log.rho[-1]) if log.rho and log.rho[-1] else "–",
+            ]
+        )
+    return heading, rows
+
+
+def _table(heading: list[str], rows: list[list[str]]) -> str:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(heading), line(["---"] + ["---:"] * (len(heading) - 1)), *map(line, rows)])
+
+
+CAPTIONS = {
+    "r_matrix": "R: test metric of each task after each training; colour: change since the task was learned.",
+    "similarity": "Cosine similarity of the task masks, mean over all mask sites.",
+    "similarity_by_layer": "The same at each mask site: which layers the tasks share.",
+    "rho": "Share of each batch drawn to retain each past task; low means that the tasks are alike.",
+    "learning_curves": "Validation metric after each epoch; the star is the epoch whose weights were kept.",
+    "losses": "Training losses.",
+}
+
+
+def markdown(record: RunRecord, files: list[str]) -> str:
+    """report.md: the R matrix with BWT, the training table, every metric of the final model and the pictures."""
+    parts = [f"# Run {record.path.resolve().name}", "## Results", _table(*summary_rows(record))]
+    parts.append("R[j, i]: test metric of task i after training task j. BWT_i = 100 (R[M, i] - R[i, i]) / R[i, i].")
+    last = next((log.end for _, log in sorted(record.logs.items(), reverse=True) if log.end), None)
+    test = (last or {}).get("test") or {}
+    if test:
+        names = sorted({name for metrics in test.values() for name in metrics})
+        rows = [
+            [f"T{task} {record.names[int(task) - 1]}", *(shown(_number(test[task].get(name))) for name in names)]
+            for task in sorted(test, key=int)
+        ]
+        parts += ["## All test metrics of the newest model", _table(["task", *map(_pretty, names)], rows)]
+    parts += ["## Training", _table(*task_rows(record)), "## Pictures"]
+    parts += [f"![{Path(name).stem}]({name})\n\n{CAPTIONS[Path(name).stem]}" for name in files]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,132 @@
+"""The report: what is read from a run folder, what the tables say, and pictures without overlapping or clipped text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from synthetic_run import NAMES, write_run
+
+from teracon_fast import pictures
+from teracon_fast.errors import DataError, TeraconError
+from teracon_fast.report import draw, load_run, markdown, summary_rows, task_rows, write_report
+
+
+def test_matrix_bwt_and_similarity_are_those_of_the_files(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 4, epochs=2, steps=5)
+    results = json.loads((run / "results.json").read_text())
+    record = load_run(run)
+    assert record.names == NAMES[:4]
+    assert record.matrix[2, 1] == results["R"][2][1]
+    assert np.isnan(record.matrix[1, 2])
+    assert record.bwt[:3] == results["bwt"][:3] and np.isnan(record.bwt[3])
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    np.testing.assert_array_equal(record.pairs[4, 2], np.asarray(last["similarity"])[:, 3, 1])
+    assert sorted(record.pairs) == [(2, 1), (3, 1), (3, 2), (4, 1), (4, 2), (4, 3)]
+
+
+def test_unfinished_run_gives_the_rows_it_has(tmp_path: Path) -> None:
+    whole = load_run(write_run(tmp_path / "whole", 3, epochs=2, steps=5))
+    run = write_run(tmp_path / "part", 3, epochs=2, steps=5, finished=False)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    ends = [index for index, line in enumerate(lines) if "task_end" in line]
+    # Killed in the middle of writing a step of task 3.
+    (run / "metrics.jsonl").write_text("".join(lines[: ends[1] + 4]) + lines[ends[1] + 4][:30])
+    record = load_run(run)
+    np.testing.assert_array_equal(record.matrix[:2], whole.matrix[:2])
+    assert np.isnan(record.matrix[2]).all()
+    expected = 100 * (record.matrix[1, 0] - record.matrix[0, 0]) / record.matrix[0, 0]
+    assert record.bwt[0] == pytest.approx(expected)
+    assert record.logs[3].step == [0, 1, 2]
+    assert "| T2 |" in markdown(record, []) and "| T3 |" not in markdown(record, [])
+
+
+def test_bad_lines_are_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 2, epochs=1, steps=3)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join([*lines[:2], "{oops\n", *lines[2:]]))
+    with pytest.raises(DataError, match=r"metrics.jsonl:3: .*not JSON"):
+        load_run(run)
+    (run / "metrics.jsonl").write_text("".join([lines[0], "[1, 2]\n"]))
+    with pytest.raises(DataError, match=r"metrics.jsonl:2: .*\"event\" and \"task\""):
+        load_run(run)
+    with pytest.raises(TeraconError, match="no such run folder"):
+        load_run(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TeraconError, match=r"no metrics\.jsonl"):
+        load_run(tmp_path / "empty")
+    with pytest.raises(TeraconError, match="'bmp'"):
+        write_report(run, "bmp")
+
+
+def test_tables(tmp_path: Path) -> None:
+    record = load_run(write_run(tmp_path / "run", 3, epochs=2, steps=5))
+    heading, rows = summary_rows(record)
+    assert heading == ["after training", "T1 next item", "T2 clicks", "T3 purchases of four stars"]
+    assert rows[0] == ["metric", "MRR@5", "MRR@5", "MRR@5"]
+    assert rows[2] == ["T2", f"{record.matrix[1, 0]:.4f}", f"{record.matrix[1, 1]:.4f}", ""]
+    assert rows[-1] == ["BWT (%)", f"{record.bwt[0]:+.2f}", f"{record.bwt[1]:+.2f}", "–"]
+    _, training = task_rows(record)
+    assert training[0][:5] == ["T1 next item", "2", "10", "61.5", "904"]
+    assert training[2][5].count(",") == 1
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 8])
+def test_every_picture_fits_and_no_text_overlaps(tasks: int, tmp_path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    record = load_run(write_run(tmp_path / "run", tasks, epochs=3, steps=10))
+    figures = draw(record)
+    expected = ["r_matrix", "similarity", "similarity_by_layer", "rho", "learning_curves", "losses"]
+    assert list(figures) == (expected if tasks > 1 else ["r_matrix", "learning_curves", "losses"])
+    for name, figure in figures.items():
+        with pictures.style():
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+        renderer = canvas.get_renderer()
+        page = figure.bbox
+        boxes = []
+        undrawn = set()  # tick labels outside the shown range are kept by matplotlib but not drawn
+        for axis in [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]:
+            low, high = sorted(axis.get_view_interval())
+            ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+            labels = [(tick.get_loc(), label) for tick in ticks for label in (tick.label1, tick.label2)]
+            undrawn |= {label for place, label in labels if not low <= place <= high}
+        for text in figure.findobj(Text):
+            assert isinstance(text, Text)
+            box = text.get_window_extent(renderer)
+            if text.get_text().strip() and text.get_visible() and box.width > 0 and text not in undrawn:
+                assert box.x0 >= page.x0 - 1 and box.x1 <= page.x1 + 1, f"{name}: {text.get_text()!r} is clipped"
+                assert box.y0 >= page.y0 - 1 and box.y1 <= page.y1 + 1, f"{name}: {text.get_text()!r} is clipped"
+                boxes.append((text.get_text(), box.shrunk(0.9, 0.8)))
+        assert len(boxes) > 5
+        low = np.asarray([[b.x0, b.y0] for _, b in boxes])
+        high = np.asarray([[b.x1, b.y1] for _, b in boxes])
+        meet = np.logical_and(low[:, None] < high, low < high[:, None]).all(-1)
+        np.fill_diagonal(meet, False)
+        clashes = [(boxes[a][0], boxes[b][0]) for a, b in zip(*np.nonzero(meet), strict=True) if a < b]
+        assert not clashes, f"{name}: {clashes}"
+
+
+def test_report_files_are_whole_and_linked(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 2, epochs=2, steps=8)
+    page, *images = write_report(run)
+    assert page == run / "report" / "report.md" and len(images) == 6
+    text = page.read_text()
+    for image in images:
+        assert image.read_bytes().startswith(b"\x89PNG") and f"({image.name})" in text
+    assert not list((run / "report").glob(".*"))
+    assert write_report(run, "svg")[1].read_text().lstrip().startswith("<?xml")
+
+
+def test_cell_numbers_do_not_overstate() -> None:
+    figure = pictures.similarity({(2, 1): np.asarray([0.9996])}, ["a", "b"])
+    assert figure is not None
+    assert ".999" in {text.get_text() for text in figure.axes[0].texts}
+    assert pictures.similarity({}, ["a"]) is None
