@@ -1,0 +1,119 @@
+"""The unit that readers yield and the writer consumes: some consecutive rows of a task, with raw ids, and where they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from teracon_fast.errors import DataError
+
+RawIds: TypeAlias = npt.NDArray[Any]
+"""Raw ids: an array of an integer dtype, or of strings (`dtype=object` or `<U`). 0 or "0" is the pad."""
+
+Rows: TypeAlias = "npt.NDArray[Any] | Block"
+LabelArrays: TypeAlias = tuple[npt.NDArray[Any], RawIds]
+
+
+@dataclass
+class Block:
+    """Consecutive rows of one task.
+
+    Attributes:
+        items: [n, L] raw item ids, oldest first, left-padded with 0 (or "0").
+        label_rows: [m] integers, the row of this block that each label belongs to; None when the source has no labels.
+        label_values: [m] raw labels, integers or strings.
+        groups: [n] int64 user ids for the split by user; None: every row is a group of its own.
+        path, first_line: source of the rows, for error messages. Row r of the block is line (CSV, from 1) or row (Parquet, from
+            0) `first_line + r` of `path`.
+    """
+
+    items: RawIds
+    label_rows: npt.NDArray[Any] | None = None
+    label_values: RawIds | None = None
+    groups: npt.NDArray[Any] | None = None
+    path: Path | None = None
+    first_line: int = 0
+
+    def error(self, row: int, reason: str) -> DataError:
+        """The error to raise for an offence in row `row` of this block."""
+        if self.path is None:
+            return DataError("sequences", reason, self.first_line + row)
+        return DataError(self.path, reason, self.first_line + row)
+
+
+def pad_left(values: RawIds, offsets: npt.NDArray[Any], length: int, pad: Any = 0) -> RawIds:
+    """Ragged sequences to a left-padded array; a sequence longer than `length` keeps its newest (last) items.
+
+    Args:
+        values: 1-D, all sequences one after the other.
+        offsets: [n+1] integers; sequence r is `values[offsets[r]:offsets[r+1]]`.
+        length: L.
+        pad: value of the pad: 0, or "0" where `values` are strings.
+
+    Returns:
+        [n, L] array of the dtype of `values`.
+    """
+    starts, ends = np.asarray(offsets[:-1], np.int64)[:, None], np.asarray(offsets[1:], np.int64)[:, None]
+    source = ends - length + np.arange(length)
+    real = source >= starts
+    if not len(values):
+        return np.full(source.shape, pad, dtype=values.dtype)
+    return np.where(real, values[np.where(real, source, 0)], np.asarray(pad, dtype=values.dtype))
+
+
+def as_blocks(
+    sequences: npt.NDArray[Any] | Iterable[Rows],
+    labels: RawIds | LabelArrays | None = None,
+    groups: npt.NDArray[Any] | None = None,
+    rows_per_block: int = 65536,
+) -> Iterator[Block]:
+    """Any form that `DatasetWriter.add_task` accepts, as blocks. Labels and groups given for the whole task are cut to the blocks."""
+    chunks: Iterable[Rows]
+    if isinstance(sequences, np.ndarray):
+        whole = sequences
+        chunks = (whole[i : i + rows_per_block] for i in range(0, len(whole), rows_per_block))
+    else:
+        chunks = sequences
+    label_rows: npt.NDArray[Any] | None = None
+    values: RawIds | None = None
+    if labels is not None:
+        label_rows, values = _label_arrays(labels)
+    done = 0
+    for chunk in chunks:
+        block = chunk if isinstance(chunk, Block) else Block(np.asarray(chunk), first_line=done)
+        n = len(block.items)
+        if label_rows is not None and values is not None:
+            first, last = np.searchsorted(label_rows, [done, done + n])
+            block.label_rows, block.label_values = label_rows[first:last] - done, values[first:last]
+        if groups is not None:
+            block.groups = np.asarray(groups[done : done + n])
+            if len(block.groups) != n:
+                raise DataError(
+                    "groups", f"got {len(groups)} groups for more rows than that; expected one group per row"
+                )
+        done += n
+        yield block
+    if label_rows is not None and len(label_rows) and not 0 <= label_rows[0] <= label_rows[-1] < done:
+        raise DataError(
+            "labels", f"label rows run from {label_rows[0]} to {label_rows[-1]}; expected rows 0 to {done - 1}"
+        )
+    if groups is not None and len(groups) != done:
+        raise DataError("groups", f"got {len(groups)} groups for {done} rows; expected one group per row")
+
+
+def _label_arrays(labels: RawIds | LabelArrays) -> LabelArrays:
+    """Labels as (rows ascending, values)."""
+    if not isinstance(labels, tuple):
+        values = np.asarray(labels)
+        return np.arange(len(values), dtype=np.int64), values
+    rows, values = np.asarray(labels[0]), np.asarray(labels[1])
+    if rows.shape != values.shape or rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise DataError("labels", f"got rows {rows.dtype}{rows.shape} and values {values.shape}; expected two 1-D arrays of one "
+                        "length, the rows integer")  # fmt: skip
+    order = np.argsort(rows, kind="stable")
+    return rows[order].astype(np.int64), values[order]
