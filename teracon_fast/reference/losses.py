@@ -21,7 +21,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         Scalar.
     """
-    return -torch.log_softmax(logits, dim=1).gather(1, targets.unsqueeze(1)).mean()
+    return F.cross_entropy(logits, targets)
 
 
 def retention_loss(student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], rho: Sequence[float]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from teracon_fast.errors import ConfigError, ShapeError
@@ -75,4 +76,5 @@ def relation_mask(
             f"relation weight of {len(task_embeddings)} tasks, variant {variant}: got {got}, expected [{expected}]"
         )
     u = torch.tanh(s * relation_rows(task_embeddings, task, variant))
-    return torch.sigmoid(s * (weight @ u + bias))
+    # w @ u + b, as a linear layer over the channels: the published program's order of summation, to the last bit.
+    return torch.sigmoid(s * F.linear(u.t(), weight.unsqueeze(0), bias.reshape(1)).squeeze(1))

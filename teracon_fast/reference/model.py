@@ -25,8 +25,9 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tenso
         [B, L, f].
     """
     zeros_left = (weight.shape[-1] - 1) * dilation
-    padded = F.pad(x.transpose(1, 2), (zeros_left, 0))
-    return F.conv1d(padded, weight.squeeze(2), bias, dilation=dilation).transpose(1, 2)
+    # A picture of height 1, as published: conv1d sums in another order, and the last bits would differ.
+    padded = F.pad(x.transpose(1, 2).unsqueeze(2), (zeros_left, 0))
+    return F.conv2d(padded, weight, bias, dilation=dilation).squeeze(2).transpose(1, 2)
 
 
 class ReferenceBlock(nn.Module):
@@ -37,7 +38,7 @@ class ReferenceBlock(nn.Module):
     """
 
     def __init__(
-        self, channels: int, kernel_size: int, dilation: int, e_range: tuple[float, float], tasks: int, relation_rows: int
+        self, channels: int, kernel_size: int, dilation: int, e_range: tuple[float, float], tasks: int, rows: int
     ) -> None:
         super().__init__()
         self.dilation = dilation
@@ -49,9 +50,9 @@ class ReferenceBlock(nn.Module):
         self.ec = nn.ModuleList(nn.Embedding(2, channels) for _ in range(tasks))
         for embedding in self.ec:
             nn.init.uniform_(embedding.weight, *e_range)  # type: ignore[arg-type]
-        if relation_rows:
-            self.mlp1 = nn.ModuleList(nn.Linear(relation_rows, 1) for _ in range(tasks))
-            self.mlp2 = nn.ModuleList(nn.Linear(relation_rows, 1) for _ in range(tasks))
+        if rows:
+            self.mlp1 = nn.ModuleList(nn.Linear(rows, 1) for _ in range(tasks))
+            self.mlp2 = nn.ModuleList(nn.Linear(rows, 1) for _ in range(tasks))
             for first, second in zip(self.mlp1, self.mlp2, strict=True):
                 init_linear(first)
                 init_linear(second)
@@ -110,7 +111,8 @@ class ReferenceTCN(nn.Module):
         self.variant = variant
         self.num_tasks = int(model_para["num_task"]) if multi_task else 1
         # The published program passes the labels of all tasks also to the teacher, which uses all but the last.
-        self.labels = [int(n) for n in model_para["target_item_size"]][: self.num_tasks] if multi_task else [int(model_para["item_size"])]
+        heads = list(model_para["target_item_size"])[: self.num_tasks] if multi_task else [model_para["item_size"]]
+        self.labels = [int(n) for n in heads]
         if len(self.labels) != self.num_tasks:
             raise ConfigError(f"target_item_size: got {len(self.labels)} entries, expected num_task = {self.num_tasks}")
         channels, items = int(model_para["dilated_channels"]), int(model_para["item_size"])
@@ -196,7 +198,7 @@ class ReferenceTCN(nn.Module):
         return self.task_classifier[task_num](state), masks_list
 
     def extended(self, num_labels: int) -> ReferenceTCN:
-        """A model with one more task: backbone, embeddings and heads copied, all relation weights and the new task fresh."""
+        """A model with one more task: backbone, e and heads copied, the new task and all relation weights fresh."""
         model_para = {
             **self.model_para,
             "num_task": self.num_tasks + 1,

@@ -66,7 +66,7 @@ def clamp_task_embeddings(model: ReferenceTCN, limit: float = E_LIMIT) -> None:
 
 
 def next_item_loss(model: ReferenceTCN, x: Tensor, s: float) -> Tensor:
-    """Task 1: cross-entropy of item p+1 given the items up to p, at all L-1 positions, pads counted. x: int64 [B, L]."""
+    """Task 1: cross-entropy of item p+1 given items up to p, at all L-1 positions, pads counted. x: int64 [B, L]."""
     logits, _ = model(x[:, :-1], s, [], 0)
     return cross_entropy(logits, x[:, 1:].flatten())
 
@@ -105,7 +105,7 @@ def continual_loss(
     s: float,
     student_mask: str = "past",
 ) -> tuple[Tensor, Tensor]:
-    """(class loss of Eq. 18, retention loss of Eq. 16) of task i = model.num_tasks; arguments as in `continual_step`."""
+    """(class loss of Eq. 18, retention loss of Eq. 16) of the last task; arguments as in `continual_step`."""
     if student_mask not in ("past", "current"):
         raise ConfigError(f"student_mask: got {student_mask!r}, expected past or current")
     past = range(teacher.num_tasks)
@@ -116,7 +116,7 @@ def continual_loss(
         )
     masks, teacher_masks, current = model.all_masks(s), teacher.all_masks(s), model.num_tasks - 1
     logits = model.task_classifier[current](model.hidden(x, masks[:, current])[:, -1])
-    used = [j if student_mask == "past" else current for j in past]
+    used = {j: j if student_mask == "past" else current for j in past}
     student = [past_logits(model, x[users[j]], j, masks[:, used[j]]) for j in past]
     pseudo = [past_logits(teacher, x[users[j]], j, teacher_masks[:, j]).detach() for j in past]
     return cross_entropy(logits, y), retention_loss(student, pseudo, ratios)
