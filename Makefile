@@ -1,0 +1,70 @@
+# Every target works from a clean checkout with Python 3.11 or later, pip and make; a C++ compiler makes it faster.
+#
+#   make demo        train a sequence of tasks on real households' behaviour, print the R matrix, draw pictures
+#   make test        all tests
+#   make bench       ours beside the eager reference and torch.compile of it (BENCH=--quick for a smoke run)
+#   make lint        ruff      make typecheck   mypy      make clean   remove what was built here
+#
+# PYTHON  interpreter that .venv is made with (python3)
+# VENV    environment to install into (.venv); an active one: make test VENV=$$VIRTUAL_ENV
+# TORCH   what to give `pip install` when the environment has no torch. By default the CPU build of TORCH_VERSION, from where
+#         pip looks or else from PyTorch's own index. For CUDA: make demo TORCH=torch
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?=
+TORCH_VERSION ?= 2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BENCH ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# A change of any of these installs again; Python files need no installing, the package is editable.
+BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+
+.PHONY: help demo test bench lint typecheck clean
+
+help:
+	@sed -n '3,13s/^# \{0,1\}//p' Makefile
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest bench/ $(BENCH)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/python -m ruff check .
+
+typecheck: $(VENV)/.installed-dev
+	$(BIN)/python -m mypy
+
+clean:
+	rm -rf build dist *.egg-info teracon_fast/_C.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f $(VENV)/.installed-*
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# Debian's python3 has no ensurepip without its python3-venv package: then the pip outside fills the environment.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, got " + sys.version)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	@$(BIN)/python -c 'import torch' 2>/dev/null || \
+	if test -n "$(TORCH)"; then $(PIP) install $(TORCH); else \
+	  $(PIP) install "torch==$(TORCH_VERSION)+cpu" || \
+	  $(PIP) install "torch==$(TORCH_VERSION)+cpu" --extra-index-url $(TORCH_INDEX) || \
+	  $(PIP) install "torch==$(TORCH_VERSION)"; \
+	fi
+	@$(BIN)/python -c 'import torch; print("torch", torch.__version__, "from", torch.__path__[0])'
+	@touch $@
+
+# Without build isolation: the extension is built against the torch of this environment, and no other one is downloaded.
+$(VENV)/.installed-%: $(VENV)/.torch $(BUILT_FROM)
+	$(PIP) install --quiet 'setuptools>=77'
+	$(PIP) install --quiet --no-build-isolation -e '.[$*]'
+	@$(BIN)/python -c 'from teracon_fast import _native as n; print("compiled extension:", n.missing_reason() or "built")'
+	@touch $@
