@@ -1,4 +1,4 @@
-"""The unit that readers yield and the writer consumes: some consecutive rows of a task, with raw ids, and where they came from."""
+"""What readers yield and the writer consumes: consecutive rows of a task with raw ids, and where they came from."""
 
 from __future__ import annotations
 
@@ -51,14 +51,16 @@ def pad_left(values: RawIds, offsets: npt.NDArray[Any], length: int, pad: Any = 
 
     Args:
         values: 1-D, all sequences one after the other.
-        offsets: [n+1] integers; sequence r is `values[offsets[r]:offsets[r+1]]`.
+        offsets: integers, [n+1]: sequence r is `values[offsets[r]:offsets[r+1]]`; or [2, n]: begins and ends, sequence r is
+            `values[offsets[0, r]:offsets[1, r]]`.
         length: L.
         pad: value of the pad: 0, or "0" where `values` are strings.
 
     Returns:
         [n, L] array of the dtype of `values`.
     """
-    starts, ends = np.asarray(offsets[:-1], np.int64)[:, None], np.asarray(offsets[1:], np.int64)[:, None]
+    bounds = offsets if offsets.ndim == 2 else np.stack([offsets[:-1], offsets[1:]])
+    starts, ends = bounds.astype(np.int64)[:, :, None]
     source = ends - length + np.arange(length)
     real = source >= starts
     if not len(values):
@@ -72,7 +74,7 @@ def as_blocks(
     groups: npt.NDArray[Any] | None = None,
     rows_per_block: int = 65536,
 ) -> Iterator[Block]:
-    """Any form that `DatasetWriter.add_task` accepts, as blocks. Labels and groups given for the whole task are cut to the blocks."""
+    """Any form that `DatasetWriter.add_task` accepts, as blocks; labels and groups of the whole task are cut to them."""
     chunks: Iterable[Rows]
     if isinstance(sequences, np.ndarray):
         whole = sequences

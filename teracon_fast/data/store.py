@@ -18,46 +18,32 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from teracon_fast.data.blocks import Block, LabelArrays, RawIds, Rows, as_blocks
-from teracon_fast.data.dictionaries import PAD, Dictionary, DictionaryBuilder
-from teracon_fast.data.npy import NpyWriter, remap
+from teracon_fast.data.blocks import LabelArrays, RawIds, Rows, as_blocks
+from teracon_fast.data.dictionaries import Dictionary
+from teracon_fast.data.layout import (
+    FORMAT_VERSION,
+    Kind,
+    TaskMeta,
+    check_dictionary,
+    check_values,
+    open_array,
+    read_about,
+)
+from teracon_fast.data.task_files import Duplicates, TaskFiles, Unseen
 from teracon_fast.errors import DataError
 from teracon_fast.files import atomic_write
 
-FORMAT_VERSION = 1
-Kind: TypeAlias = Literal["next_item", "label"]
-Unseen: TypeAlias = Literal["error", "pad", "drop"]
-Duplicates: TypeAlias = Literal["keep", "drop", "error"]
+__all__ = ["DatasetWriter", "Duplicates", "Kind", "TaskData", "TaskMeta", "TaskSequence", "Unseen", "open_dataset"]
 
 _log = logging.getLogger("teracon_fast.data")
-
-
-@dataclass(frozen=True)
-class TaskMeta:
-    """What `dataset.json` says of one task.
-
-    Attributes:
-        name: "watch", "age", ...
-        kind: "next_item" for the first task (one sample a row, its label the last item), "label" for all later ones.
-        num_rows, num_samples: N and S.
-        num_labels: C; of a next_item task, V.
-        notes: oddities that were accepted while preparing (rows of only pads, repeated labels, ...), in words.
-    """
-
-    name: str
-    kind: Kind
-    num_rows: int
-    num_samples: int
-    num_labels: int
-    notes: list[str] = field(default_factory=list)
 
 
 class DatasetWriter:
@@ -174,11 +160,12 @@ class DatasetWriter:
             raise DataError(self.path, f"got unseen={unseen!r}; expected 'error', 'pad' or 'drop'")
         if duplicates not in ("keep", "drop", "error"):
             raise DataError(self.path, f"got duplicates={duplicates!r}; expected 'keep', 'drop' or 'error'")
-        task = _TaskFiles(self, self._folder / f"task{number}", kind, unseen, duplicates)
+        task = TaskFiles(self._folder / f"task{number}", kind, self.length, self.items, unseen, duplicates)
         for block in as_blocks(sequences, labels, groups):
             if len(block.items):
                 task.add(block)
         meta = task.finish(name)
+        self.length, self.items = task.length, task.items
         self.tasks.append(meta)
         for note in meta.notes:
             _log.warning("task %s: %s", name, note)
@@ -214,143 +201,101 @@ class DatasetWriter:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-class _TaskFiles:
-    """The arrays of one task while they are written."""
+@dataclass(frozen=True, eq=False)
+class TaskData:
+    """One task of an opened data set. The arrays are memory-mapped and read-only.
 
-    def __init__(self, writer: DatasetWriter, folder: Path, kind: Kind, unseen: Unseen, duplicates: Duplicates) -> None:
-        self.writer, self.folder, self.kind, self.unseen, self.duplicates = writer, folder, kind, unseen, duplicates
-        folder.mkdir()
-        self.new_items = DictionaryBuilder(pad=True) if writer.items is None else None
-        self.label_builder = DictionaryBuilder(pad=False)
-        self.sequences: NpyWriter | None = None
-        self.lengths = NpyWriter(folder / "lengths.npy", np.int32)
-        self.groups = NpyWriter(folder / "groups.npy", np.int64)
-        self.samples: list[npt.NDArray[np.int32]] = []
-        self.rows = 0
-        self.counts = dict.fromkeys(("empty", "inner", "ending", "unseen", "repeated"), 0)
+    Attributes:
+        name, kind: see `TaskMeta`.
+        num_labels: C (V for a next_item task).
+        sequences: int32 [N, L] dense item indices, left-padded with 0.
+        lengths: int32 [N], L minus the number of leading zeros.
+        groups: int64 [N] user ids.
+        samples: int32 [S, 2], (row, label); for next_item the label is the last item of the row.
+        path: the folder of the task.
+    """
 
-    def add(self, block: Block) -> None:
-        writer = self.writer
-        if block.items.ndim != 2:
-            raise block.error(0, f"got sequences of shape {block.items.shape}; expected [rows, length]")
-        rows, width = block.items.shape
-        if writer.length is None:
-            writer.length = width
-        if width != writer.length or width < 1:
-            raise block.error(0, f"got rows of {width} items; expected {writer.length}")
-        codes = self._encode_items(block)
-        real = codes != 0
-        leading = np.where(real.any(axis=1), real.argmax(axis=1), width)
-        lengths = (width - leading).astype(np.int32)
-        self.counts["empty"] += int((lengths == 0).sum())
-        self.counts["ending"] += int(((lengths > 0) & ~real[:, -1]).sum())
-        self.counts["inner"] += int((real.sum(axis=1) < lengths).sum())
-        if self.sequences is None:
-            self.sequences = NpyWriter(self.folder / "sequences.npy", np.int32, (width,))
-        self.sequences.append(codes)
-        self.lengths.append(lengths)
-        groups = np.arange(self.rows, self.rows + rows) if block.groups is None else np.asarray(block.groups)
-        if groups.shape != (rows,) or groups.dtype.kind not in "iu":
-            raise block.error(0, f"got groups {groups.dtype}{groups.shape}; expected {rows} integers")
-        self.groups.append(groups)
-        if self.kind == "label":
-            self._add_labels(block)
-        else:
-            last = np.stack([np.arange(self.rows, self.rows + rows), codes[:, -1]], axis=1)
-            self.samples.append(last.astype(np.int32))
-        self.rows += rows
-        if self.rows > np.iinfo(np.int32).max:
-            raise block.error(rows - 1, f"more than {np.iinfo(np.int32).max} rows")
+    name: str
+    kind: Kind
+    num_labels: int
+    sequences: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int32]
+    groups: npt.NDArray[np.int64]
+    samples: npt.NDArray[np.int32]
+    path: Path
 
-    def _encode_items(self, block: Block) -> npt.NDArray[np.int32]:
-        try:
-            if self.new_items is not None:
-                return self.new_items.add(block.items)
-            assert self.writer.items is not None
-            codes = self.writer.items.encode(block.items)
-        except TypeError as error:
-            raise block.error(0, f"items: {error}") from error
-        missing = codes < 0
-        if not missing.any():
-            return codes
-        if self.unseen == "error":
-            row, column = np.argwhere(missing)[0]
-            raise block.error(int(row), f"item {str(block.items[row, column])!r} is not in the item dictionary (made from task 1, "
-                              f"{len(self.writer.items)} ids); expected known items, or unseen='pad' or 'drop'")  # fmt: skip
-        self.counts["unseen"] += int(missing.sum())
-        codes[missing] = 0
-        if self.unseen == "drop":
-            # Stable sort by "kept": the dropped places come first, as pads, and the rest keep their order.
-            codes = np.take_along_axis(codes, np.argsort(~missing, axis=1, kind="stable"), axis=1)
-        return codes
-
-    def _add_labels(self, block: Block) -> None:
-        if block.label_rows is None or block.label_values is None:
-            raise block.error(0, "no labels; expected at least one label a row for a task of kind 'label'")
-        try:
-            codes = self.label_builder.add(np.asarray(block.label_values))
-        except TypeError as error:
-            raise block.error(0, f"labels: {error}") from error
-        rows = np.asarray(block.label_rows)
-        if rows.shape != codes.shape or (len(rows) and not 0 <= rows.min() <= rows.max() < len(block.items)):
-            raise block.error(
-                0, f"got {rows.shape} label rows and {codes.shape} labels; expected one row of the block per label"
-            )
-        pairs = np.stack([rows + self.rows, codes], axis=1).astype(np.int32)
-        if len(rows) and not (np.diff(rows) > 0).all():
-            pairs = self._without_duplicates(block, pairs)
-        self.samples.append(pairs)
-
-    def _without_duplicates(self, block: Block, pairs: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        _, first = np.unique(pairs, axis=0, return_index=True)
-        repeated = len(pairs) - len(first)
-        if not repeated:
-            return pairs
-        if self.duplicates == "error":
-            again = int(np.setdiff1d(np.arange(len(pairs)), first)[0])
-            assert block.label_values is not None
-            raise block.error(
-                int(pairs[again, 0]) - self.rows, f"label {str(block.label_values[again])!r} occurs twice"
-            )
-        self.counts["repeated"] += repeated
-        return pairs if self.duplicates == "keep" else pairs[np.sort(first)]
-
-    def finish(self, name: str) -> TaskMeta:
-        writer = self.writer
-        if self.sequences is None:
-            raise DataError(writer.path, f"task {name!r} has no rows")
-        index_of_item: npt.NDArray[np.int32] | None = None
-        if self.new_items is not None:
-            writer.items, index_of_item = self.new_items.finish()
-            remap(self.sequences, index_of_item)
-        for array in (self.sequences, self.lengths, self.groups):
-            array.close()
-        assert writer.items is not None
-        samples = np.concatenate(self.samples)
+    def label_ids(self) -> npt.NDArray[np.object_]:
+        """[C] raw label of every index (raw item ids for a next_item task), of type str."""
         if self.kind == "next_item":
-            if index_of_item is not None:
-                samples[:, 1] = index_of_item[samples[:, 1]]
-            num_labels = len(writer.items)
-        else:
-            if not len(samples):
-                raise DataError(writer.path, f"task {name!r} has no labels")
-            labels, index_of_label = self.label_builder.finish()
-            samples[:, 1] = index_of_label[samples[:, 1]]
-            num_labels = len(labels)
-            labels.save(self.folder / "labels.parquet")
-        file = NpyWriter(self.folder / "samples.npy", np.int32, (2,))
-        file.append(samples)
-        file.close()
-        return TaskMeta(name, self.kind, self.rows, len(samples), num_labels, self._notes())
+            return Dictionary.load(self.path.parent / "items.parquet").ids
+        return Dictionary.load(self.path / "labels.parquet").ids
 
-    def _notes(self) -> list[str]:
-        unseen = {"pad": "replaced by the pad", "drop": "dropped"}.get(self.unseen, "")
-        repeated = {"keep": "kept as samples", "drop": "dropped"}.get(self.duplicates, "")
-        words = {
-            "empty": "rows hold only pads",
-            "inner": "rows hold the pad 0 after their first item; it is embedded like any item",
-            "ending": "rows end with the pad 0; sequences must be padded on the left, newest item last",
-            "unseen": f"items that task 1 does not have were {unseen}",
-            "repeated": f"labels given twice to one row were {repeated}",
-        }
-        return [f"{count} {words[what]}" for what, count in self.counts.items() if count]
+
+@dataclass(frozen=True, eq=False)
+class TaskSequence:
+    """An opened data set.
+
+    Attributes:
+        path, name: folder and name.
+        length: L.
+        num_items: V, with the pad.
+        tasks: in order of training.
+        metas: what dataset.json records of each task, with the notes.
+        source: where the data came from.
+    """
+
+    path: Path
+    name: str
+    length: int
+    num_items: int
+    tasks: list[TaskData]
+    metas: list[TaskMeta]
+    source: dict[str, Any]
+
+    def item_ids(self) -> npt.NDArray[np.object_]:
+        """[V] raw id of every item index, of type str; index 0 is the pad "0"."""
+        return self.item_dictionary().ids
+
+    def item_dictionary(self) -> Dictionary:
+        """The item dictionary, for encoding raw ids."""
+        return Dictionary.load(self.path / "items.parquet")
+
+
+def open_dataset(path: str | Path, validate: bool = True) -> TaskSequence:
+    """Open a prepared folder, memory-mapped.
+
+    Args:
+        path: the folder.
+        validate: also read all arrays once and check every value: items in [0, V), labels in [0, C), rows of samples in [0, N),
+            lengths equal to L minus the leading zeros, dictionaries of the recorded sizes.
+
+    Raises:
+        DataError: naming the file: no prepared data set, another format version, missing, truncated or foreign files,
+            shapes, dtypes or values that do not fit.
+    """
+    path = Path(path)
+    about = read_about(path)
+    check_dictionary(path / "items.parquet", about.num_items)
+    tasks = []
+    for number, meta in enumerate(about.tasks, 1):
+        folder, rows = path / f"task{number}", meta.num_rows
+        if meta.kind == "label":
+            check_dictionary(folder / "labels.parquet", meta.num_labels)
+        elif meta.num_labels != about.num_items:
+            reason = f"task 1 has num_labels {meta.num_labels}; expected num_items {about.num_items}"
+            raise DataError(path / "dataset.json", reason)
+        tasks.append(
+            TaskData(
+                name=meta.name,
+                kind=meta.kind,
+                num_labels=meta.num_labels,
+                sequences=open_array(folder / "sequences.npy", np.int32, (rows, about.length)),
+                lengths=open_array(folder / "lengths.npy", np.int32, (rows,)),
+                groups=open_array(folder / "groups.npy", np.int64, (rows,)),
+                samples=open_array(folder / "samples.npy", np.int32, (meta.num_samples, 2)),
+                path=folder,
+            )
+        )
+        if validate:
+            check_values(folder, meta, about.length, about.num_items)
+    return TaskSequence(path, about.name, about.length, about.num_items, tasks, about.tasks, about.source)

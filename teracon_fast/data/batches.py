@@ -1,0 +1,99 @@
+"""Batches of an epoch, the same for the same (seed, epoch), and the tensors of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from teracon_fast.data.store import TaskData
+from teracon_fast.errors import ConfigError
+
+Indices = npt.NDArray[np.int64]
+
+
+class EpochBatches(Sequence[Indices]):
+    """The batches of one epoch: `batches[k]` is the array of sample indices of batch k, `batches[k:]` resumes at batch k.
+
+    Args:
+        order: int64 [n] sample indices in the order they are used.
+        batch_size: samples per batch; the last batch may be smaller.
+    """
+
+    def __init__(self, order: Indices, batch_size: int) -> None:
+        self.order, self.batch_size = order, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.batch_size)
+
+    @overload
+    def __getitem__(self, index: int) -> Indices: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Indices]: ...
+
+    def __getitem__(self, index: int | slice) -> Indices | list[Indices]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        k = index + len(self) if index < 0 else index
+        if not 0 <= k < len(self):
+            raise IndexError(f"batch {index} of {len(self)}")
+        return self.order[k * self.batch_size : (k + 1) * self.batch_size]
+
+
+def epoch_batches(
+    indices: npt.NDArray[np.integer],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    shuffle: bool = True,
+    drop_last: bool = False,
+) -> EpochBatches:
+    """The batches of one epoch over `indices`, each index once.
+
+    Depends on nothing but the arguments, so a run that stopped at batch k goes on with `epoch_batches(...)[k:]`.
+
+    Args:
+        indices: [n] sample indices (a part of a `Split`).
+        batch_size: at least 1.
+        seed, epoch: non-negative; choose the order.
+        shuffle: False keeps the order of `indices`.
+        drop_last: leave out a last batch that is not full. By default it is kept.
+
+    Raises:
+        ConfigError: batch size below 1, negative seed or epoch.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"got batch_size {batch_size}; expected at least 1")
+    if seed < 0 or epoch < 0:
+        raise ConfigError(f"got seed {seed} and epoch {epoch}; expected non-negative integers")
+    order = np.asarray(indices, dtype=np.int64)
+    if shuffle:
+        order = np.random.Generator(np.random.PCG64([seed, epoch, 1])).permutation(order)
+    if drop_last:
+        order = order[: len(order) // batch_size * batch_size]
+    return EpochBatches(order, batch_size)
+
+
+def fetch(task: TaskData, sample_indices: npt.NDArray[np.integer]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences and labels of some samples.
+
+    Args:
+        task: the task.
+        sample_indices: [B] integers in [0, S), in any order, repeats allowed.
+
+    Returns:
+        x int64 [B, L] item indices, left-padded with 0, and y int64 [B] label indices; in memory, not mapped.
+
+    Raises:
+        IndexError: an index outside [0, S).
+    """
+    sample_indices = np.asarray(sample_indices)
+    if len(sample_indices) and sample_indices.min() < 0:
+        raise IndexError(f"sample index {sample_indices.min()}; expected 0 to {len(task.samples) - 1}")
+    pairs = task.samples[sample_indices]
+    x = task.sequences[pairs[:, 0]].astype(np.int64)
+    return torch.from_numpy(x), torch.from_numpy(pairs[:, 1].astype(np.int64))

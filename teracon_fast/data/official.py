@@ -1,0 +1,277 @@
+"""The published CSV: one line a user, `id,id,...,id` (task 1) or `id,id,...,id,,label[,label...]` (later tasks).
+
+Ids are whole numbers, oldest item first, left-padded with 0 to one length. The file is streamed in blocks of bytes and parsed by
+numpy over a whole block at once; only when a check fails is the offending line looked for.
+
+What differs from the published reader: a last line without newline keeps its last character; CRLF and a UTF-8 byte order mark
+are accepted; everything else that is not exactly the format is refused with file, line and reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from teracon_fast.data.blocks import Block, pad_left
+from teracon_fast.errors import DataError
+
+Ints = npt.NDArray[np.int64]
+
+_COMMA, _NEWLINE, _ZERO = ord(","), ord("\n"), ord("0")
+_MAX_DIGITS = 18  # every number of 18 digits fits int64
+_MAX_LINE_BYTES = 64 << 20
+_FOREIGN = {
+    b"\x1f\x8b": "gzip-compressed",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "Parquet (read it with read_parquet)",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+}
+
+
+def read_sequences_csv(
+    path: str | Path,
+    labels: bool,
+    *,
+    length: int | None = None,
+    pad: Literal["none", "left"] = "none",
+    empty_labels: Literal["error", "skip"] = "error",
+    block_bytes: int = 8 << 20,
+) -> Iterator[Block]:
+    """Read a published CSV in blocks of rows, ready for `DatasetWriter.add_task`.
+
+    Accepted: CRLF, a byte order mark, a last line without newline, blank lines at the end of the file; rows of only pads, the
+    pad 0 anywhere in a row, a label repeated in a row (the writer notes these three).
+
+    Args:
+        path: the file.
+        labels: whether lines have labels after `,,`. A file of the other kind is refused.
+        length: items per row L. None: the first row's (pad="none"), or the longest row's (pad="left", costs one more pass).
+        pad: "none" refuses a row that has not exactly `length` items; "left" fills a shorter row with 0 on the left and keeps the
+            newest `length` items of a longer one.
+        empty_labels: "error" refuses a row without label, or with an empty one among others; "skip" ignores the empty ones
+            (the row itself is kept).
+        block_bytes: bytes parsed at once.
+
+    Yields:
+        `Block`s with items int64 [n, L] and, with labels, label_rows and label_values int64 [m].
+
+    Raises:
+        DataError: file and line of the first offence: no such file, empty file, another file format, an id that is not a whole
+            number of at most 18 digits without sign and leading zero, NUL bytes, an empty id, a blank line between rows, a ragged
+            row, missing or unexpected labels.
+    """
+    path = Path(path)
+    if pad not in ("none", "left"):
+        raise DataError(path, f"got pad={pad!r}; expected 'none' or 'left'")
+    if empty_labels not in ("error", "skip"):
+        raise DataError(path, f"got empty_labels={empty_labels!r}; expected 'error' or 'skip'")
+    if length is not None and length < 1:
+        raise DataError(path, f"got length {length}; expected at least 1")
+    if not path.is_file():
+        raise DataError(path, "no such file")
+    return _blocks(path, labels, length, pad, empty_labels, block_bytes)
+
+
+def _blocks(
+    path: Path, labels: bool, length: int | None, pad: str, empty_labels: str, block_bytes: int
+) -> Iterator[Block]:
+    if length is None and pad == "left":
+        tables = (_Tokens.of(path, *part) for part in _text_blocks(path, block_bytes))
+        length = max(int(_item_counts(table, labels).max(initial=0)) for table in tables)
+        if length == 0:
+            raise DataError(path, "no row has an item")
+    for text, first_line in _text_blocks(path, block_bytes):
+        tokens = _Tokens.of(path, text, first_line)
+        counts = _item_counts(tokens, labels)
+        if length is None:
+            length = int(counts[0])
+        starts = tokens.first
+        values = tokens.values()
+        if pad == "left":
+            ends = starts + counts
+            items = pad_left(values, np.stack([starts, ends]), length)
+        else:
+            if (counts != length).any():
+                row = int((counts != length).argmax())
+                raise tokens.error(row, f"got {counts[row]} items; expected {length}{_HOW_TO_PAD}")
+            flat = len(values) == len(counts) * length
+            items = values.reshape(-1, length) if flat else values[starts[:, None] + np.arange(length)]
+        block = Block(items, path=path, first_line=first_line)
+        if labels:
+            block.label_rows, block.label_values = _labels(tokens, counts, values, empty_labels)
+        yield block
+
+
+_HOW_TO_PAD = " in every row (pad='left' pads and truncates rows)"
+
+
+def _text_blocks(path: Path, block_bytes: int) -> Iterator[tuple[bytes, int]]:
+    """Whole lines as (bytes ending in a newline, number of the first line); blank lines at the end of the file taken away."""
+    line, blank_line, rows, rest = 1, 0, 0, b""
+    with open(path, "rb") as file:
+        head = file.read(4)
+        for magic, what in _FOREIGN.items():
+            if head.startswith(magic):
+                raise DataError(path, f"the file is {what}; expected plain text")
+        file.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
+        while True:
+            chunk = file.read(block_bytes)
+            end = chunk.rfind(b"\n") + 1
+            if chunk and not end:
+                rest += chunk
+                if len(rest) > _MAX_LINE_BYTES:
+                    raise DataError(path, f"a line longer than {_MAX_LINE_BYTES >> 20} MiB; expected text lines", line)
+                continue
+            text, rest = rest + chunk[:end], chunk[end:]
+            if not chunk and text:
+                text += b"\n"
+            if b"\r" in text:
+                text = text.replace(b"\r\n", b"\n")
+            lines = text.count(b"\n")
+            kept = text.rstrip(b"\n")
+            kept += b"\n" if kept else b""
+            if kept and blank_line:
+                raise DataError(path, "blank line between rows", blank_line)
+            if len(kept) < len(text):
+                blank_line = blank_line or line + kept.count(b"\n")
+            if kept:
+                rows += 1
+                yield kept, line
+            line += lines
+            if not chunk:
+                break
+    if not rows:
+        raise DataError(path, "the file has no rows")
+
+
+@dataclass
+class _Tokens:
+    """The fields of some whole lines.
+
+    Attributes:
+        text: bytes of the lines, uint8.
+        stop: [t] position of the separator after each field.
+        size: [t] number of characters of each field, 0 for an empty one.
+        first, last: [n] the first and the last field of each line.
+    """
+
+    path: Path
+    first_line: int
+    text: npt.NDArray[np.uint8]
+    stop: Ints
+    size: Ints
+    first: Ints
+    last: Ints
+
+    @classmethod
+    def of(cls, path: Path, text: bytes, first_line: int) -> _Tokens:
+        """Cut lines into fields; refuses any byte but digits, commas and newlines, and blank lines."""
+        array = np.frombuffer(text, dtype=np.uint8)
+        # uint8 wraps below "0", so that one comparison finds all that is not a digit.
+        stop = np.flatnonzero(array - np.uint8(_ZERO) > 9)
+        separator = array[stop]
+        newline = separator == _NEWLINE
+        last = np.flatnonzero(newline)
+        if len(last) + np.count_nonzero(separator == _COMMA) != len(stop):
+            foreign = ~newline & (separator != _COMMA)
+            raise _foreign_byte(path, text, int(stop[foreign.argmax()]), first_line)
+        size = np.diff(stop, prepend=-1) - 1
+        first = np.concatenate([[0], last[:-1] + 1])
+        tokens = cls(path, first_line, array, stop, size, first, last)
+        blank = (first == last) & (size[first] == 0)
+        if blank.any():
+            raise tokens.error(int(blank.argmax()), "blank line between rows")
+        return tokens
+
+    def values(self) -> Ints:
+        """[t] the number in each field; undefined where the field is empty."""
+        text, size, position = self.text, self.size, self.stop - 1
+        longest = int(size.max())
+        if longest > _MAX_DIGITS:
+            raise self._bad_number(int(size.argmax()), f"at most {_MAX_DIGITS} digits")
+        values = (text[position] - np.uint8(_ZERO)).astype(np.int64)
+        long = np.flatnonzero(size > 1)
+        leading_zero = text[self.stop[long] - size[long]] == _ZERO
+        if leading_zero.any():
+            raise self._bad_number(int(long[leading_zero.argmax()]), "no leading zero, which the id would lose")
+        for digit in range(1, longest):
+            long = long[size[long] > digit]
+            values[long] += (text[position[long] - digit] - np.uint8(_ZERO)).astype(np.int64) * 10**digit
+        return values
+
+    def row_of(self, token: int) -> int:
+        return int(np.searchsorted(self.last, token))
+
+    def error(self, row: int, reason: str) -> DataError:
+        return DataError(self.path, reason, self.first_line + row)
+
+    def _bad_number(self, token: int, expected: str) -> DataError:
+        stop = int(self.stop[token])
+        got = self.text[stop - int(self.size[token]) : stop].tobytes().decode()
+        return self.error(self.row_of(token), f"got id {_shorten(got)}; expected {expected}")
+
+
+def _item_counts(tokens: _Tokens, labels: bool) -> Ints:
+    """[n] number of items of each line; refuses empty ids, and labels missing or unexpected."""
+    empty = np.flatnonzero(tokens.size == 0)
+    if not labels:
+        if len(empty):
+            row = tokens.row_of(int(empty[0]))
+            if empty[0] == tokens.last[row]:
+                raise tokens.error(row, "the line ends with ','; expected an item id after it")
+            raise tokens.error(row, "empty item id; a file with labels after ',,' is read with labels=True")
+        return tokens.last - tokens.first + 1
+    rows = np.searchsorted(tokens.last, empty)
+    counts = np.full(len(tokens.first), -1)
+    # Written from the last empty field to the first, so that the first one of each line stays.
+    counts[rows[::-1]] = empty[::-1] - tokens.first[rows[::-1]]
+    # In ",,label" the first field is the (empty) sequence and the second the gap between the commas.
+    gap = tokens.first + np.maximum(counts, 1)
+    bad = (counts < 0) | (gap >= tokens.last) | (tokens.size[np.minimum(gap, tokens.last)] > 0)
+    if bad.any():
+        row = int(bad.argmax())
+        what = "empty item id" if counts[row] == 0 else "no ',,' between items and labels"
+        raise tokens.error(row, f"{what}; expected 'id,id,...,id,,label', or labels=False for a file without labels")
+    return counts
+
+
+def _labels(tokens: _Tokens, counts: Ints, values: Ints, empty_labels: str) -> tuple[Ints, Ints]:
+    """Row and value of every label of the lines."""
+    begin = tokens.first + np.maximum(counts, 1) + 1
+    many = tokens.last - begin + 1
+    rows = np.repeat(np.arange(len(begin)), many)
+    fields = np.arange(len(rows)) + np.repeat(begin - (np.cumsum(many) - many), many)
+    empty = tokens.size[fields] == 0
+    if empty.any():
+        if empty_labels == "error":
+            raise tokens.error(int(rows[empty.argmax()]), "empty label after ',,' (empty_labels='skip' ignores it)")
+        rows, fields = rows[~empty], fields[~empty]
+    return rows, values[fields]
+
+
+def _foreign_byte(path: Path, text: bytes, at: int, first_line: int) -> DataError:
+    line = first_line + text.count(b"\n", 0, at)
+    byte = text[at : at + 1]
+    if byte == b"\0":
+        return DataError(path, "NUL byte; expected digits and commas", line)
+    if byte == b"\r":
+        return DataError(path, "carriage return inside a line; expected lines ending in LF or CRLF", line)
+    begin = max(text.rfind(b",", 0, at), text.rfind(b"\n", 0, at)) + 1
+    ends = [end for end in (text.find(b",", at), text.find(b"\n", at)) if end >= 0]
+    got = text[begin : min(ends)].decode("utf-8", "backslashreplace")
+    header = " (a header line?)" if line == 1 and byte.isalpha() else ""
+    return DataError(
+        path,
+        f"got id {_shorten(got)}{header}; expected a whole number of digits only; other ids are read from Parquet",
+        line,
+    )
+
+
+def _shorten(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "...")

@@ -1,0 +1,85 @@
+"""Train, validation and test parts of a task's samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from teracon_fast.data.store import TaskData
+from teracon_fast.errors import ConfigError
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Sample indices (rows of `TaskData.samples`) of the three parts: int64, ascending, disjoint, together all samples."""
+
+    train: Indices
+    valid: Indices
+    test: Indices
+
+
+def split_task(
+    task: TaskData,
+    by: Literal["sample", "user"] = "sample",
+    seed: int = 0,
+    fractions: tuple[float, float, float] = (0.80, 0.05, 0.15),
+) -> Split:
+    """Split the samples of a task.
+
+    Args:
+        task: the task.
+        by: "sample" shuffles samples (the published program; two samples of one user may fall on both sides). "user" keeps all
+            samples of a user (`TaskData.groups`) on one side. The order of users depends on the seed and their id only, so a
+            user has nearly the same place in every task; the cuts are at the given fractions of the users of the task.
+        seed: non-negative. The same seed gives the same split, on any machine.
+        fractions: shares of train, validation and test; they sum to 1. Counts are rounded like the published program's:
+            held = int((valid + test) n), of which int(held test / (valid + test)) are test; train gets the rest. A part with a
+            positive share gets at least one sample (or user).
+
+    Raises:
+        ConfigError: another `by`, a negative seed, fractions negative or not summing to 1, fewer samples (users) than parts.
+    """
+    if by not in ("sample", "user"):
+        raise ConfigError(f"got by={by!r}; expected 'sample' or 'user'")
+    if seed < 0:
+        raise ConfigError(f"got seed {seed}; expected a non-negative integer")
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
+        raise ConfigError(f"got fractions {fractions}; expected three shares of train, valid and test that sum to 1")
+    if by == "sample":
+        order = np.random.Generator(np.random.PCG64(seed)).permutation(len(task.samples))
+        parts = np.split(order, _cuts(len(order), fractions, "samples", task.name))
+    else:
+        groups, group_of = np.unique(task.groups[task.samples[:, 0]], return_inverse=True)
+        rank = np.empty(len(groups), dtype=np.int64)
+        rank[np.argsort(_hash(groups, seed), kind="stable")] = np.arange(len(groups))
+        side = np.searchsorted(_cuts(len(groups), fractions, "users", task.name), rank[group_of], side="right")
+        parts = [np.flatnonzero(side == part) for part in range(3)]
+    train, valid, test = (np.sort(part).astype(np.int64, copy=False) for part in parts)
+    return Split(train, valid, test)
+
+
+def _cuts(n: int, fractions: tuple[float, float, float], what: str, name: str) -> tuple[int, int]:
+    """Where validation begins, and where test begins."""
+    wanted = [int(fraction > 0) for fraction in fractions]
+    if n < sum(wanted):
+        raise ConfigError(f"task {name!r} has {n} {what}; expected at least {sum(wanted)} to split by {fractions}")
+    held_share = fractions[1] + fractions[2]
+    # The small term undoes rounding of the shares: 0.15 / 0.2 is 0.7499... in floating point.
+    held = min(max(int(held_share * n + 1e-9), wanted[1] + wanted[2]), n - wanted[0])
+    test = int(held * fractions[2] / held_share + 1e-9) if held_share else 0
+    test = min(max(test, wanted[2]), held - wanted[1])
+    return n - held, n - test
+
+
+def _hash(groups: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
+    """SplitMix64 of each group id, the stream chosen by the seed (Steele, Lea and Flood 2014)."""
+    start = np.random.Generator(np.random.PCG64(seed)).integers(0, 2**64, dtype=np.uint64)
+    z = groups.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

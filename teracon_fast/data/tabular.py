@@ -1,0 +1,186 @@
+"""Reader of Parquet files: one row a user (or a window of a user's history), with a list column of item ids."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from teracon_fast.data.blocks import Block, RawIds, pad_left
+from teracon_fast.data.dictionaries import PAD, pyarrow
+from teracon_fast.errors import DataError
+
+
+def read_parquet(
+    path: str | Path,
+    items: str = "items",
+    user: str | None = "user_id",
+    labels: str | None = None,
+    *,
+    length: int | None = None,
+    empty_labels: Literal["error", "skip"] = "error",
+    rows_per_block: int = 65536,
+) -> Iterator[Block]:
+    """Read a Parquet file in blocks of rows, ready for `DatasetWriter.add_task`.
+
+    Ids may be integers or strings; the pad is 0 or "0", so a real item must not have that id. Sequences may have any length:
+    shorter ones are padded on the left, of longer ones the newest `length` items are kept.
+
+    Args:
+        path: the file.
+        items: column of lists of item ids (list, large list or fixed-size list of integers or strings), oldest first.
+        user: column of user ids (integers or strings) for the split by user; None: every row is a user of its own. String ids
+            become 63-bit hashes.
+        labels: column of labels, integers, strings or booleans, or lists of them; None: no labels.
+        length: L; None: the longest list of the file (one more pass over the item column).
+        empty_labels: "error" refuses a null label or an empty list of labels; "skip" makes no sample of it.
+        rows_per_block: rows read at once.
+
+    Yields:
+        `Block`s with items [n, L] (int64, or objects of type str), groups int64 [n] and labels.
+
+    Raises:
+        DataError: file and row (from 0): no such file, not Parquet, a column missing or of another type, nulls, no rows.
+    """
+    path = Path(path)
+    if empty_labels not in ("error", "skip"):
+        raise DataError(path, f"got empty_labels={empty_labels!r}; expected 'error' or 'skip'")
+    if length is not None and length < 1:
+        raise DataError(path, f"got length {length}; expected at least 1")
+    if not path.is_file():
+        raise DataError(path, "no such file")
+    return _blocks(path, items, user, labels, length, empty_labels, rows_per_block)
+
+
+def _blocks(
+    path: Path,
+    items: str,
+    user: str | None,
+    labels: str | None,
+    length: int | None,
+    empty_labels: str,
+    rows_per_block: int,
+) -> Iterator[Block]:
+    if length is None:
+        lists = (
+            _lists(path, batch.column(0), items, first) for first, batch in _batches(path, [items], rows_per_block)
+        )
+        length = max((int(np.diff(offsets).max(initial=0)) for _, offsets in lists), default=0)
+        if length == 0:
+            raise DataError(path, f"no row of column {items!r} has an item")
+    columns = [items, *([user] if user else []), *([labels] if labels else [])]
+    rows = 0
+    for first, batch in _batches(path, columns, rows_per_block):
+        values, offsets = _lists(path, batch.column(0), items, first)
+        pad: Any = PAD if values.dtype == object else 0
+        block = Block(pad_left(values, offsets, length, pad), path=path, first_line=first)
+        if user:
+            block.groups = _groups(path, batch.column(1), user, first)
+        if labels:
+            block.label_rows, block.label_values = _labels(
+                path, batch.column(len(columns) - 1), labels, first, empty_labels
+            )
+        rows += len(block.items)
+        yield block
+    if not rows:
+        raise DataError(path, "the file has no rows")
+
+
+def _batches(path: Path, columns: list[str], rows_per_block: int) -> Iterator[tuple[int, Any]]:
+    """Record batches with exactly these columns in this order, each with the number of its first row."""
+    pa = pyarrow()
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(path, f"not a Parquet file: {error}") from error
+    with file:
+        names = file.schema_arrow.names
+        for column in columns:
+            if column not in names:
+                raise DataError(path, f"no column {column!r}; the file has {names}")
+        first = 0
+        batches = file.iter_batches(rows_per_block, columns=columns)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(path, f"cannot be read: {error}", first) from error
+            if batch is None:
+                return
+            if batch.num_rows:
+                yield first, batch.select(columns)
+            first += batch.num_rows
+
+
+def _lists(path: Path, column: Any, name: str, first: int) -> tuple[RawIds, npt.NDArray[np.int64]]:
+    """Flat values and offsets [n+1] of a list column."""
+    pa = pyarrow()
+    kind = column.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        raise DataError(path, f"column {name!r} is {kind}; expected lists of integers or strings")
+    if column.null_count:
+        raise DataError(path, f"column {name!r} is null; expected a list", first + _first_null(column))
+    sizes = column.value_lengths().to_numpy(zero_copy_only=False)
+    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    flat = column.flatten()
+    if flat.null_count:
+        row = int(np.searchsorted(offsets, _first_null(flat), side="right")) - 1
+        raise DataError(path, f"column {name!r} has an empty (null) id", first + row)
+    return _ids(path, flat, name), offsets
+
+
+def _ids(path: Path, column: Any, name: str) -> RawIds:
+    """Values without nulls as int64, or as objects of type str."""
+    pa = pyarrow()
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column = column.dictionary_decode()
+        kind = column.type
+    if pa.types.is_boolean(kind):
+        column, kind = column.cast(pa.int64()), pa.int64()
+    if pa.types.is_integer(kind):
+        try:
+            return column.cast(pa.int64()).to_numpy(zero_copy_only=False)
+        except pa.ArrowInvalid as error:
+            raise DataError(path, f"column {name!r}: {error}") from error
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
+        return np.array(column.to_pylist(), dtype=object)
+    raise DataError(path, f"column {name!r} has ids of type {kind}; expected integers or strings")
+
+
+def _groups(path: Path, column: Any, name: str, first: int) -> npt.NDArray[np.int64]:
+    if column.null_count:
+        raise DataError(path, f"column {name!r} is null; expected a user id", first + _first_null(column))
+    ids = _ids(path, column, name)
+    if ids.dtype != object:
+        return ids
+    digests = (hashlib.blake2b(str(raw).encode(), digest_size=8).digest() for raw in ids)
+    return np.frombuffer(b"".join(digests), dtype="<i8") & np.int64(2**63 - 1)
+
+
+def _labels(path: Path, column: Any, name: str, first: int, empty_labels: str) -> tuple[npt.NDArray[np.int64], RawIds]:
+    """Row of the block and value of every label."""
+    pa = pyarrow()
+    kind = column.type
+    rows = np.arange(len(column))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        sizes = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        if empty_labels == "error" and (sizes == 0).any():
+            raise DataError(path, f"column {name!r} has no label", first + int((sizes == 0).argmax()))
+        rows, column = np.repeat(rows, sizes), column.flatten()
+    if column.null_count:
+        null = column.is_null().to_numpy(zero_copy_only=False)
+        if empty_labels == "error":
+            raise DataError(path, f"column {name!r} has an empty (null) label", first + int(rows[null.argmax()]))
+        rows, column = rows[~null], column.drop_null()
+    return rows, _ids(path, column, name)
+
+
+def _first_null(column: Any) -> int:
+    return int(column.is_null().to_numpy(zero_copy_only=False).argmax())
