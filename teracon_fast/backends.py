@@ -22,22 +22,17 @@ _LOG = logging.getLogger(__name__)
 
 # Implementations in order of preference, per operation. Reference code is the specification, not a backend.
 _AVAILABLE: dict[str, tuple[str, ...]] = {"masked_conv": ("torch",)}
-NAMES = ("auto", "torch")
 
 
 class BackendError(TeraconError):
     """An explicitly requested backend does not exist or cannot run this input."""
 
 
-@lru_cache(maxsize=64)
-def resolve(
-    backend: str, device: torch.device | None = None, dtype: torch.dtype | None = None, operation: str = "masked_conv"
-) -> str:
+def resolve(backend: str, operation: str = "masked_conv") -> str:
     """Name of the implementation that serves a request.
 
     Args:
         backend: "auto" or the name of an implementation.
-        device, dtype: of the operation's main input.
         operation: name of the operation.
 
     Raises:
@@ -45,11 +40,17 @@ def resolve(
     """
     available = _AVAILABLE[operation]
     if backend == "auto":
-        _LOG.debug("backend auto: %s on %s %s -> %s", operation, device, dtype, available[0])
-        return available[0]
+        return _automatic(operation)
     if backend not in available:
         raise BackendError(f"backend {backend!r} cannot run {operation}, expected 'auto' or one of {list(available)}")
     return backend
+
+
+@lru_cache(maxsize=None)
+def _automatic(operation: str) -> str:
+    choice = _AVAILABLE[operation][0]
+    _LOG.debug("backend auto: %s runs on %s", operation, choice)
+    return choice
 
 
 def env_report() -> dict[str, Any]:

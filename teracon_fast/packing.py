@@ -17,7 +17,7 @@ one mask; a *chain* is the pad prefix that the streams of one request share. Str
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -54,8 +54,13 @@ class TapTable:
 
     def to(self, device: torch.device) -> TapTable:
         """The same table on another device."""
-        moved = (t.to(device, non_blocking=True) for t in (self.taps, self.readers, self.bag_rows, self.bag_offsets))
-        return TapTable(*moved, self.rows_per_request, self.rows_in)
+        return replace(
+            self,
+            taps=self.taps.to(device, non_blocking=True),
+            readers=self.readers.to(device, non_blocking=True),
+            bag_rows=self.bag_rows.to(device, non_blocking=True),
+            bag_offsets=self.bag_offsets.to(device, non_blocking=True),
+        )
 
 
 class ResidualTable(NamedTuple):

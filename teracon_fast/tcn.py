@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -66,14 +66,23 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, (1, kernel_size), dilation=2 * dilation)
         self.ln2 = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
         self.ec = nn.ModuleList(nn.Embedding(2, channels) for _ in range(num_tasks))
-        for embedding in self.ec:
-            nn.init.uniform_(embedding.weight, *embedding_range)
+        for embedding in self.task_embeddings:
+            nn.init.uniform_(embedding, *embedding_range)
         if relation_width is not None:
             self.mlp1 = nn.ModuleList(nn.Linear(relation_width, 1) for _ in range(num_tasks))
             self.mlp2 = nn.ModuleList(nn.Linear(relation_width, 1) for _ in range(num_tasks))
-            for pair in zip(self.mlp1, self.mlp2, strict=True):
-                for linear in pair:
+            for task in range(num_tasks):
+                for linear in self.relation_weights(task):
                     _init_linear(linear)
+
+    @property
+    def task_embeddings(self) -> list[Tensor]:
+        """Per task `[2, f]`: row 0 belongs to the block's first site, row 1 to its second."""
+        return [cast(nn.Embedding, embedding).weight for embedding in self.ec]
+
+    def relation_weights(self, task: int) -> tuple[nn.Linear, nn.Linear]:
+        """Relation weights of a task at the block's two sites, each `Linear(2T-1, 1)`."""
+        return cast(nn.Linear, self.mlp1[task]), cast(nn.Linear, self.mlp2[task])
 
 
 def _init_linear(linear: nn.Linear) -> None:
@@ -150,8 +159,8 @@ class FastTCN(nn.Module):
             )
         )
         self.task_classifier = nn.ModuleList(nn.Linear(self.channels, count) for count in self.labels)
-        for head in self.task_classifier:
-            _init_linear(head)
+        for task in range(self.num_tasks):
+            _init_linear(self.head(task))
 
     @property
     def num_tasks(self) -> int:
@@ -161,7 +170,12 @@ class FastTCN(nn.Module):
     @property
     def has_relation(self) -> bool:
         """Whether masks are relation-aware (Eq. 12) or plain (Eq. 6)."""
-        return hasattr(self.residual_blocks[0], "mlp1")
+        return hasattr(self.blocks[0], "mlp1")
+
+    @property
+    def blocks(self) -> list[ResidualBlock]:
+        """The residual blocks, in network order."""
+        return cast("list[ResidualBlock]", list(self.residual_blocks))
 
     @property
     def num_sites(self) -> int:
@@ -171,7 +185,7 @@ class FastTCN(nn.Module):
     def head(self, task: int) -> nn.Linear:
         """The head of a task, counted from 0: `Linear(f, labels[task])`."""
         self._check_task(task)
-        return self.task_classifier[task]
+        return cast(nn.Linear, self.task_classifier[task])
 
     def masks(self, s: float | Tensor, tasks: Sequence[int] | None = None, plain: bool = False) -> Tensor:
         """Masks of the given tasks (None: all) at every site, `[S, n, f]`, in network order.
@@ -187,14 +201,14 @@ class FastTCN(nn.Module):
         plain = plain or not self.has_relation
         # A parameter that the chosen masks do not depend on stays out of the graph: its gradient is None, as published.
         used = chosen if plain else tuple(range(self.num_tasks))
-        embeddings = torch.stack([block.ec[t].weight for block in self.residual_blocks for t in used])
-        blocks = len(self.residual_blocks)
-        embeddings = embeddings.view(blocks, len(used), 2, -1).transpose(1, 2).reshape(2 * blocks, len(used), -1)
+        sites = self.num_sites
+        embeddings = torch.stack([block.task_embeddings[t] for block in self.blocks for t in used])
+        embeddings = embeddings.view(sites // 2, len(used), 2, -1).transpose(1, 2).reshape(sites, len(used), -1)
         if plain:
             return masks.plain_masks(embeddings, s)
-        linears = [site[t] for block in self.residual_blocks for site in (block.mlp1, block.mlp2) for t in chosen]
-        weights = torch.cat([linear.weight for linear in linears]).view(2 * blocks, len(chosen), -1)
-        biases = torch.cat([linear.bias for linear in linears]).view(2 * blocks, len(chosen))
+        linears = [block.relation_weights(t)[site] for block in self.blocks for site in (0, 1) for t in chosen]
+        weights = torch.cat([linear.weight for linear in linears]).view(sites, len(chosen), -1)
+        biases = torch.cat([linear.bias for linear in linears]).view(sites, len(chosen))
         return masks.relation_masks(embeddings, weights, biases, s, self.mask_variant, chosen)
 
     def encode(
@@ -267,7 +281,7 @@ class FastTCN(nn.Module):
         masks_list = [] if masks_list is None else masks_list
         masks_list += list(chosen)
         hidden, packed = self._run(x, [(None, 0)], chosen, None, every_position=not onecall)
-        head = self.task_classifier[task_num]
+        head = self.head(task_num)
         rows = packed.outputs[0].reshape(-1)
         if rows.shape[0] < hidden.shape[0] or onecall:
             return head(ops.gather_rows(hidden, rows)), masks_list
@@ -295,7 +309,7 @@ class FastTCN(nn.Module):
         if device.type != "cpu":
             packed = packed.to(device)
         hidden = F.embedding(x.to(device).reshape(-1)[packed.cells], self.embeding.weight)
-        for i, block in enumerate(self.residual_blocks):
+        for i, block in enumerate(self.blocks):
             inner = self._conv(hidden, block.conv1, block.ln1, chosen[2 * i], packed.convolutions[2 * i])
             hidden = self._conv(
                 inner, block.conv2, block.ln2, chosen[2 * i + 1], packed.convolutions[2 * i + 1], hidden, packed.residuals[i]
@@ -342,9 +356,9 @@ class FastTCN(nn.Module):
     @torch.no_grad()
     def clamp_task_embeddings(self, bound: float = 6.0) -> None:
         """Clamp all task embeddings to [-bound, bound], as after every optimiser step."""
-        for block in self.residual_blocks:
-            for embedding in block.ec:
-                embedding.weight.clamp_(-bound, bound)
+        for block in self.blocks:
+            for embedding in block.task_embeddings:
+                embedding.clamp_(-bound, bound)
 
     def _check_task(self, task: int) -> None:
         if not 0 <= task < self.num_tasks:

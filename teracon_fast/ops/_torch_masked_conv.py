@@ -28,6 +28,9 @@ def _chunks(rows_per_request: list[int], row_bytes: int, device: torch.device) -
 
 def _gather(source: Tensor, table: Tensor) -> Tensor:
     """`[n, K * width]`: rows of `source` named by `table` int32 `[n, K]`, zeros where it says -1."""
+    shape = (table.shape[0], table.shape[1] * source.shape[1])
+    if not source.shape[0]:
+        return source.new_zeros(shape)
     flat = table.reshape(-1)
     missing = flat < 0
     rows = source.index_select(0, flat.clamp_min(0))
@@ -36,11 +39,12 @@ def _gather(source: Tensor, table: Tensor) -> Tensor:
         rows.index_fill_(0, missing.nonzero().squeeze(1), 0)
     else:
         rows.masked_fill_(missing[:, None], 0)
-    return rows.view(table.shape[0], -1)
+    return rows.view(shape)
 
 
-def _affine(rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.native_layer_norm(rows, (rows.shape[1],), weight, bias, eps)
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of LayerNorm statistics and of sums over rows: float32 for half precisions, else the activations' own."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def forward(
@@ -52,13 +56,14 @@ def forward(
     kernel = weight.permute(2, 1, 0).reshape(-1, f_out)
     out = x.new_empty(rows, f_out)
     kept = rows if save else 0
-    statistics = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    statistics = statistics_dtype(x.dtype)
+    ln_weight, ln_bias, mask = ln_weight.to(statistics), ln_bias.to(statistics), mask.to(statistics)
     conv = x.new_empty(kept, f_out)
     mean = x.new_empty(kept, 1, dtype=statistics)
     rstd = x.new_empty(kept, 1, dtype=statistics)
     for request, part in _chunks(rows_per_request, kernel.shape[0] * x.element_size(), x.device):
         z = torch.addmm(bias, _gather(x, taps[part]), kernel)
-        y, mean_part, rstd_part = _affine(z, ln_weight, ln_bias, eps)
+        y, mean_part, rstd_part = torch.native_layer_norm(z, (f_out,), ln_weight, ln_bias, eps)
         if save:
             conv[part], mean[part], rstd[part] = z, mean_part, rstd_part
         y = y.relu_().mul_(mask[request])
@@ -79,7 +84,9 @@ def backward(
     """
     f_out, f_in, kernel_size = weight.shape
     rows = taps.shape[0]
-    sums = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    sums, parameters = statistics_dtype(x.dtype), ln_weight.dtype
+    mask_dtype = mask.dtype
+    ln_weight, ln_bias, mask = ln_weight.to(sums), ln_bias.to(sums), mask.to(sums)
     d_kernel = weight.new_zeros(kernel_size * f_in, f_out, dtype=sums)
     d_bias = weight.new_zeros(f_out, dtype=sums)
     d_ln_weight, d_ln_bias = torch.zeros_like(ln_weight), torch.zeros_like(ln_bias)
@@ -89,8 +96,8 @@ def backward(
     for request, part in _chunks(rows_per_request, kernel_size * f_in * x.element_size(), x.device):
         z, g = conv[part], grad[part]
         hidden = F.layer_norm(z, (f_out,), ln_weight, ln_bias, eps).relu_()
-        d_mask[request] += (g * hidden).sum(0)
-        g = torch.ops.aten.threshold_backward(g * mask[request].to(g.dtype), hidden, 0)
+        d_mask[request] += (g * hidden).sum(0, dtype=sums)
+        g = torch.ops.aten.threshold_backward((g * mask[request]).to(g.dtype), hidden, 0)
         dz_part, dw, db = torch.ops.aten.native_layer_norm_backward(
             g, z, (f_out,), mean[part], rstd[part], ln_weight, ln_bias, [True, True, True]
         )
@@ -101,7 +108,7 @@ def backward(
             d_kernel.addmm_(gathered.t(), dz_part)
         else:
             d_kernel += gathered.t() @ dz_part
-        d_bias += dz_part.sum(0)
+        d_bias += dz_part.sum(0, dtype=sums)
         dz[part] = dz_part
     if bags:
         dz[rows:] = F.embedding_bag(bag_rows, dz[:rows], bag_offsets, mode="sum", include_last_offset=True)
@@ -110,7 +117,10 @@ def backward(
     if residual_readers is not None:
         d_residual = _gather(grad, residual_readers[:, None])
     d_weight = d_kernel.view(kernel_size, f_in, f_out).permute(2, 1, 0).contiguous().to(weight.dtype)
-    return d_x, d_weight, d_bias.to(weight.dtype), d_ln_weight, d_ln_bias, d_mask, d_residual
+    return (
+        d_x, d_weight, d_bias.to(weight.dtype), d_ln_weight.to(parameters), d_ln_bias.to(parameters),
+        d_mask.to(mask_dtype), d_residual,
+    )  # fmt: skip
 
 
 def _gather_gemm(source: Tensor, table: Tensor, matrix: Tensor) -> Tensor:

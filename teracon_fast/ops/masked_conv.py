@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,23 @@ from teracon_fast.errors import ShapeError
 from teracon_fast.ops import _torch_masked_conv
 from teracon_fast.packing import ResidualTable, TapTable
 
-_IMPLEMENTATIONS = {"torch": _torch_masked_conv}
+
+class _Implementation(Protocol):
+    """What a backend's module offers: see `_torch_masked_conv` for the meaning of the arguments."""
+
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
+        rows_per_request: list[int], residual: Tensor | None, residual_rows: Tensor | None, eps: float, save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
+        readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int],
+        residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, need_input: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
+
+
+_IMPLEMENTATIONS: dict[str, _Implementation] = {"torch": _torch_masked_conv}
 
 
 def masked_conv(
@@ -60,14 +76,14 @@ def masked_conv(
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)
     _check(x, weight, bias, ln_weight, ln_bias, mask, table, residual, residual_table)
-    name = backends.resolve(backend, device=x.device, dtype=x.dtype, operation="masked_conv")
     floating = (x, weight, bias, ln_weight, ln_bias, mask)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (*floating, residual) if t is not None)
     rows, back = (None, None) if residual_table is None else residual_table
-    return _masked_conv(
+    output: Tensor = _masked_conv(
         x.contiguous(), weight, bias, ln_weight, ln_bias, mask, table.taps, table.readers, table.bag_rows,
-        table.bag_offsets, list(table.rows_per_request), residual, rows, back, eps, name, save,
+        table.bag_offsets, list(table.rows_per_request), residual, rows, back, eps, backend, save,
     )[0]  # fmt: skip
+    return output
 
 
 def _check(
@@ -107,27 +123,25 @@ def _check(
         expect("residual_table.rows", residual_table.rows, (rows_out,), (torch.int32,))
 
 
-@torch.library.custom_op("teracon_fast::masked_conv", mutates_args=())
-def _masked_conv(
+def _forward(
     x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], residual: Tensor | None,
     residual_rows: Tensor | None, residual_readers: Tensor | None, eps: float, backend: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    implementation = _IMPLEMENTATIONS[backend]
+    implementation = _IMPLEMENTATIONS[backends.resolve(backend, "masked_conv")]
     return implementation.forward(
         x, weight, bias, ln_weight, ln_bias, mask, taps, rows_per_request, residual, residual_rows, eps, save
     )
 
 
-@_masked_conv.register_fake
-def _masked_conv_fake(
+def _forward_fake(
     x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], residual: Tensor | None,
     residual_rows: Tensor | None, residual_readers: Tensor | None, eps: float, backend: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, f_out = taps.shape[0], weight.shape[0]
     kept = rows if save else 0
-    statistics = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    statistics = _torch_masked_conv.statistics_dtype(x.dtype)
     return (
         x.new_empty(rows, f_out),
         x.new_empty(kept, f_out),
@@ -136,21 +150,19 @@ def _masked_conv_fake(
     )
 
 
-@torch.library.custom_op("teracon_fast::masked_conv_backward", mutates_args=())
-def _masked_conv_backward(
+def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int],
     residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, backend: str, need_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    implementation = _IMPLEMENTATIONS[backend]
+    implementation = _IMPLEMENTATIONS[backends.resolve(backend, "masked_conv")]
     return implementation.backward(
         grad, x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets, rows_per_request,
         residual_readers, conv, mean, rstd, eps, need_input,
     )  # fmt: skip
 
 
-@_masked_conv_backward.register_fake
-def _masked_conv_backward_fake(
+def _backward_fake(
     grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int],
     residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, backend: str, need_input: bool,
@@ -193,4 +205,12 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     return (*gradients, None, None, None, None, None, d_residual if need[11] else None, None, None, None, None, None)
 
 
-_masked_conv.register_autograd(_autograd, setup_context=_setup_context)
+_FORWARD, _BACKWARD = "teracon_fast::masked_conv", "teracon_fast::masked_conv_backward"
+for _name, _function, _fake in ((_FORWARD, _forward, _forward_fake), (_BACKWARD, _backward, _backward_fake)):
+    # define + impl rather than custom_op: the latter imports the whole compiler at the first call, some seconds.
+    torch.library.define(_name, torch.library.infer_schema(_function, mutates_args=()))
+    torch.library.impl(_name, "default", _function)
+    torch.library.register_fake(_name, _fake)
+torch.library.register_autograd(_FORWARD, _autograd, setup_context=_setup_context)
+_masked_conv = torch.ops.teracon_fast.masked_conv.default
+_masked_conv_backward = torch.ops.teracon_fast.masked_conv_backward.default

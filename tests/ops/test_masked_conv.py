@@ -1,0 +1,193 @@
+"""The masked convolution by itself: exactness, gradients, registration, autocast, inputs that must be refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teracon_fast import ops, packing
+from teracon_fast.backends import BackendError
+from teracon_fast.errors import ShapeError
+from teracon_fast.ops.masked_conv import _masked_conv
+from teracon_fast.packing import ResidualTable, Streams, TapTable
+
+
+def tables(lengths: list[int], length: int = 9, layer: int = 1, every: bool = False) -> tuple[TapTable, ResidualTable]:
+    geometry = packing.geometry(length, (1, 2), 3, every)
+    users = np.arange(len(lengths))
+    packed = packing.pack(np.array(lengths), [Streams(users), Streams(users[:2])], geometry)
+    return packed.convolutions[layer], packed.residuals[layer // 2]
+
+
+def inputs(table: TapTable, back: ResidualTable, f_in: int = 5, f_out: int = 5, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    torch.manual_seed(1)
+    shapes = [(table.rows_in, f_in), (f_out, f_in, 3), (f_out,), (f_out,), (f_out,), (2, f_out), (back.readers.shape[0], f_out)]
+    values = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    values[5] = torch.sigmoid(values[5])
+    return [value.requires_grad_() for value in values]
+
+
+def naive(
+    x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, residual: Tensor,
+    table: TapTable, back: ResidualTable,
+) -> Tensor:  # fmt: skip
+    """The formula in the module's docstring, by plain indexing."""
+    padded = torch.cat([x, x.new_zeros(1, x.shape[1])])
+    z = bias + torch.einsum("rki,oik->ro", padded[table.taps.long()], weight)
+    per_row = mask.repeat_interleave(torch.tensor(table.rows_per_request), 0)
+    return per_row * F.layer_norm(z, z.shape[1:], ln_weight, ln_bias, 1e-8).relu() + residual[back.rows.long()]
+
+
+def run(values: list[Tensor], table: TapTable, back: ResidualTable) -> Tensor:
+    return ops.masked_conv(*values[:6], table, residual=values[6], residual_table=back)
+
+
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("layer", [1, 3])
+def test_gradcheck(every: bool, layer: int) -> None:
+    table, back = tables([0, 3, 9], layer=layer, every=every)
+    values = inputs(table, back, 3, 3)
+    torch.autograd.gradcheck(lambda *v: run(list(v), table, back), values)
+
+
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 5), (torch.float32, 48), (torch.bfloat16, 48)])
+def test_error_is_that_of_the_same_arithmetic_in_the_same_dtype(dtype: torch.dtype, channels: int) -> None:
+    """err(op, exact) <= 2 err(naive, exact), outputs and every gradient; exact is float64 on the same rounded inputs."""
+    table, back = tables([0, 4, 9, 9, 7, 1] * 20, every=True)
+    low = [v.detach().requires_grad_() for v in inputs(table, back, channels, channels, torch.float32)]
+    low = [v.detach().to(dtype).requires_grad_() for v in low]
+    grad = torch.randn(table.taps.shape[0], channels).to(dtype)
+
+    def results(values: list[Tensor], by_op: bool) -> list[Tensor]:
+        out = run(values, table, back) if by_op else naive(*values, table, back)
+        return [out.detach(), *torch.autograd.grad(out, values, grad.to(out.dtype))]
+
+    exact = results([v.detach().double().requires_grad_() for v in low], by_op=False)
+    by_op, by_naive = results(low, by_op=True), results(low, by_op=False)
+    for got, plain, truth in zip(by_op, by_naive, exact, strict=True):
+        error, allowed = (got.double() - truth).norm(), (plain.double() - truth).norm()
+        assert error <= 2 * allowed + 1e-6 * truth.norm()
+
+
+def test_mask_of_exactly_zero_has_its_gradient() -> None:
+    """d(out)/d(mask) = relu(...) also where a mask has underflown to 0."""
+    table, back = tables([2, 9])
+    values = inputs(table, back)
+    with torch.no_grad():
+        values[5][0] = 0.0
+    got = torch.autograd.grad(run(values, table, back).sum(), values)
+    expected = torch.autograd.grad(naive(*values, table, back).sum(), values)
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-10)
+
+
+def test_opcheck() -> None:
+    table, back = tables([2, 9, 5])
+    v = inputs(table, back)
+    arguments = (
+        *v[:6], table.taps, table.readers, table.bag_rows, table.bag_offsets, list(table.rows_per_request), v[6],
+        back.rows, back.readers, 1e-8, "torch",
+    )  # fmt: skip
+    torch.library.opcheck(_masked_conv, (*arguments, True))
+    without = [a.detach() if isinstance(a, Tensor) and a.requires_grad else a for a in arguments]
+    torch.library.opcheck(_masked_conv, (*without, False))
+
+
+def test_compiles_as_one_graph() -> None:
+    table, back = tables([2, 9, 5])
+    values = inputs(table, back, dtype=torch.float32)
+
+    def step(*v: Tensor) -> Tensor:
+        return run(list(v), table, back).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(*values), values)
+    expected = torch.autograd.grad(step(*values), values)
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e)
+
+
+def test_autocast_takes_the_low_precision_and_keeps_float32_parameters() -> None:
+    table, back = tables([2, 9, 5])
+    values = inputs(table, back, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = run(values, table, back)
+    assert out.dtype == torch.bfloat16
+    exact = run(values, table, back)
+    assert (out.float() - exact).norm() < 0.03 * exact.norm()
+    for gradient, value in zip(torch.autograd.grad(out.float().sum(), values), values, strict=True):
+        assert gradient.dtype == value.dtype == torch.float32
+
+
+def test_layouts_that_are_not_contiguous_give_the_same_result() -> None:
+    table, back = tables([2, 9, 5])
+    values = inputs(table, back)
+    expected = torch.autograd.grad(run(values, table, back).sum(), values)
+    strided = [torch.stack([v, -v], -1)[..., 0].detach().requires_grad_() for v in values]
+    assert not strided[0].is_contiguous()
+    # .sum() sends back a gradient of stride 0.
+    for g, e in zip(torch.autograd.grad(run(strided, table, back).sum(), strided), expected, strict=True):
+        torch.testing.assert_close(g, e)
+    shared = values[3][:1].expand(5)
+    a = ops.masked_conv(*values[:3], shared, shared, values[5], table)
+    b = ops.masked_conv(*values[:3], shared.contiguous(), shared.contiguous(), values[5], table)
+    torch.testing.assert_close(a, b)
+
+
+def test_same_bits_from_run_to_run() -> None:
+    table, back = tables([0, 4, 9, 9, 7, 1] * 50)
+    values = inputs(table, back, 24, 24, torch.float32)
+    first, second = (torch.autograd.grad(run(values, table, back).square().sum(), values) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_nan_stays_where_it_belongs() -> None:
+    """A NaN in one user's item must reach that user's rows and no other's."""
+    table, _ = tables([9, 9], layer=0, every=True)
+    x = torch.randn(table.rows_in, 5)
+    clean = ops.masked_conv(x, *[v.float() for v in inputs(*tables([9, 9], layer=0, every=True))[1:6]], table)
+    x[0] = torch.nan
+    dirty = ops.masked_conv(x, *[v.float() for v in inputs(*tables([9, 9], layer=0, every=True))[1:6]], table)
+    reached = (table.taps == 0).any(1)
+    assert dirty[reached].isnan().all()
+    assert torch.equal(dirty[~reached], clean[~reached])
+
+
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    table, back = tables([2, 9, 5])
+    v = [t.detach() for t in inputs(table, back)]
+
+    def refused(message: str, *changes: tuple[int, Tensor], table: TapTable = table, **options: object) -> None:
+        changed = list(v)
+        for index, value in changes:
+            changed[index] = value
+        with pytest.raises(ShapeError, match=message):
+            ops.masked_conv(*changed[:6], table, **{"residual": changed[6], "residual_table": back, **options})  # type: ignore[arg-type]
+
+    refused("x is torch.float64", (0, v[0][1:]))
+    refused("x is torch.int64, expected a floating", (0, v[0].long()))
+    refused("weight is torch.float32", (1, v[1].float()))
+    refused("weight is .*expected \\[f_out, f_in, K\\]", (1, v[1][:, :, None]))
+    refused("bias is", (2, v[2][1:]))
+    refused("mask is", (5, v[5][:1]))
+    refused("mask is .* on meta", (5, v[5].to("meta")))
+    refused("table.taps is", table=replace(table, taps=table.taps.long()))
+    refused("rows_per_request sums to", table=replace(table, rows_per_request=(1, 1)))
+    refused("go together", residual_table=None)
+    refused("residual is", (6, v[6][1:]))
+    with pytest.raises(BackendError, match="'nonsense' cannot run masked_conv"):
+        ops.masked_conv(*v[:6], table, backend="nonsense")
+
+
+def test_row_numbers_out_of_range_are_never_read() -> None:
+    table, _ = tables([2, 9, 5])
+    v = [t.detach() for t in inputs(*tables([2, 9, 5]))]
+    broken = table.taps.clone()
+    broken[0, 0] = table.rows_in
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        ops.masked_conv(*v[:6], replace(table, taps=broken))
