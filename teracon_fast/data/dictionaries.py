@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,7 @@ from teracon_fast.errors import DataError
 from teracon_fast.files import atomic_write
 
 PAD = "0"
-_WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+_TABLE_IDS = 1 << 26  # ids below this are looked up in a table of at most 256 MiB; others are hashed, block by block
 _PUBLISHED = re.compile(r"\{'[0-9]+': [0-9]+(, '[0-9]+': [0-9]+)*\}")
 
 
@@ -32,6 +33,17 @@ def pyarrow() -> ModuleType:
     except ImportError as error:
         raise ImportError("reading and writing data sets needs pyarrow: pip install 'teracon_fast[train]'") from error
     return pyarrow
+
+
+def as_int64(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Integers of any dtype as contiguous int64.
+
+    Raises:
+        TypeError: an unsigned number that does not fit.
+    """
+    if values.dtype == np.uint64 and values.size and values.max() > np.iinfo(np.int64).max:
+        raise TypeError(f"id {values.max()} does not fit a signed 64-bit integer")
+    return np.ascontiguousarray(values, dtype=np.int64)
 
 
 def factorize(values: RawIds) -> tuple[npt.NDArray[np.int32], RawIds]:
@@ -49,9 +61,7 @@ def factorize(values: RawIds) -> tuple[npt.NDArray[np.int32], RawIds]:
     pa = pyarrow()
     flat = values.reshape(-1)
     if flat.dtype.kind in "iu":
-        if flat.dtype == np.uint64 and len(flat) and flat.max() > np.iinfo(np.int64).max:
-            raise TypeError(f"id {flat.max()} does not fit a signed 64-bit integer")
-        column = pa.array(flat.astype(np.int64, copy=False))
+        column = pa.array(as_int64(flat))
     elif flat.dtype.kind in "UOT":
         try:
             column = pa.array(flat.tolist(), pa.string())
@@ -66,12 +76,58 @@ def factorize(values: RawIds) -> tuple[npt.NDArray[np.int32], RawIds]:
     return encoded.indices.to_numpy(zero_copy_only=False).reshape(values.shape), uniques
 
 
-def as_numbers(ids: Iterable[str]) -> npt.NDArray[np.int64] | None:
-    """The ids as int64 when each one is a whole number written in its only way ("7", not "07"), else None."""
-    ids = list(ids)
-    if all(_WHOLE_NUMBER.fullmatch(raw) for raw in ids):
-        return np.array(ids, dtype=np.int64)
-    return None
+def as_numbers(ids: list[str]) -> npt.NDArray[np.int64] | None:
+    """The ids as int64 when each one is a whole number written in its only way ("7", not "07" or "+7"), else None."""
+    pa = pyarrow()
+    column = pa.array(ids, pa.string())
+    try:
+        numbers = column.cast(pa.int64())
+    except pa.ArrowInvalid:
+        return None
+    return numbers.to_numpy() if numbers.cast(pa.string()).equals(column) else None
+
+
+class _Codes:
+    """int64 ids -> int32 codes, -1 for ids without a code: a table for small ids, else sorted keys.
+
+    The table needs one read per value and no hashing, and covers nearly all real data.
+    """
+
+    def __init__(self) -> None:
+        self.table: npt.NDArray[np.int32] | None = np.full(1024, -1, dtype=np.int32)
+        self.keys: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self.codes: npt.NDArray[np.int32] = np.zeros(0, dtype=np.int32)
+
+    def add(self, keys: npt.NDArray[np.int64]) -> None:
+        """Give new, distinct ids the next codes, in the order given."""
+        codes = np.arange(len(self.keys), len(self.keys) + len(keys), dtype=np.int32)
+        order = np.argsort(keys)
+        at = np.searchsorted(self.keys, keys[order])
+        self.keys, self.codes = np.insert(self.keys, at, keys[order]), np.insert(self.codes, at, codes[order])
+        if not len(keys) or self.table is None:
+            return
+        if self.keys[0] < 0 or self.keys[-1] >= _TABLE_IDS:
+            self.table = None
+            return
+        if self.keys[-1] >= len(self.table):
+            self.table = np.full(1 << int(self.keys[-1]).bit_length(), -1, dtype=np.int32)
+            self.table[self.keys] = self.codes
+        self.table[keys] = codes
+
+    def find(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """Codes of the shape of `values`."""
+        if self.table is not None:
+            # As unsigned numbers negative ids are large, too.
+            known = values.view(np.uint64) < len(self.table)
+            if known.all():
+                return self.table[values]
+            return np.where(known, self.table[np.where(known, values, 0)], np.int32(-1))
+        codes, uniques = factorize(values)
+        order = np.argsort(uniques)
+        position = np.minimum(np.searchsorted(self.keys, uniques[order]), len(self.keys) - 1)
+        found = np.empty(len(uniques), dtype=np.int32)
+        found[order] = np.where(self.keys[position] == uniques[order], self.codes[position], -1)
+        return found[codes]
 
 
 class Dictionary:
@@ -82,42 +138,40 @@ class Dictionary:
 
     Attributes:
         ids: [n] array of str (dtype object); `ids[index]` is the raw id.
+
+    Raises:
+        ValueError: an id occurs twice.
     """
 
     def __init__(self, ids: Iterable[str]) -> None:
         listed = list(ids)
         self.ids: npt.NDArray[np.object_] = np.array(listed, dtype=object)
-        if len(set(listed)) != len(listed):
+        self._numbers: _Codes | None = None
+        numbers = as_numbers(listed)
+        if numbers is not None:
+            self._numbers = _Codes()
+            self._numbers.add(numbers)
+        distinct = len(self._lookup) if self._numbers is None else len(np.unique(self._numbers.keys))
+        if distinct != len(listed):
             raise ValueError("an id occurs twice in a dictionary; expected each id once")
-        self._keys = as_numbers(listed)
-        self._index: npt.NDArray[np.int32] = np.arange(len(listed), dtype=np.int32)
-        self._lookup: dict[str, int] = {}
-        if self._keys is not None:
-            self._index = np.argsort(self._keys).astype(np.int32)
-            self._keys = self._keys[self._index]
-        else:
-            self._lookup = {raw: index for index, raw in enumerate(listed)}
+
+    @cached_property
+    def _lookup(self) -> dict[str, int]:
+        return {raw: index for index, raw in enumerate(self.ids.tolist())}
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def encode(self, values: RawIds) -> npt.NDArray[np.int32]:
-        """Dense indices, int32 of the shape of `values` (integers or strings); -1 where the id is not in the dictionary."""
-        codes, uniques = factorize(values)
-        return self._find(uniques)[codes]
+        """Dense indices, int32 of the shape of `values` (integers or strings); -1 where the id is not in the dictionary.
 
-    def _find(self, uniques: RawIds) -> npt.NDArray[np.int32]:
-        if self._keys is None:
-            return np.array([self._lookup.get(str(raw), -1) for raw in uniques], dtype=np.int32)
-        if uniques.dtype == object:
-            whole = np.array([_WHOLE_NUMBER.fullmatch(raw) is not None for raw in uniques], dtype=bool)
-            found = np.full(len(uniques), -1, dtype=np.int32)
-            found[whole] = self._find(uniques[whole].astype(np.int64))
-            return found
-        if not len(self._keys):
-            return np.full(len(uniques), -1, dtype=np.int32)
-        position = np.minimum(np.searchsorted(self._keys, uniques), len(self._keys) - 1)
-        return np.where(self._keys[position] == uniques, self._index[position], -1).astype(np.int32)
+        Raises:
+            TypeError: the values are neither integers nor strings.
+        """
+        if self._numbers is not None and values.dtype.kind in "iu":
+            return self._numbers.find(as_int64(values))
+        codes, uniques = factorize(values)
+        return np.array([self._lookup.get(str(raw), -1) for raw in uniques.tolist()], dtype=np.int32)[codes]
 
     def save(self, path: str | Path) -> None:
         """Write as Parquet, whole or not at all."""
@@ -204,10 +258,11 @@ class DictionaryBuilder:
 
     def __init__(self, pad: bool) -> None:
         self._pad = pad
-        self._keys: npt.NDArray[np.int64] = np.zeros(int(pad), dtype=np.int64)
-        self._codes: npt.NDArray[np.int32] = np.zeros(int(pad), dtype=np.int32)
+        self._numbers = _Codes()
         self._strings: dict[str, int] = {PAD: 0} if pad else {}
         self._kind = ""
+        if pad:
+            self._numbers.add(np.zeros(1, dtype=np.int64))
 
     def add(self, values: RawIds) -> npt.NDArray[np.int32]:
         """Provisional codes, int32 of the shape of `values`.
@@ -215,50 +270,38 @@ class DictionaryBuilder:
         Raises:
             TypeError: neither integers nor strings, or integers in one block and strings in another.
         """
-        codes, uniques = factorize(values)
-        kind = "strings" if uniques.dtype == object else "integers"
+        kind = "integers" if values.dtype.kind in "iu" else "strings"
         if self._kind not in ("", kind):
-            raise TypeError(
-                f"got ids that are {kind} after ids that are {self._kind}; expected one kind for the whole task"
-            )
+            raise TypeError(f"got ids that are {kind} after {self._kind}; expected one kind for the whole task")
         self._kind = kind
-        provisional = self._add_strings(uniques) if kind == "strings" else self._add_numbers(uniques)
-        return provisional[codes]
-
-    def _add_strings(self, uniques: RawIds) -> npt.NDArray[np.int32]:
-        known = self._strings
-        return np.array([known.setdefault(raw, len(known)) for raw in uniques], dtype=np.int32)
-
-    def _add_numbers(self, uniques: RawIds) -> npt.NDArray[np.int32]:
-        position = np.searchsorted(self._keys, uniques)
-        known = np.zeros(len(uniques), dtype=bool)
-        if len(self._keys):
-            known = self._keys[np.minimum(position, len(self._keys) - 1)] == uniques
-        fresh = np.sort(uniques[~known])
-        if len(fresh):
-            at = np.searchsorted(self._keys, fresh)
-            fresh_codes = np.arange(len(self._keys), len(self._keys) + len(fresh), dtype=np.int32)
-            self._keys, self._codes = np.insert(self._keys, at, fresh), np.insert(self._codes, at, fresh_codes)
-            position = np.searchsorted(self._keys, uniques)
-        return self._codes[position]
+        if kind == "strings":
+            codes, uniques = factorize(values)
+            known = self._strings
+            return np.array([known.setdefault(raw, len(known)) for raw in uniques.tolist()], dtype=np.int32)[codes]
+        numbers = as_int64(values)
+        codes = self._numbers.find(numbers)
+        fresh = codes < 0
+        if fresh.any():
+            self._numbers.add(np.unique(numbers[fresh]))
+            codes[fresh] = self._numbers.find(numbers[fresh])
+        return codes
 
     def finish(self) -> tuple[Dictionary, npt.NDArray[np.int32]]:
         """The dictionary, and int32 `index_of_code` with the dense index of every provisional code."""
-        if self._kind != "strings":
-            keys, codes = self._keys, self._codes
-            if self._pad:
-                # Negative ids sort before 0, but the pad stays first.
-                first = np.argsort(keys != 0, kind="stable")
-                keys, codes = keys[first], codes[first]
-            ids = [str(key) for key in keys.tolist()]
-        else:
+        if self._kind == "strings":
             raw = list(self._strings)
             numbers = as_numbers(raw)
-            start = int(self._pad)
-            rest = range(start, len(raw))
-            order = sorted(rest, key=raw.__getitem__ if numbers is None else numbers.__getitem__)
-            codes = np.array([*range(start), *order], dtype=np.int32)
+            key = raw.__getitem__ if numbers is None else numbers.__getitem__
+            first = int(self._pad)
+            codes = np.array([*range(first), *sorted(range(first, len(raw)), key=key)], dtype=np.int32)
             ids = [raw[code] for code in codes]
+        else:
+            keys, codes = self._numbers.keys, self._numbers.codes
+            if self._pad:
+                # Negative ids sort before 0, but the pad stays first.
+                order = np.argsort(keys != 0, kind="stable")
+                keys, codes = keys[order], codes[order]
+            ids = [str(key) for key in keys.tolist()]
         index_of_code = np.empty(len(codes), dtype=np.int32)
         index_of_code[codes] = np.arange(len(codes), dtype=np.int32)
         return Dictionary(ids), index_of_code

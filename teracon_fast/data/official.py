@@ -191,18 +191,22 @@ class _Tokens:
 
     def values(self) -> Ints:
         """[t] the number in each field; undefined where the field is empty."""
-        text, size, position = self.text, self.size, self.stop - 1
+        text, size = self.text, self.size
         longest = int(size.max())
         if longest > _MAX_DIGITS:
             raise self._bad_number(int(size.argmax()), f"at most {_MAX_DIGITS} digits")
-        values = (text[position] - np.uint8(_ZERO)).astype(np.int64)
-        long = np.flatnonzero(size > 1)
-        leading_zero = text[self.stop[long] - size[long]] == _ZERO
-        if leading_zero.any():
-            raise self._bad_number(int(long[leading_zero.argmax()]), "no leading zero, which the id would lose")
-        for digit in range(1, longest):
-            long = long[size[long] > digit]
-            values[long] += (text[position[long] - digit] - np.uint8(_ZERO)).astype(np.int64) * 10**digit
+        values = (text[self.stop - 1] - np.uint8(_ZERO)).astype(np.int64)
+        for digits in range(2, longest + 1):
+            fields = np.flatnonzero(size == digits)
+            position = self.stop[fields] - digits
+            number = (text[position] - np.uint8(_ZERO)).astype(np.int64)
+            if len(number) and number.min() == 0:
+                raise self._bad_number(int(fields[number.argmin()]), "no leading zero, which the id would lose")
+            for _ in range(digits - 1):
+                position += 1
+                number *= 10
+                number += text[position] - np.uint8(_ZERO)
+            values[fields] = number
         return values
 
     def row_of(self, token: int) -> int:

@@ -63,7 +63,7 @@ class TaskFiles:
         lengths = leading_to_lengths(codes)
         self.counts["empty"] += int((lengths == 0).sum())
         self.counts["ending"] += int(((lengths > 0) & ~real[:, -1]).sum())
-        self.counts["inner"] += int((real.sum(axis=1) < lengths).sum())
+        self.counts["inner"] += int((np.count_nonzero(real, axis=1) < lengths).sum())
         if self.sequences is None:
             self.sequences = NpyWriter(self.folder / "sequences.npy", np.int32, (width,))
         self.sequences.append(codes)
