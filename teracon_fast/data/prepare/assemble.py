@@ -1,0 +1,124 @@
+"""Task rows -> prepared folder and summary: the last step of every preparer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teracon_fast.data.layout import Kind
+from teracon_fast.data.prepare.preparer import Summary, TaskSummary
+from teracon_fast.data.store import DatasetWriter, open_dataset
+from teracon_fast.data.task_files import Unseen
+from teracon_fast.errors import DataError
+
+_ROWS_PER_BLOCK = 65_536  # rows turned back into raw ids at once
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """One task, its items as codes.
+
+    Attributes:
+        name, kind: as in `DatasetWriter.add_task`.
+        sequences: int32 [N, L]; 0 is the pad, code k stands for `item_ids[k - 1]`.
+        groups: int64 [N], the user of each row.
+        label_rows: int64 [S], the row of each label; None for a next_item task.
+        labels: [S], raw labels, integers or strings.
+        unseen: what happens to items that no row of the first task has.
+    """
+
+    name: str
+    kind: Kind
+    sequences: NDArray[np.int32]
+    groups: NDArray[np.int64]
+    label_rows: NDArray[np.int64] | None = None
+    labels: NDArray[Any] | None = None
+    unseen: Unseen = "error"
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse an existing output before work is done that could not be kept.
+
+    Raises:
+        DataError: `output` exists, and `overwrite` is False or it is no prepared data set.
+    """
+    if not output.exists():
+        return
+    if not overwrite:
+        raise DataError(output, "exists already; expected a new folder, or overwrite=true")
+    if not (output / "dataset.json").is_file():
+        raise DataError(output, "exists and is not a prepared data set: not overwritten")
+
+
+def write_tasks(
+    output: Path,
+    *,
+    name: str,
+    item_ids: NDArray[Any],
+    tasks: Sequence[TaskRows],
+    source: Mapping[str, Any],
+    notes: Sequence[str],
+    began: float,
+    overwrite: bool,
+) -> Summary:
+    """Write the tasks in their order.
+
+    Args:
+        output: prepared folder to make.
+        name: name of the data set.
+        item_ids: [V - 1] raw ids (integers or strings) of the item codes 1, 2, ...
+        tasks: the first of kind next_item, the others of kind label, all of one length.
+        source: kept in dataset.json.
+        notes: kept in the summary.
+        began: `time.perf_counter()` at the start of the preparation.
+        overwrite: replace an existing prepared folder.
+    """
+    pad = np.zeros(1, np.int64) if item_ids.dtype.kind in "iu" else np.array(["0"], dtype=object)
+    raw = np.concatenate([pad, item_ids])
+    with DatasetWriter(
+        output, name, length=tasks[0].sequences.shape[1], source={**source, "notes": list(notes)}, overwrite=overwrite
+    ) as writer:
+        for task in tasks:
+            labels = None if task.label_rows is None or task.labels is None else (task.label_rows, task.labels)
+            writer.add_task(
+                task.name, task.kind, _raw_blocks(raw, task.sequences), labels, task.groups, unseen=task.unseen
+            )
+    return summarise(output, notes=notes, began=began)
+
+
+def _raw_blocks(raw: NDArray[Any], codes: NDArray[np.int32]) -> Iterator[NDArray[Any]]:
+    for first in range(0, len(codes), _ROWS_PER_BLOCK):
+        yield raw[codes[first : first + _ROWS_PER_BLOCK]]
+
+
+def summarise(output: Path, *, notes: Sequence[str], began: float) -> Summary:
+    """The summary of a prepared folder; what the writer noted follows the preparer's own notes."""
+    data = open_dataset(output, validate=False)
+    tasks, said = [], list(notes)
+    for task, meta in zip(data.tasks, data.metas, strict=True):
+        mean = float(np.mean(task.lengths))
+        users = len(np.unique(task.groups))
+        rows, samples = len(task.lengths), len(task.samples)
+        tasks.append(
+            TaskSummary(task.name, task.kind, users, rows, samples, task.num_labels, mean, 1 - mean / data.length)
+        )
+        said += [f"{task.name}: {note}" for note in meta.notes]
+    real = sum(task.mean_length * task.rows for task in tasks) / sum(task.rows for task in tasks)
+    return Summary(
+        name=data.name,
+        path=output,
+        length=data.length,
+        items=data.num_items - 1,
+        users=tasks[0].users,
+        mean_length=real,
+        pad_share=1 - real / data.length,
+        seconds=time.perf_counter() - began,
+        tasks=tuple(tasks),
+        notes=tuple(said),
+    )

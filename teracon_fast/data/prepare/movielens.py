@@ -1,0 +1,177 @@
+"""MovieLens downloads -> the paper's ML task sequence (section 5), with the profile tasks of the 1M download behind it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teracon_fast.data.prepare.assemble import TaskRows, check_output, write_tasks
+from teracon_fast.data.prepare.preparer import Summary
+from teracon_fast.data.prepare.tables import TextFormat, first_true, line_of_row, read_text_table
+from teracon_fast.data.prepare.windows import choose_windows, cut, group_by_user
+from teracon_fast.errors import ConfigError, DataError
+
+_DOUBLE_COLON = TextFormat(
+    (("UserID", "int"), ("MovieID", "int"), ("Rating", "float"), ("Timestamp", "int")), "::", False
+)
+_CSV = TextFormat((("userId", "int"), ("movieId", "int"), ("rating", "float"), ("timestamp", "int")), ",", True)
+_USERS = TextFormat(
+    (("UserID", "int"), ("Gender", "text"), ("Age", "int"), ("Occupation", "int"), ("Zip-code", "text")), "::", False
+)
+
+
+def prepare_movielens(
+    source: Path,
+    output: Path,
+    *,
+    length: int = 30,
+    min_items: int = 1,
+    half_star: Literal["input", "drop"] = "input",
+    overwrite: bool = False,
+) -> Summary:
+    """MovieLens 1M (ratings.dat, users.dat) or 25M (ratings.csv): next movie, 4-star, 5-star, then gender, age, occupation.
+
+    T1 (`clicking`) is the user's recent `length` movies rated neither 4 nor 5 stars, oldest first; its label is the last one.
+    T2 (`4-star`) and T3 (`5-star`) give one sample for each movie rated exactly 4.0 or 5.0. The 1M download adds `gender`,
+    `age` (the seven age bands) and `occupation`. The input of every task is the user's T1 sequence, as in the paper; users
+    without one are left out of all tasks. The paper puts no order between input and label: a label movie may have been rated
+    before some input movies. Equal timestamps, which the 1M download is full of, keep the order of the file.
+
+    Half stars exist in the 25M download only. The paper excludes 4-starred and 5-starred movies from the input and names
+    nothing else, so a movie rated 4.5 is by default an ordinary input of T1 and never a label.
+
+    Args:
+        source: folder with `ratings.dat` (and `users.dat`), or with `ratings.csv`; or that ratings file itself.
+        output: prepared folder to write.
+        length: items in a row, left-padded; the paper uses 30.
+        min_items: leave out users with fewer T1 items; 2 gives every T1 row an item to predict from.
+        half_star: what happens to a movie rated 4.5: "input" keeps it in T1, "drop" leaves it out.
+        overwrite: replace an existing prepared folder.
+
+    Raises:
+        DataError: a file is missing or malformed (with its line), a rating is not one of 0.5, 1.0, ..., 5.0, a rating's
+            user is not in `users.dat`, or no user has a T1 sequence.
+        ConfigError: an option is out of range.
+    """
+    began = time.perf_counter()
+    if length < 2 or not 1 <= min_items <= length:
+        raise ConfigError(f"length {length}, min_items {min_items}: expected length >= 2 and 1 <= min_items <= length")
+    check_output(output, overwrite)
+    path, format = _find_ratings(Path(source))
+    table = read_text_table(path, format)
+    user, movie, rating, stamp = (table[name] for name, _ in format.columns)
+    _check_ratings(path, format, user, movie, rating)
+
+    clicked = (rating != 4.0) & (rating != 5.0)
+    if half_star == "drop":
+        clicked &= rating != 4.5
+    if not clicked.any():
+        raise DataError(path, "every movie is rated 4 or 5 stars; expected others, which are the input of all tasks")
+    clicks = np.flatnonzero(clicked)
+    histories = group_by_user(user[clicks], stamp[clicks])
+    item_ids, codes = np.unique(movie[clicks][histories.order], return_inverse=True)
+    windows = choose_windows(histories.starts, length, max_windows=1, min_items=min_items)
+    if len(windows) == 0:
+        raise DataError(path, f"no user has {min_items} movies rated neither 4 nor 5 stars")
+    sequences = cut(codes.astype(np.int32) + 1, windows, length)
+    groups = histories.users[windows.owner]
+
+    tasks = [TaskRows("clicking", "next_item", sequences, groups)]
+    notes = []
+    for stars in (4, 5):
+        task = _star_task(f"{stars}-star", rating == stars, user, movie, stamp, sequences, groups)
+        if task is None:
+            notes.append(f"no {stars}-star task: nobody with a T1 sequence gave {stars} stars")
+        else:
+            tasks.append(task)
+    profiles = path.with_name("users.dat")
+    if format is _DOUBLE_COLON and profiles.is_file():
+        tasks += _profile_tasks(profiles, sequences, groups)
+    elif format is _DOUBLE_COLON:
+        notes.append(f"no {profiles.name} beside {path.name}: no gender, age and occupation tasks")
+    left_out = len(np.unique(user)) - len(groups)
+    if left_out:
+        notes.append(f"{left_out:,} users left out: fewer than {min_items} movies rated neither 4 nor 5 stars")
+    return write_tasks(
+        output,
+        name="movielens",
+        item_ids=item_ids,
+        tasks=tasks,
+        source={
+            "preparer": "movielens",
+            "file": path.name,
+            "length": length,
+            "min_items": min_items,
+            "half_star": half_star,
+        },
+        notes=notes,
+        began=began,
+        overwrite=overwrite,
+    )
+
+
+def _find_ratings(source: Path) -> tuple[Path, TextFormat]:
+    """The ratings file of a folder, and its format."""
+    formats = {"ratings.dat": _DOUBLE_COLON, "ratings.csv": _CSV}
+    if source.is_file() and source.name in formats:
+        return source, formats[source.name]
+    for name, format in formats.items():
+        if (source / name).is_file():
+            return source / name, format
+    raise DataError(source, "expected a folder with ratings.dat (1M) or ratings.csv (25M)")
+
+
+def _check_ratings(
+    path: Path, format: TextFormat, user: NDArray[Any], movie: NDArray[Any], rating: NDArray[Any]
+) -> None:
+    """Refuse ids below 1 (0 is the pad) and ratings off the star scale."""
+    for name, values, wrong, expected in (
+        ("user id", user, user < 1, "a positive id"),
+        ("movie id", movie, movie < 1, "a positive id"),
+        ("rating", rating, (rating < 0.5) | (rating > 5) | (rating * 2 != np.floor(rating * 2)), "0.5, 1.0, ..., 5.0"),
+    ):
+        row = first_true(wrong)
+        if row is not None:
+            raise DataError(path, f"{name} is {values[row]}; expected {expected}", line=line_of_row(row, format))
+
+
+def _star_task(
+    name: str,
+    starred: NDArray[np.bool_],
+    user: NDArray[Any],
+    movie: NDArray[Any],
+    stamp: NDArray[Any],
+    sequences: NDArray[np.int32],
+    groups: NDArray[np.int64],
+) -> TaskRows | None:
+    """One row a user who has starred movies and a T1 sequence, one sample a starred movie in time order."""
+    chosen = np.flatnonzero(starred & np.isin(user, groups))
+    if len(chosen) == 0:
+        return None
+    stars = group_by_user(user[chosen], stamp[chosen])
+    rows = np.repeat(np.arange(len(stars.users), dtype=np.int64), stars.counts)
+    inputs = np.searchsorted(groups, stars.users)
+    return TaskRows(name, "label", sequences[inputs], stars.users, rows, movie[chosen][stars.order])
+
+
+def _profile_tasks(path: Path, sequences: NDArray[np.int32], groups: NDArray[np.int64]) -> list[TaskRows]:
+    """Gender, age and occupation of every user with a T1 sequence."""
+    profile = read_text_table(path, _USERS)
+    known, first = np.unique(profile["UserID"], return_index=True)
+    if len(known) < len(profile["UserID"]):
+        repeated = np.setdiff1d(np.arange(len(profile["UserID"])), first)[0]
+        reason = f"user {profile['UserID'][repeated]} has a second line; expected one a user"
+        raise DataError(path, reason, line=line_of_row(int(repeated), _USERS))
+    missing = np.setdiff1d(groups, known)
+    if len(missing):
+        raise DataError(path, f"no line for user {missing[0]}, who has ratings ({len(missing)} such users)")
+    line = first[np.searchsorted(known, groups)]
+    rows = np.arange(len(groups), dtype=np.int64)
+    return [
+        TaskRows(column.lower(), "label", sequences, groups, rows, profile[column][line])
+        for column in ("Gender", "Age", "Occupation")
+    ]

@@ -1,0 +1,63 @@
+"""Tencent TL (TTL), the published files: one task a file, in the paper's order."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from teracon_fast.data.official import read_sequences_csv
+from teracon_fast.data.prepare.assemble import check_output, summarise
+from teracon_fast.data.prepare.preparer import Summary
+from teracon_fast.data.store import DatasetWriter
+from teracon_fast.data.task_files import Unseen
+from teracon_fast.errors import DataError
+
+TASK_FILES = {
+    "watching": "original_desen_pretrain.csv",
+    "clicking": "original_desen_finetune_click_nouserID.csv",
+    "thumb-up": "original_desen_finetune_like_nouserID.csv",
+    "age": "original_desen_age.csv",
+    "gender": "original_desen_gender.csv",
+    "life_status": "original_desen_lifestatus.csv",
+}
+"""Task name -> published file name, in the order of the paper's Table 1."""
+
+
+def prepare_ttl(
+    source: Path, output: Path, *, length: int | None = None, unseen: Unseen = "error", overwrite: bool = False
+) -> Summary:
+    """Tencent TL, published files: watching, clicking, thumb-up, age, gender, life status; tasks without a file are left out.
+
+    T1 is `original_desen_pretrain.csv`, a sequence a line; every later file has `sequence,,label[,label...]` lines, and each
+    label is one sample. The files name no users, so every line is a user of its own: a split by user keeps the labels of one
+    line together, but cannot join lines of different files.
+
+    Args:
+        source: folder with the files.
+        output: prepared folder to write.
+        length: items in a row; shorter lines are padded on the left, longer ones keep their newest items. None: all lines must
+            be as long as the first, as the published ones are.
+        unseen: an item of a later file that T1 does not have: "error", "pad" or "drop" (taken out of its row).
+        overwrite: replace an existing prepared folder.
+
+    Raises:
+        DataError: the first file is missing, or a line is malformed (with file and line).
+    """
+    began = time.perf_counter()
+    folder = Path(source)
+    check_output(output, overwrite)
+    present = {name: folder / file for name, file in TASK_FILES.items() if (folder / file).is_file()}
+    if "watching" not in present:
+        raise DataError(
+            folder / TASK_FILES["watching"], "no such file; it is the first task, and the others need its items"
+        )
+    notes = [f"no {file}: no task {name}" for name, file in TASK_FILES.items() if name not in present]
+    about = {"preparer": "ttl", "files": {name: path.name for name, path in present.items()}, "notes": notes}
+    with DatasetWriter(output, "ttl", length=length, source=about, overwrite=overwrite) as writer:
+        for name, path in present.items():
+            first = name == "watching"
+            blocks = read_sequences_csv(
+                path, labels=not first, length=writer.length, pad="none" if length is None else "left"
+            )
+            writer.add_task(name, "next_item" if first else "label", blocks, unseen=unseen)
+    return summarise(output, notes=notes, began=began)
