@@ -15,7 +15,7 @@ def twins(
     labels: Sequence[int], channels: int = 16, items: int = 30, dilations: Sequence[int] = (1, 4), kernel_size: int = 3,
     variant: str = "relation", dtype: torch.dtype = torch.float64, seed: int = 0,
 ) -> tuple[FastTCN, ReferenceTCN]:  # fmt: skip
-    """A FastTCN and a ReferenceTCN with the same, generic weights (LayerNorm and relation weights not at their initial values)."""
+    """A FastTCN and a ReferenceTCN with the same weights, all moved off their initial values."""
     para = {
         "item_size": items, "dilated_channels": channels, "dilations": list(dilations), "kernel_size": kernel_size,
         "task_embs": [0, 2], "num_task": len(labels), "target_item_size": list(labels),

@@ -24,9 +24,12 @@ def tables(lengths: list[int], length: int = 9, layer: int = 1, every: bool = Fa
     return packed.convolutions[layer], packed.residuals[layer // 2]
 
 
-def inputs(table: TapTable, back: ResidualTable, f_in: int = 5, f_out: int = 5, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def inputs(
+    table: TapTable, back: ResidualTable, f_in: int = 5, f_out: int = 5, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
     torch.manual_seed(1)
-    shapes = [(table.rows_in, f_in), (f_out, f_in, 3), (f_out,), (f_out,), (f_out,), (2, f_out), (back.readers.shape[0], f_out)]
+    shapes = [(table.rows_in, f_in), (f_out, f_in, 3), (f_out,), (f_out,), (f_out,)]
+    shapes += [(2, f_out), (back.readers.shape[0], f_out)]
     values = [torch.randn(shape, dtype=dtype) for shape in shapes]
     values[5] = torch.sigmoid(values[5])
     return [value.requires_grad_() for value in values]
