@@ -3,7 +3,8 @@
 Events of metrics.jsonl (one JSON object a line; tasks count from 1, epochs and batches from 0, `step` restarts with each task):
 
 - step: task, epoch, batch, step, loss, class_loss, scale (s), users_per_s; from task 2 on also retention_loss and rho.
-- valid: task, epoch, metrics, best, train_loss (mean over the epoch's samples); from task 2 on also retention_loss.
+- valid: task, epoch, step (the epoch's last), metrics, best, class_loss (mean over the epoch's samples); from task 2 on
+  also retention_loss.
 - task_end: task, epochs, best_epoch, seconds, test ({"1": metrics, ...}), similarity ([S][T][T], cosines of the masks).
 - run_end: task (the last one), R, bwt, seconds.
 
@@ -105,9 +106,8 @@ class RunLog:
         self._file.flush()
         if self._tensorboard and event in ("step", "valid"):
             writer = self._writer(task)
-            position = fields["step"] if event == "step" else fields["epoch"]
             for name, value in _scalars(fields, prefix=f"{event}/"):
-                writer.add_scalar(name, value, position)
+                writer.add_scalar(name, value, fields["step"])
         return record
 
     def synced_offset(self) -> int:
@@ -130,7 +130,7 @@ class RunLog:
             # A folder of its own per task: step numbers restart with each task, and purging goes by step number.
             folder = self._folder / "tensorboard" / f"task{task}"
             purge = self._steps.get(task, 0) if folder.exists() else None
-            self._writers = {task: SummaryWriter(str(folder), purge_step=purge)}  # type: ignore[no-untyped-call]
+            self._writers = {task: SummaryWriter(str(folder), purge_step=purge)}
         return self._writers[task]
 
 

@@ -1,0 +1,87 @@
+"""Metrics of one task: encode each distinct sequence once, rank the target of every sample among all labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from teracon_fast.errors import ConfigError
+from teracon_fast.metrics import task_metrics
+from teracon_fast.ops import linear_rank
+from teracon_fast.tcn import FastTCN, Request
+
+if TYPE_CHECKING:
+    from teracon_fast.data import TaskData
+
+def evaluate(
+    model: FastTCN,
+    data: TaskData,
+    task: int,
+    samples: NDArray[np.int64],
+    s: float = 50.0,
+    batch_size: int = 1024,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Metrics of a task over the given samples, every one counted, its target ranked among all labels.
+
+    A next-item task predicts the last item of each sequence from the ones before it.
+
+    Args:
+        model: its mask for `task` is the plain one if it has one task, else the relation mask.
+        data: the task's data.
+        task: counted from 0.
+        samples: int64 `[n]`, numbers of samples of `data`.
+        s: mask scale, s_max.
+        batch_size: sequences encoded at a time.
+        progress: called with (samples done, samples in all) after each batch; may raise to interrupt.
+
+    Returns:
+        See `metrics.task_metrics`: MRR, hit and NDCG at 5 and 20 and hit@1, or the accuracy of at most 20 labels.
+
+    Raises:
+        ConfigError: the head of the model has another size than the task has labels, or there are no samples.
+    """
+    if model.labels[task] != data.num_labels:
+        raise ConfigError(f"task {task + 1}: the data have {data.num_labels} labels, the model {model.labels[task]}")
+    if len(samples) == 0:
+        raise ConfigError(f"task {task + 1} ({data.name}): got no samples to evaluate, expected at least one")
+    return task_metrics(target_ranks(model, data, task, samples, s, batch_size, progress), data.num_labels)
+
+
+@torch.inference_mode()
+def target_ranks(
+    model: FastTCN,
+    data: TaskData,
+    task: int,
+    samples: NDArray[np.int64],
+    s: float = 50.0,
+    batch_size: int = 1024,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Rank (0 the best) of each sample's target, int64 `[n]` on the CPU, in the order of `samples`. As `evaluate`."""
+    head, masks = model.head(task), model.masks(s)
+    device = head.weight.device
+    drop_last = int(data.kind == "next_item")
+    chosen = np.asarray(data.samples[samples])
+    order = np.argsort(chosen[:, 0], kind="stable")  # samples of one row become neighbours
+    rows, first = np.unique(chosen[order, 0], return_index=True)
+    first = np.append(first, len(order))
+    ranks = torch.empty(len(order), dtype=torch.int64)
+    for low in range(0, len(rows), batch_size):
+        high = min(low + batch_size, len(rows))
+        x, same = np.unique(data.sequences[rows[low:high]], axis=0, return_inverse=True)
+        users = torch.from_numpy(x.astype(np.int64))
+        hidden = model.encode(users, [Request(task, drop_last=drop_last)], s, masks)[0]
+        part = order[first[low] : first[high]]
+        of_sample = np.repeat(same.reshape(-1), np.diff(first[low : high + 1]))
+        targets = torch.from_numpy(chosen[part, 1].astype(np.int64)).to(device)
+        picked = hidden[torch.from_numpy(of_sample).to(device)]
+        ranks[torch.from_numpy(part)] = linear_rank(picked, head.weight, head.bias, targets).cpu()
+        if progress is not None:
+            progress(int(first[high]), len(order))
+    return ranks

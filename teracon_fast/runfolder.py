@@ -1,0 +1,197 @@
+"""The run folder as a place: one process at a time, one configuration, one data set, and a polite way to stop."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from teracon_fast import backends
+from teracon_fast.config import RunConfig
+from teracon_fast.errors import ConfigError, TeraconError
+from teracon_fast.files import atomic_write
+
+if TYPE_CHECKING:
+    from teracon_fast.data import Split, TaskSequence
+
+# What may differ between the beginning of a run and its continuation: nothing of it changes the arithmetic.
+_FREE = {"data", "run", "num_tasks", "log_every", "checkpoint_every_seconds", "checkpoint_every_steps", "tensorboard"}
+
+
+class RunStopped(TeraconError):
+    """The run was asked to stop (Ctrl-C or SIGTERM). It has been saved, and the same command goes on with it.
+
+    Attributes:
+        signum: the signal's number.
+    """
+
+    def __init__(self, signum: int, where: str = "") -> None:
+        self.signum = signum
+        super().__init__(f"stopped by {signal.Signals(signum).name}{where}: saved, run the same command to go on")
+
+
+class StopSignals:
+    """While the context lasts, Ctrl-C and SIGTERM ask for a stop at the next safe point; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals only there
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._before[signum] = signal.signal(signum, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def poll(self) -> None:
+        """Raise RunStopped if a signal has come."""
+        if self._received is not None:
+            raise RunStopped(self._received)
+
+    def _receive(self, signum: int, _frame: FrameType | None) -> None:
+        self._received = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before.clear()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder for this process. The lock goes with the process, also when it is killed.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ConfigError(f"{folder}: {holder} is training into this run folder, expected a free one") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()}")
+        file.flush()
+        for leftover in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
+            leftover.unlink()  # of a process killed while it wrote
+        yield
+
+
+def settings(config: RunConfig, dataset: TaskSequence, task: int) -> dict[str, Any]:
+    """All that decides the arithmetic of tasks 1..`task`, flat: what a resumed run must agree on."""
+    sections = {"model", "first", "later", "task"}
+    flat: dict[str, Any] = config.model_dump(mode="json", exclude=_FREE | sections)
+    flat["device"] = resolved_device(config)
+    flat["backend"] = backends.resolve(config.backend)
+    flat["threads"] = config.threads or torch.get_num_threads()
+    flat.update({f"model.{name}": value for name, value in config.model.model_dump(mode="json").items()})
+    flat.update({"data.length": dataset.length, "data.num_items": dataset.num_items})
+    for number, data in enumerate(dataset.tasks[:task], 1):
+        flat.update({f"task.{number}.{name}": value for name, value in config.for_task(number).model_dump().items()})
+        facts = {"rows": len(data.sequences), "samples": len(data.samples), "labels": data.num_labels}
+        flat.update({f"data.task{number}.{name}": value for name, value in facts.items()})
+    return flat
+
+
+def resolved_device(config: RunConfig) -> str:
+    """The device that "auto" stands for here."""
+    if config.device != "auto":
+        try:
+            torch.empty(0, device=config.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"device: got {config.device!r}, expected one that works here: {reason}") from None
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def continued(config: RunConfig, begun: Mapping[str, Any]) -> RunConfig:
+    """The configuration with what it leaves open ("auto", no thread count) set as the run began."""
+    fill: dict[str, Any] = {}
+    if config.device == "auto":
+        fill["device"] = begun["device"]
+    if config.backend == "auto" and backends.resolve("auto") != begun["backend"]:
+        fill["backend"] = begun["backend"]
+    if config.threads is None:
+        fill["threads"] = begun["threads"]
+    return config.model_copy(update=fill)
+
+
+def require_same(now: Mapping[str, Any], begun: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to continue a run under settings that would change its arithmetic.
+
+    Raises:
+        ConfigError: names every differing setting, what was got and what the run began with.
+    """
+    different = [name for name in {**begun, **now} if now.get(name) != begun.get(name)]
+    if different:
+        lines = [f"{name}: got {now.get(name)!r}, expected {begun.get(name)!r}" for name in different]
+        raise ConfigError("\n  ".join([f"{folder} began with other settings, expected the same ones:", *lines]))
+
+
+def check_tasks(dataset: TaskSequence, splits: Sequence[Split]) -> None:
+    """Refuse a task sequence that could not be trained to its end, before anything is trained.
+
+    Raises:
+        ConfigError: names the task and what is wrong with it.
+    """
+    if dataset.length < 2:
+        raise ConfigError(f"{dataset.path}: sequences have length {dataset.length}, expected at least 2")
+    for number, (data, split) in enumerate(zip(dataset.tasks, splits, strict=False), 1):
+        where, kind = f"{dataset.path}, task {number} ({data.name})", "next_item" if number == 1 else "label"
+        if data.kind != kind:
+            raise ConfigError(f"{where}: got kind {data.kind!r}, expected {kind!r}")
+        for part, samples in (("train", split.train), ("valid", split.valid), ("test", split.test)):
+            if not len(samples):
+                raise ConfigError(f"{where}: got no samples in the {part} split, expected at least one")
+
+
+def delete_old_run(folder: Path) -> None:
+    """Remove what an earlier run left in its folder; other files stay.
+
+    Raises:
+        ConfigError: the folder holds files but is not a run folder.
+    """
+    entries = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    if entries and "config.toml" not in entries:
+        raise ConfigError(f"{folder}: got a folder with other files in it, expected a new, empty or run folder")
+    for name in ("results.json", "metrics.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def keep_dictionaries(dataset: TaskSequence, folder: Path, tasks_begun: int) -> None:
+    """Copy dataset.json and the item and label dictionaries into the run folder: the weights are useless without them.
+
+    Raises:
+        ConfigError: a dictionary that a begun task uses differs from the copy.
+    """
+    begun = {"items.parquet"} | {f"task{number}/labels.parquet" for number in range(1, tasks_begun + 1)}
+    labels = [f"task{number}/labels.parquet" for number in range(1, len(dataset.tasks) + 1)]
+    for name in ("dataset.json", "items.parquet", *labels):
+        source, copy = dataset.path / name, folder / name
+        if not source.exists():
+            continue
+        same = copy.exists() and copy.read_bytes() == source.read_bytes()
+        if tasks_begun and name in begun and copy.exists() and not same:
+            raise ConfigError(f"{source} differs from {copy}, expected the data that the run began with")
+        if not same:
+            with source.open("rb") as reader, atomic_write(copy) as writer:
+                shutil.copyfileobj(reader, writer)

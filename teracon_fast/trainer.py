@@ -1,0 +1,332 @@
+"""Training steps of TERACON, and the loop that trains one task.
+
+`t1_step` and `continual_step` are whole optimiser steps on given inputs. `train_task` is the loop around them; what it
+needs from its surroundings (a log, checkpoints, validation) it takes as a `Host`, so that it can be read without them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from teracon_fast import ops
+from teracon_fast.data import epoch_batches, fetch
+from teracon_fast.errors import TeraconError
+from teracon_fast.masks import Parity, annealed_scale
+from teracon_fast.masks import rho as sampling_rates
+from teracon_fast.metrics import selection_value
+from teracon_fast.tcn import FastTCN, Request
+
+if TYPE_CHECKING:
+    from teracon_fast.config import TaskConfig
+    from teracon_fast.data import Split, TaskData
+
+FIRST_RHO = 0.9  # rate of every past task in the first step of a task, before any masks have been compared
+
+Sampling = Literal["adaptive", "minimum", "all"]
+StudentMask = Literal["past", "current"]
+
+
+class DivergedError(TeraconError):
+    """A loss became NaN or infinite."""
+
+
+class HostCopy:
+    """A small tensor on its way to the host: reading it waits for what was queued before it, not for later work."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._values.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+        else:
+            self._values = tensor
+
+    def tolist(self) -> list[float]:
+        """The values as floats."""
+        if self._event is not None:
+            self._event.synchronize()
+        values: list[float] = self._values.tolist()
+        return values
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Losses of one step, scalars left on the device, and the sampling rates of the next step."""
+
+    class_loss: Tensor
+    retention_loss: Tensor | None = None  # before alpha; None for T1
+    next_rho: HostCopy | None = None
+
+
+def make_optimizer(model: torch.nn.Module, lr: float) -> torch.optim.Adam:
+    """Adam with default betas over all parameters, without weight decay, in one fused kernel where PyTorch has one."""
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in model.parameters())
+    return torch.optim.Adam(model.parameters(), lr=lr, fused=fused or None)
+
+
+def t1_step(model: FastTCN, optimizer: torch.optim.Optimizer, x: Tensor, s: float) -> StepResult:
+    """One step of task 1: next item at all positions, then the clamp.
+
+    Args:
+        x: int64 `[B, L]`; inputs are `x[:, :-1]`, targets `x[:, 1:]`, pad targets counted.
+        s: mask scale.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss = model.next_item_loss(x, s)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    model.clamp_task_embeddings()
+    return StepResult(loss.detach())
+
+
+def continual_step(
+    model: FastTCN,
+    teacher: FastTCN,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    users: Sequence[Tensor],
+    rho: Sequence[float],
+    s: float,
+    alpha: float,
+    student_mask: StudentMask = "past",
+    c: float = 6.0,
+) -> StepResult:
+    """One step of task i >= 2 (Eq. 15 to 18): class loss + alpha * retention loss, then the clamp.
+
+    Args:
+        model: i tasks, in training.
+        teacher: i-1 tasks, frozen when task i began. With one task it has the plain mask.
+        x: int64 `[B, L]`. y: int64 `[B]`, labels of task i.
+        users: for each past task j the rows of x drawn for it, int64 `[n_j]`, n_j at least 1.
+        rho: the rate of each past task that those users were drawn with; they weight the retention loss.
+        s: mask scale of student and teacher.
+        alpha: weight of the retention loss.
+        student_mask: "past": the student uses the current mask of task j (the published program); "current": that of
+            task i (Eq. 10 and 16 as printed).
+        c: scale of the cosine in Eq. 15.
+
+    Returns:
+        StepResult; next_rho is computed from the masks that this step used.
+    """
+    current, past = model.num_tasks - 1, range(teacher.num_tasks)
+    masks = model.masks(s)
+    with torch.no_grad():
+        teacher_masks = teacher.masks(s)
+        next_rho = HostCopy(sampling_rates(teacher_masks, masks[:, current].detach(), c))
+        # Task 1 predicts the last item of a sequence, so it must not see it.
+        pseudo = teacher.encode(x, [Request(j, users[j], int(j == 0)) for j in past], s, teacher_masks)
+    asked = [Request(j if student_mask == "past" else current, users[j], int(j == 0)) for j in past]
+    hidden, *student = model.encode(x, [Request(current), *asked], s, masks)
+
+    head = model.head(current)
+    class_loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, y)
+    heads, teacher_heads = [_parameters(model, j) for j in past], [_parameters(teacher, j) for j in past]
+    rates = torch.tensor(rho, dtype=torch.float64)  # shares rounded once, as the published program's floats are
+    retention_loss = ops.retention_mse(student, heads, pseudo, teacher_heads, rates)
+
+    optimizer.zero_grad(set_to_none=True)
+    (class_loss + alpha * retention_loss).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    model.clamp_task_embeddings()
+    return StepResult(class_loss.detach(), retention_loss.detach(), next_rho)
+
+
+def _parameters(model: FastTCN, task: int) -> tuple[Tensor, Tensor]:
+    head = model.head(task)
+    return head.weight, head.bias
+
+
+def drawing_rates(rho: Sequence[float], sampling: Sampling) -> list[float]:
+    """Rates that users are drawn and losses weighted with: rho itself, the smallest rho for all, or 1 for all."""
+    if sampling == "adaptive":
+        return list(rho)
+    return [min(rho) if sampling == "minimum" else 1.0] * len(rho)
+
+
+def draw_users(batch: int, rates: Sequence[float], generator: torch.Generator) -> list[Tensor]:
+    """For each past task `max(1, int(batch * rate))` rows of the batch, uniform, independent of each other (Eq. 14)."""
+    return [torch.randperm(batch, generator=generator)[: max(1, int(batch * rate))] for rate in rates]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A step that has been queued: its samples, where it stood, and what it returns."""
+
+    users: int
+    epoch: int
+    batch: int
+    step: int
+    s: float
+    rho: list[float]
+    result: StepResult
+
+
+class Losses:
+    """Losses of past steps, left on the device until someone asks: reading them waits for the device."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._pending: list[StepRecord] = []
+
+    def add(self, record: StepRecord) -> None:
+        """Remember a step, unread."""
+        self._pending.append(record)
+
+    def read(self, position: Position) -> dict[str, Any] | None:
+        """Add the unread losses to the sums of the epoch; returns what there is to log of the last step.
+
+        Raises:
+            DivergedError: a loss is not finite.
+        """
+        if not self._pending:
+            return None
+        results = [record.result for record in self._pending]
+        losses = [loss for r in results for loss in (r.class_loss, r.retention_loss) if loss is not None]
+        values = iter(torch.stack(losses).tolist())
+        for record in self._pending:
+            class_loss = next(values)
+            retention = None if record.result.retention_loss is None else next(values)
+            self._require_finite(record, class_loss, retention)
+            position.samples += record.users
+            position.class_sum += record.users * class_loss
+            position.retention_sum += record.users * (retention or 0.0)
+        self._pending.clear()
+        event = {"epoch": record.epoch, "batch": record.batch, "step": record.step, "scale": record.s}
+        event["class_loss"] = class_loss
+        return event if retention is None else {**event, "retention_loss": retention, "rho": record.rho}
+
+    def _require_finite(self, at: StepRecord, class_loss: float, retention: float | None) -> None:
+        losses = {"class": class_loss, "retention": 0.0 if retention is None else retention}
+        bad = [name for name, value in losses.items() if not math.isfinite(value)]
+        if bad:
+            raise DivergedError(
+                f"task {self._number}, epoch {at.epoch}, batch {at.batch} (step {at.step}): the {' and '.join(bad)} "
+                f"loss is not finite: got class loss {class_loss}, retention loss {retention}, at s = {at.s:.6g}, "
+                f"rho = {at.rho}. Nothing of this step was saved; a lower learning rate usually helps"
+            )
+
+
+@dataclass
+class Position:
+    """Where the training of a task stands between two steps; with the tensors, all that an interrupted task needs."""
+
+    epoch: int = 0
+    batch: int = 0  # the next one; equal to the number of batches while validation is due
+    step: int = 0
+    rho: list[float] = field(default_factory=list)  # for the next step, one per past task
+    samples: int = 0  # of this epoch so far, with their losses summed up:
+    class_sum: float = 0.0
+    retention_sum: float = 0.0
+    best_score: float = -1.0
+    best_epoch: int = -1
+    stale: int = 0  # validations since the best one
+    seconds: float = 0.0
+
+    def mean_losses(self) -> dict[str, float]:
+        """Means over the samples of this epoch so far."""
+        losses = {"class_loss": self.class_sum / self.samples}
+        return losses | {"retention_loss": self.retention_sum / self.samples} if self.rho else losses
+
+    def end_epoch(self, score: float) -> None:
+        """Move to the next epoch, having validated this one."""
+        if score > self.best_score:
+            self.best_score, self.best_epoch, self.stale = score, self.epoch, 0
+        else:
+            self.stale += 1
+        self.epoch, self.batch, self.samples, self.class_sum, self.retention_sum = self.epoch + 1, 0, 0, 0.0, 0.0
+
+
+@dataclass
+class TaskTraining:
+    """One task in training."""
+
+    number: int  # from 1
+    config: TaskConfig
+    data: TaskData
+    split: Split
+    order_seed: int
+    model: FastTCN
+    teacher: FastTCN | None  # None for task 1
+    optimizer: torch.optim.Optimizer
+    draws: torch.Generator  # draws the users of retention
+    position: Position
+    losses: Losses
+    sampling: Sampling = "adaptive"
+    student_mask: StudentMask = "past"
+    parity: Parity = "official"
+    log_every: int = 20
+
+
+class Host(Protocol):
+    """What `train_task` asks of its surroundings. `after_step` and `validate` may raise to stop the training."""
+
+    def after_step(self, task: TaskTraining, users: int, event: dict[str, Any] | None) -> None:
+        """A step of `users` samples is done; `event` holds what to log of it, if anything."""
+
+    def validate(self, task: TaskTraining) -> dict[str, float]:
+        """Metrics of the model on the validation samples."""
+
+    def keep_best(self, task: TaskTraining, metrics: dict[str, float]) -> None:
+        """Keep the present weights: the best so far."""
+
+    def log(self, event: str, task: TaskTraining, **fields: Any) -> None:
+        """Log an event."""
+
+    def checkpoint(self, task: TaskTraining) -> None:
+        """Save everything that the training needs to go on from here."""
+
+
+def train_task(task: TaskTraining, host: Host) -> None:
+    """Train a task from its position on, until its epochs or its patience run out. The host keeps the best weights."""
+    at, config = task.position, task.config
+    num_batches = len(task.split.train) / config.batch_size  # a float: the official annealing does not round it
+    read_always = not waits_for_device(task.model)
+    while at.epoch < config.epochs and at.stale < config.patience:
+        batches = epoch_batches(task.split.train, config.batch_size, task.order_seed, at.epoch)
+        while at.batch < len(batches):
+            x, y = fetch(task.data, batches[at.batch])
+            s = annealed_scale(at.batch, num_batches, config.s_max, task.parity)
+            task.losses.add(run_step(task, x, y, s))
+            logged = at.step % task.log_every == 0
+            event = task.losses.read(at) if logged or read_always else None
+            at.batch, at.step = at.batch + 1, at.step + 1
+            host.after_step(task, len(x), event if logged else None)
+        task.losses.read(at)
+        metrics = host.validate(task)
+        score = selection_value(metrics, config.select)
+        best = score > at.best_score
+        if best:
+            host.keep_best(task, metrics)
+        host.log("valid", task, epoch=at.epoch, step=at.step - 1, metrics=metrics, best=best, **at.mean_losses())
+        at.end_epoch(score)
+        host.checkpoint(task)
+
+
+def waits_for_device(model: FastTCN) -> bool:
+    """Whether reading a tensor of the model waits for work that is queued."""
+    return model.head(0).weight.device.type != "cpu"
+
+
+def run_step(task: TaskTraining, x: Tensor, y: Tensor, s: float) -> StepRecord:
+    """One optimiser step of the task on a batch: draws the users of retention and moves rho on."""
+    at, config = task.position, task.config
+    if task.teacher is None:
+        return StepRecord(len(x), at.epoch, at.batch, at.step, s, [], t1_step(task.model, task.optimizer, x, s))
+    rates = drawing_rates(at.rho, task.sampling)
+    users = draw_users(len(x), rates, task.draws)
+    result = continual_step(
+        task.model, task.teacher, task.optimizer, x, y, users, rates, s, config.alpha, task.student_mask, config.c
+    )
+    record = StepRecord(len(x), at.epoch, at.batch, at.step, s, rates, result)
+    assert result.next_rho is not None
+    at.rho = result.next_rho.tolist()  # waits for the masks of this step, not for the step
+    return record
