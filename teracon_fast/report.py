@@ -1,4 +1,4 @@
-"""The report of a run: reads metrics.jsonl and results.json, writes pictures and report.md under RUN/report/.
+"""The report of a run: reads metrics.jsonl and dataset.json, writes pictures and report.md under RUN/report/.
 
 Works on a run that is still training or was interrupted: whatever has been logged is shown.
 """
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from teracon_fast import pictures
 from teracon_fast.errors import DataError, TeraconError
 from teracon_fast.files import atomic_write
+from teracon_fast.metrics import backward_transfer, headline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,14 +88,6 @@ def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
 
 
-def _square(rows: list[list[Any]], count: int) -> Array:
-    matrix = np.full((count, count), np.nan)
-    for j, row in enumerate(rows[:count]):
-        for i, value in enumerate(row[: j + 1]):
-            matrix[j, i] = _number(value)
-    return matrix
-
-
 def _pairs(logs: dict[int, TaskLog]) -> dict[tuple[int, int], Array]:
     """Mask similarities ([S][T][T]) at the end of the last finished task, by pair of tasks."""
     ended = [task for task, log in logs.items() if log.end and log.end.get("similarity")]
@@ -125,51 +118,39 @@ def _fold(events: Iterator[dict[str, Any]]) -> dict[int, TaskLog]:
     return logs
 
 
-def headline(metrics: dict[str, float]) -> str:
-    """The metric that stands for a task in R: accuracy for small label sets, else MRR@5."""
-    return next((name for name in ("mrr@5", "accuracy") if name in metrics), next(iter(metrics), "metric"))
-
-
 def load_run(run: str | Path) -> RunRecord:
-    """Read a run folder back.
-
-    Args:
-        run: folder with metrics.jsonl; dataset.json and results.json are used where they exist.
+    """Read a run folder back: names and sizes from dataset.json, all else from metrics.jsonl.
 
     Raises:
-        TeraconError: the folder or metrics.jsonl is missing; DataError: a file is malformed.
+        TeraconError: the folder or one of the two files is missing; DataError: a file is malformed.
     """
     run = Path(run)
     if not run.is_dir():
         raise TeraconError(f"{run}: no such run folder")
-    if not (run / "metrics.jsonl").is_file():
-        raise TeraconError(f"{run}: has no metrics.jsonl: not a run folder, or nothing has been trained in it yet")
+    for name in ("metrics.jsonl", "dataset.json"):
+        if not (run / name).is_file():
+            raise TeraconError(f"{run}: has no {name}: not a run folder, or nothing has been trained in it yet")
     logs = _fold(read_events(run / "metrics.jsonl"))
-    results = _json(run / "results.json")
-    tasks = [task["name"] for task in _json(run / "dataset.json").get("tasks", [])]
-    names = list(results.get("tasks") or tasks or [f"task {task}" for task in sorted(logs)])
-    count = len(names)
-    matrix = _square(results.get("R") or [], count)
-    metrics = list(results.get("metric") or [])
-    if not metrics:
-        metrics = [_task_metric(logs, task + 1) for task in range(count)]
-        for j in range(count):
-            test = (logs[j + 1].end or {}).get("test", {}) if j + 1 in logs else {}
-            for i in range(j + 1):
-                matrix[j, i] = _number(test.get(str(i + 1), {}).get(metrics[i]))
-    bwt = [_number(value) for value in results.get("bwt") or []]
-    if len(bwt) != count:
-        last = next((j for j in range(count - 1, -1, -1) if np.isfinite(matrix[j]).any()), 0)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            bwt = list(100 * (matrix[last] - np.diag(matrix)) / np.diag(matrix))
-    # The last task has nothing after it to forget it: its backward transfer is not defined.
-    bwt[-1:] = [float("nan")]
-    return RunRecord(run, names, metrics, matrix, bwt, logs, _pairs(logs))
+    tasks = read_json(run / "dataset.json")["tasks"][: max(logs, default=0)]
+    metrics = [headline(task["num_labels"]) for task in tasks]
+    matrix = np.full((len(tasks), len(tasks)), np.nan)
+    done = [task for task in sorted(logs) if logs[task].end is not None]
+    for j in done:
+        test = (logs[j].end or {})["test"]
+        matrix[j - 1, :j] = [_number(test[str(i)].get(metrics[i - 1])) for i in range(1, j + 1)]
+    bwt = np.full(len(tasks), np.nan)
+    if done:
+        # The newest task has nothing after it to forget it: its backward transfer is left undefined.
+        bwt[: done[-1] - 1] = backward_transfer(matrix[: done[-1], : done[-1]])[:-1]
+    return RunRecord(run, [task["name"] for task in tasks], metrics, matrix, bwt.tolist(), logs, _pairs(logs))
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        DataError: the file is not one.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -177,11 +158,6 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(path, f"got {type(content).__name__}, expected a JSON object")
     return content
-
-
-def _task_metric(logs: dict[int, TaskLog], task: int) -> str:
-    log = logs.get(task)
-    return headline(log.valid[0][1]) if log and log.valid else "metric"
 
 
 def draw(record: RunRecord) -> dict[str, Figure]:
@@ -271,7 +247,7 @@ def task_rows(record: RunRecord) -> tuple[list[str], list[list[str]]]:
         rate = np.asarray(log.users_per_s)
         rows.append(
             [
-                f"T{task} {record.names[task - 1] if task <= len(record.names) else ''}".strip(),
+                f"T{task} {record.names[task - 1]}",
                 str(end.get("epochs", len(log.valid))),
                 str(len(log.step)),
                 shown(_number(end.get("seconds")), ",.1f"),

@@ -13,8 +13,8 @@ NAMES = [
 ]  # fmt: skip
 
 
-def write_run(folder: Path, tasks: int, epochs: int = 6, steps: int = 120, finished: bool = True) -> Path:
-    """Write metrics.jsonl, dataset.json and (when `finished`) results.json of a run with `tasks` tasks."""
+def write_run(folder: Path, tasks: int, epochs: int = 6, steps: int = 120) -> Path:
+    """Write metrics.jsonl, dataset.json and results.json of a run with `tasks` tasks."""
     random = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     names = NAMES[:tasks]
@@ -50,12 +50,13 @@ def write_run(folder: Path, tasks: int, epochs: int = 6, steps: int = 120, finis
         events.append(end | {"similarity": cosines.tolist()})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     kinds = ["next_item"] + ["label"] * (tasks - 1)
-    sizes = {"num_rows": 9, "num_samples": 9, "num_labels": 5}
-    meta = [{"name": name, "kind": kind, **sizes} for name, kind in zip(names, kinds, strict=True)]
+    sizes = {"num_rows": 9, "num_samples": 9}
+    labels = [50 if metric == "mrr@5" else 5 for metric in metrics]
+    facts = zip(names, kinds, labels, strict=True)
+    meta = [{"name": name, "kind": kind, "num_labels": count, **sizes} for name, kind, count in facts]
     dataset = {"format_version": 1, "name": "made up", "length": 20, "num_items": 50, "tasks": meta}
     (folder / "dataset.json").write_text(json.dumps(dataset))
-    if finished:
-        bwt = [100 * (matrix[-1][i] - matrix[i][i]) / matrix[i][i] for i in range(tasks)]
-        results = {"metric": metrics, "tasks": names, "R": matrix, "bwt": bwt, "final": {}}
-        (folder / "results.json").write_text(json.dumps(results))
+    bwt = [100 * (matrix[-1][i] - matrix[i][i]) / matrix[i][i] for i in range(tasks)]
+    results = {"metric": metrics, "tasks": names, "R": matrix, "bwt": bwt, "final": {}}
+    (folder / "results.json").write_text(json.dumps(results))
     return folder
