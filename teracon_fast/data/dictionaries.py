@@ -282,7 +282,8 @@ class DictionaryBuilder:
         codes = self._numbers.find(numbers)
         fresh = codes < 0
         if fresh.any():
-            self._numbers.add(np.unique(numbers[fresh]))
+            ordered = np.sort(numbers[fresh])
+            self._numbers.add(ordered[np.append(True, ordered[1:] != ordered[:-1])])
             codes[fresh] = self._numbers.find(numbers[fresh])
         return codes
 
