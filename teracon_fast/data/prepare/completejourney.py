@@ -50,7 +50,8 @@ def prepare_completejourney(
     (12), `household_size` (5), `kids_count` (4) and `household_comp` (4, which the last two determine nearly); for 664
     `marital_status` (2); for 568 `home_ownership` (4, nine in ten are owners).
 
-    Several rows share a household: split by user, or the test rows show households of the training rows.
+    Several rows share a household, and a trip with coupons may lie inside one of its T1 windows: split by user, or the test
+    rows show households, and coupon purchases, that the model was trained on.
 
     Args:
         source: folder with transactions.parquet, products.parquet and demographics.parquet; None finds the installed package.
