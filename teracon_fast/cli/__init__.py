@@ -1,0 +1,23 @@
+"""The command line `teracon`: prepare, train, evaluate, recommend, predict, embed, report, doctor.
+
+One file a group of commands; `app.py` puts them together. Exit codes: 0 done, 1 doctor found something broken, 2 bad input
+(one line on stderr, with --traceback the whole story), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; the entry point of the `teracon` script."""
+    try:
+        from teracon_fast.cli.app import app
+    except ModuleNotFoundError as error:
+        from teracon_fast.cli.extras import advice
+
+        hint = advice(error)
+        if hint is None:
+            raise
+        sys.exit(f"error: {hint}")
+    app()

@@ -1,0 +1,167 @@
+"""`teracon report` and `teracon doctor`: look at a run, look at the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from teracon_fast import __version__
+from teracon_fast.cli import extras
+from teracon_fast.cli.console import console, say, table
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    file_format: Annotated[str, typer.Option("--format", help="Format of the pictures: png, pdf or svg.")] = "png",
+    pictures: Annotated[bool, typer.Option(help="Draw the pictures; without, only print the tables.")] = True,
+) -> None:
+    """Print the results of a run and draw its pictures into RUN/report (works while the run is going on)."""
+    from teracon_fast.report import load_run, summary_rows, task_rows, write_report
+
+    record = load_run(run)
+    table(f"Test metrics of {record.path.resolve().name}", *summary_rows(record))
+    table("Training", *task_rows(record))
+    if pictures:
+        page, *images = write_report(run, file_format)
+        say(f"wrote {page} and {len(images)} pictures: {', '.join(image.name for image in images)}")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor: status is "ok", "none" (optional and absent) or "broken"; advice says what to do about it."""
+
+    name: str
+    status: str
+    found: str
+    advice: str = ""
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for a bug report or a script.")] = False,
+) -> None:
+    """Show what this machine and installation offer, and what to do about each thing that is missing."""
+    findings = [*_software(), *_hardware(), *_packages(), _self_check()]
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        marks = {"ok": "[green]ok[/]", "none": "[yellow]--[/]", "broken": "[bold red]!![/]"}
+        out = console()
+        width = max(len(finding.name) for finding in findings)
+        for finding in findings:
+            out.print(f" {marks[finding.status]}  {finding.name:<{width}}  ", end="")
+            out.print(finding.found, markup=False)
+            if finding.advice:
+                out.print(f"{'':{width + 6}}-> {finding.advice}", markup=False)
+    if any(finding.status == "broken" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _software() -> list[Finding]:
+    import torch
+
+    from teracon_fast import _native, backends
+
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+    reason = _native.missing_reason()
+    findings = [
+        Finding("teracon_fast", "ok", f"{__version__} in {Path(backends.__file__).parent}"),
+        Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
+        Finding("torch", "ok", f"{torch.__version__}, CPU code for {torch.backends.cpu.get_cpu_capability()}"),
+        Finding("C++ compiler", "ok", compiler)
+        if compiler
+        else Finding("C++ compiler", "none", "not found", "only needed to build the CPU kernels: apt install g++"),
+        Finding("compiled extension", "ok", str(_native.LIBRARY))
+        if reason is None
+        else Finding(
+            "compiled extension",
+            "none",
+            reason.split(";")[0],
+            "the torch backend is used; reinstall where there is a compiler",
+        ),
+    ]
+    triton = _version("triton")
+    if triton:
+        findings.append(Finding("Triton", "ok", triton))
+    else:
+        needed = torch.cuda.is_available()
+        advice = "pip install triton" if needed else "only useful with a GPU; nothing to do here"
+        findings.append(Finding("Triton", "none", "not installed", advice))
+    state = backends.env_report()
+    for operation, names in state["backends"].items():
+        findings.append(
+            Finding(f"backends of {operation}", "ok", f"{', '.join(names)} (auto: {state['auto'][operation]})")
+        )
+    return findings
+
+
+def _hardware() -> list[Finding]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    few = "set OMP_NUM_THREADS, or give --threads, to use all cores" if threads < cores else ""
+    many = "more threads than cores slow training down: set OMP_NUM_THREADS" if threads > cores else ""
+    findings = [Finding("CPU", "ok", f"{cores} cores usable, {threads} threads in use", few or many)]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            size = properties.total_memory / 2**30
+            found = f"{properties.name}, {size:.0f} GiB, compute capability {properties.major}.{properties.minor}"
+            findings.append(Finding(f"GPU cuda:{index}", "ok", found))
+    elif torch.version.cuda or getattr(torch.version, "hip", None):
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+        findings.append(Finding("GPU", "none", f"none usable, though torch is built for {built}", "check the driver"))
+    else:
+        findings.append(
+            Finding("GPU", "none", "none: this torch is a CPU build", "with a GPU, install a CUDA build of torch")
+        )
+    return findings
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    for package, (purpose, command) in extras.PACKAGES.items():
+        if extras.installed(package):
+            findings.append(Finding(package, "ok", f"{_version(package) or 'installed'}, for {purpose}"))
+        else:
+            findings.append(Finding(package, "none", f"not installed, for {purpose}", command))
+    return findings
+
+
+def _self_check() -> Finding:
+    """Runs the encoder in its two modes, which must agree: finds a broken kernel or a miscompiled torch."""
+    import torch
+
+    from teracon_fast import FastTCN, Request
+
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            model = FastTCN(num_items=50, channels=32, labels=[50, 7], dilations=(1, 4))
+            x = torch.randint(1, 50, (5, 30))
+            x[:, :11] = 0
+            last = model.encode(x, [Request(1)])[0]
+            everything = model.encode_all(x, task=1)
+            error = float((last - everything.hidden[everything.row_of[:, -1]]).abs().max() / last.abs().max())
+    except Exception as failure:  # whatever it is, the doctor's task is to report it
+        return Finding("self-check", "broken", f"{type(failure).__name__}: {failure}", "please report this as a bug")
+    if not error < 1e-4:
+        return Finding(
+            "self-check", "broken", f"two ways to encode differ by {error:.1e}", "please report this as a bug"
+        )
+    return Finding("self-check", "ok", f"two ways to encode agree to {error:.0e} (relative)")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,91 @@
+"""`teracon prepare NAME ...`: one command a preparer, its options made from the preparer's own."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from typer.core import TyperGroup
+
+from teracon_fast.cli.console import console
+
+if TYPE_CHECKING:
+    from teracon_fast.data.prepare import Option, Preparer
+
+
+class PreparerGroup(TyperGroup):
+    """Makes a preparer's command when it is asked for: importing the data code takes seconds, and `teracon --help` none."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of the preparers."""
+        from teracon_fast.data.prepare import PREPARERS
+
+        return list(PREPARERS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of a preparer; None when there is no such."""
+        from teracon_fast.data.prepare import PREPARERS
+
+        if cmd_name not in PREPARERS:
+            return None
+        single = typer.Typer(add_completion=False, rich_markup_mode="rich")
+        single.command(cmd_name)(_command(PREPARERS[cmd_name]))
+        return typer.main.get_command(single)
+
+
+app = typer.Typer(cls=PreparerGroup, no_args_is_help=True)
+
+
+@app.callback()
+def _prepare() -> None:
+    """Turn raw behaviour logs into a prepared sequence of tasks."""
+
+
+def _option(option: Option) -> inspect.Parameter:
+    """The command-line option of a preparer's option: numbers, paths and switches typed, anything else as its text."""
+    union = get_origin(option.annotation) in (Union, types.UnionType)
+    kinds = [
+        kind for kind in (get_args(option.annotation) if union else (option.annotation,)) if kind is not type(None)
+    ]
+    kind = kinds[0] if len(kinds) == 1 and kinds[0] in (int, float, bool, Path) else str
+    text, default = option.help, option.default
+    if get_origin(kinds[0]) is Literal:
+        text = f"{text} ({', '.join(map(str, get_args(kinds[0])))})"
+    shown: Any = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    if default is None or default in ((), "", False):
+        shown = False
+    # A preparer's own default is used when the option is not given, so that it is written down once.
+    flag = "--" + option.name.replace("_", "-")
+    info = typer.Option(flag, help=text.replace("[", "\\["), show_default=shown)
+    return inspect.Parameter(
+        option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
+    )
+
+
+def _command(preparer: Preparer) -> Callable[..., None]:
+    source = Annotated[Path | None, typer.Argument(help="Raw file or folder.", show_default=False)]
+    output = Annotated[Path, typer.Option("--output", "-o", help="Prepared folder to make.", show_default=False)]
+    parsers = {option.name: option for option in preparer.options}
+
+    def prepare(source: Path | None, output: Path, **given: Any) -> None:
+        values = {
+            name: parsers[name].parse(value) if isinstance(value, str) else value
+            for name, value in given.items()
+            if value is not None
+        }
+        with console(stderr=True).status(f"preparing {output}"):
+            summary = preparer(source, output, **values)
+        typer.echo(str(summary))
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    first = inspect.Parameter("source", keyword, default=None, annotation=source)
+    second = inspect.Parameter("output", keyword, annotation=output)
+    parameters = [first, second, *map(_option, preparer.options)]
+    prepare.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    prepare.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    prepare.__doc__ = preparer.help
+    return prepare

@@ -1,0 +1,220 @@
+"""Progress on a terminal (rich bars with rate and time left) and in logs (a plain line now and then)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from teracon_fast.cli.console import console
+from teracon_fast.runlog import Observer, Step, TaskStart
+
+LOG_SECONDS = 30.0  # between two plain progress lines
+DRAW_SECONDS = 0.1  # between two updates of a bar
+
+
+class Rate:
+    """Things per second over the last few seconds, forgetting exponentially; the clock runs from the first `add` on."""
+
+    def __init__(self, half_life: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._half_life, self._clock = half_life, clock
+        self._count = self._seconds = 0.0
+        self._last: float | None = None
+
+    def add(self, count: float) -> None:
+        """`count` things are done since the last call. The first call only starts the clock."""
+        now = self._clock()
+        if self._last is not None:
+            seconds = now - self._last
+            keep = 0.5 ** (seconds / self._half_life)
+            self._count, self._seconds = self._count * keep + count, self._seconds * keep + seconds
+        self._last = now
+
+    def pause(self) -> None:
+        """Something else is done until the next `add`."""
+        self._last = None
+
+    @property
+    def per_second(self) -> float:
+        """The rate; 0 while it is not known."""
+        return self._count / self._seconds if self._seconds > 0 else 0.0
+
+
+def _metrics(metrics: dict[str, float]) -> str:
+    first = ["accuracy"] if "accuracy" in metrics else ["mrr@5", "hit@1", "ndcg@5"]
+    return "  ".join(f"{name} {metrics[name]:.4f}" for name in first)
+
+
+def _losses(event: dict[str, Any]) -> str:
+    parts = [f"loss {event['class_loss']:.4f}"] if "class_loss" in event else []
+    if event.get("retention_loss") is not None:
+        parts.append(f"retention {event['retention_loss']:.2e}")
+    if event.get("rho"):
+        parts.append("rho " + " ".join(f"{value:.3f}" for value in event["rho"]))
+    return "  ".join(parts)
+
+
+class ConsoleObserver(Observer):
+    """Shows a training run: use it as a context manager around the training.
+
+    Args:
+        out: where to; a terminal gets live bars, anything else plain lines.
+        clock: seconds, for the rate.
+    """
+
+    def __init__(self, out: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._out = out or console()
+        self._clock = clock
+        self._live = self._out.is_terminal
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+            console=self._out,
+            transient=True,
+            auto_refresh=False,  # drawn at every update of ours: no second thread beside the training
+            disable=not self._live,
+        )
+        self._rate = Rate(clock=clock)
+        self._start: TaskStart | None = None
+        self._bar: TaskID | None = None
+        self._drawn = -1.0
+        self._note = ""
+        self._evaluating: tuple[int, str, int] | None = None
+
+    def __enter__(self) -> ConsoleObserver:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def on_task_start(self, start: TaskStart) -> None:
+        """A line that names the task."""
+        self._start, self._note, self._evaluating = start, "", None
+        where = f", going on at epoch {start.epoch + 1}, batch {start.batch}" if start.epoch or start.batch else ""
+        size = f"{start.batches_per_epoch} batches of {start.batch_size}, at most {start.epochs} epochs"
+        self._print(f"T{start.task} of {start.num_tasks}: {start.name} ({size}{where})", "bold")
+        self._rate = Rate(clock=self._clock)
+        self._drawn = self._clock()
+
+    def on_step(self, step: Step) -> None:
+        """Moves the bar; in a log, a line every LOG_SECONDS."""
+        self._rate.add(step.users)
+        if step.event is not None:
+            self._note = _losses(step.event)
+        now, last = self._clock(), step.batch + 1 == step.num_batches
+        if now - self._drawn < (DRAW_SECONDS if self._live else LOG_SECONDS) and not (last and self._live):
+            return
+        self._drawn = now
+        epochs = f"/{self._start.epochs}" if self._start else ""
+        name = f"T{step.task} epoch {step.epoch + 1}{epochs}"
+        rate = f"{self._rate.per_second:,.0f} users/s" if self._rate.per_second else ""
+        if self._live:
+            self._show(name, step.batch + 1, step.num_batches, rate)
+        else:
+            left = (step.num_batches - step.batch - 1) * step.users / max(self._rate.per_second, 1e-9)
+            eta = f"  {left:.0f} s left in this epoch" if rate else ""
+            self._out.print(escape(f"{name}  {step.batch + 1}/{step.num_batches}  {rate}{eta}  {self._note}"))
+
+    def on_evaluate(self, task: int, split: str, done: int, total: int) -> None:
+        """Moves the bar of an evaluation (only on a terminal: it is short)."""
+        self._rate.pause()
+        if self._live and (self._clock() - self._drawn >= DRAW_SECONDS or done >= total):
+            self._drawn = self._clock()
+            self._show(f"T{task} {split}", done, total, "")
+
+    def on_valid(self, event: dict[str, Any]) -> None:
+        """A line with the validation metrics of the epoch."""
+        self._rate.pause()
+        self._hide()
+        best = "  *best so far" if event.get("best") else ""
+        rate = f"  {self._rate.per_second:,.0f} users/s" if self._rate.per_second else ""
+        losses = _losses(
+            {name: event.get(name) for name in ("class_loss", "retention_loss") if event.get(name) is not None}
+        )
+        self._print(
+            f"  T{event['task']} epoch {event['epoch'] + 1}:  {losses}  valid {_metrics(event['metrics'])}{rate}{best}"
+        )
+
+    def on_task_end(self, event: dict[str, Any]) -> None:
+        """Lines with the test metrics of every task so far."""
+        self._hide()
+        self._print(f"  T{event['task']} done: {event['epochs']} epochs, {event['seconds']:.1f} s")
+        for task, metrics in event["test"].items():
+            self._print(f"    test T{task}:  {_metrics(metrics)}")
+
+    def on_message(self, text: str) -> None:
+        """A line."""
+        self._print(text)
+
+    def _print(self, line: str, style: str | None = None) -> None:
+        self._out.print(escape(line), style=style)
+
+    def _show(self, name: str, done: int, total: int, rate: str) -> None:
+        if self._bar is None or self._progress.tasks[-1].total != total or self._progress.tasks[-1].completed > done:
+            self._hide()
+            self._bar = self._progress.add_task(name, total=total, completed=done, rate=rate, note=self._note)
+        self._progress.update(self._bar, description=name, completed=done, rate=rate, note=self._note, refresh=True)
+
+    def _hide(self) -> None:
+        if self._bar is not None:
+            self._progress.remove_task(self._bar)
+            self._progress.refresh()
+            self._bar = None
+
+
+@contextmanager
+def counting(name: str, total: int, unit: str = "users") -> Iterator[Callable[[int], None]]:
+    """A bar (or plain lines) for a loop; yields the function to call with the number done so far."""
+    out = console(stderr=True)
+    live = out.is_terminal
+    rate = Rate()
+    rate.add(0)
+    done, shown = 0, time.monotonic()
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=out,
+        transient=True,
+        disable=not live,
+    )
+    bar = progress.add_task(name, total=total, rate="")
+
+    def advance(now_done: int) -> None:
+        nonlocal done, shown
+        rate.add(now_done - done)
+        done = now_done
+        speed = f"{rate.per_second:,.0f} {unit}/s"
+        if live:
+            progress.update(bar, completed=done, rate=speed)
+        elif time.monotonic() - shown > LOG_SECONDS:
+            shown = time.monotonic()
+            left = (total - done) / max(rate.per_second, 1e-9)
+            out.print(escape(f"{name}  {done:,}/{total:,}  {speed}  {left:.0f} s left"))
+
+    with progress:
+        yield advance

@@ -1,0 +1,243 @@
+"""Users to run a trained model on: CSV, Parquet or a prepared folder, in blocks, with columns that say who each row is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teracon_fast.data import Dictionary, open_dataset, pad_left, read_sequences_csv
+from teracon_fast.errors import ConfigError, DataError
+
+Unseen = Literal["error", "pad", "drop"]
+UNSEEN = ("error", "pad", "drop")
+USER_COLUMNS = ("user", "user_id", "household", "household_id")
+ITEM_COLUMNS = ("items", "sequence", "item_ids", "history")
+
+
+@dataclass(frozen=True)
+class InputBlock:
+    """Consecutive users: `x` int32 `[n, L]` item indices of the run, and one Arrow array of n values a key column."""
+
+    x: NDArray[np.int32]
+    keys: list[Any]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Rows as they were read: `codes` int32 `[n, m]`, -1 where an item is unseen; `raw(row, column)` names an item; row r
+    comes from line or row `first_line + r`."""
+
+    codes: NDArray[np.int32]
+    keys: list[Any]
+    raw: Callable[[int, int], object]
+    first_line: int
+
+
+class Inputs:
+    """Users in blocks.
+
+    Args:
+        path: .csv or .txt file (`id,id,...` a line; labels after `,,` are ignored), .parquet file, or prepared folder.
+        items: item dictionary of the run.
+        length: L of the run. Shorter rows are padded on the left, longer ones keep their most recent items.
+        unseen: an item that the run has not seen is refused ("error"), becomes the pad ("pad"), or is taken out and the
+            sequence closed up ("drop"); only the L most recent items count.
+        task: of a prepared folder, whose sequences to read (from 1).
+        user_column: of a Parquet file; None: the first of USER_COLUMNS that it has, if any.
+        items_column: of a Parquet file, a list column; None: the first of ITEM_COLUMNS that it has.
+
+    Key columns: `line` (CSV, from 1); the user column, else `row` (Parquet, from 0); `row` and `group` (prepared folder).
+
+    Raises:
+        ConfigError: the kind of file is not known. DataError: file missing, columns missing or of another type.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        items: Dictionary,
+        length: int,
+        unseen: Unseen = "error",
+        task: int = 1,
+        user_column: str | None = None,
+        items_column: str | None = None,
+    ) -> None:
+        self.path, self.length, self.unseen = Path(path), length, unseen
+        if unseen not in UNSEEN:
+            raise ConfigError(f"unseen: got {unseen!r}, expected one of {', '.join(UNSEEN)}")
+        if not self.path.exists():
+            raise DataError(self.path, "no such file or folder")
+        self._source: _Csv | _Parquet | _Prepared
+        if self.path.is_dir():
+            self._source = _Prepared(self.path, items, task)
+        elif self.path.suffix == ".parquet":
+            self._source = _Parquet(self.path, items, length, user_column, items_column)
+        elif self.path.suffix in (".csv", ".txt"):
+            self._source = _Csv(self.path, items, length)
+        else:
+            raise ConfigError(f"input: got {str(path)!r}, expected a .csv, .txt or .parquet file or a prepared folder")
+
+    def keys(self) -> list[tuple[str, Any]]:
+        """Name and Arrow type of each key column."""
+        return self._source.keys()
+
+    def total(self) -> int:
+        """Number of users (a CSV is read once to count its lines)."""
+        return self._source.total()
+
+    def blocks(self, size: int) -> Iterator[InputBlock]:
+        """The users, at most `size` at a time, in the order of the file.
+
+        Raises:
+            DataError: a malformed row or an unseen item, naming file and line (CSV, from 1) or row (others, from 0).
+        """
+        for found in self._source.blocks(size):
+            yield InputBlock(self._fitted(found), found.keys)
+
+    def _fitted(self, found: _Found) -> NDArray[np.int32]:
+        codes = found.codes[:, max(0, found.codes.shape[1] - self.length) :]
+        strange = codes < 0
+        if strange.any() and self.unseen == "error":
+            row, column = (int(part[0]) for part in np.nonzero(strange))
+            item = found.raw(row, column + found.codes.shape[1] - codes.shape[1])
+            reason = f"item {str(item)!r} is not in the run's item dictionary; --unseen pad or drop accepts it"
+            raise DataError(self.path, reason, found.first_line + row)
+        kept = ~strange if self.unseen == "drop" else np.ones_like(strange)
+        offsets = np.concatenate([[0], np.cumsum(kept.sum(1))])
+        fitted: NDArray[np.int32] = pad_left(np.maximum(codes, 0)[kept], offsets, self.length)
+        return fitted
+
+
+class _Csv:
+    def __init__(self, path: Path, items: Dictionary, length: int) -> None:
+        self._path, self._items, self._length = path, items, length
+        with path.open("rb") as file:
+            self._labels = b",," in file.readline()
+
+    def keys(self) -> list[tuple[str, Any]]:
+        import pyarrow as pa
+
+        return [("line", pa.int64())]
+
+    def total(self) -> int:
+        lines, last = 0, b"\n"
+        with self._path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                lines, last = lines + chunk.count(b"\n"), chunk[-1:]
+        return lines + (last != b"\n")
+
+    def blocks(self, size: int) -> Iterator[_Found]:
+        import pyarrow as pa
+
+        reader = read_sequences_csv(self._path, self._labels, length=self._length, pad="left", empty_labels="skip")
+        for block in reader:
+            codes = self._items.encode(block.items)
+            for low in range(0, len(codes), size):
+                part, first = codes[low : low + size], block.first_line + low
+                keys = [pa.array(np.arange(first, first + len(part)))]
+                yield _Found(part, keys, partial(_cell, block.items[low : low + size]), first)
+
+
+def _cell(items: NDArray[Any], row: int, column: int) -> object:
+    return items[row, column]
+
+
+class _Prepared:
+    def __init__(self, path: Path, items: Dictionary, task: int) -> None:
+        dataset = open_dataset(path)
+        if not 1 <= task <= len(dataset.tasks):
+            raise ConfigError(f"{path}: got task {task}, expected 1 to {len(dataset.tasks)}")
+        self._task, self._ids = dataset.tasks[task - 1], dataset.item_ids()
+        self._codes = items.encode(self._ids)
+
+    def keys(self) -> list[tuple[str, Any]]:
+        import pyarrow as pa
+
+        return [("row", pa.int64()), ("group", pa.int64())]
+
+    def total(self) -> int:
+        return len(self._task.sequences)
+
+    def blocks(self, size: int) -> Iterator[_Found]:
+        import pyarrow as pa
+
+        for low in range(0, self.total(), size):
+            rows = np.asarray(self._task.sequences[low : low + size])
+            groups = np.asarray(self._task.groups[low : low + size])
+            keys = [pa.array(np.arange(low, low + len(rows))), pa.array(groups)]
+            yield _Found(self._codes[rows], keys, partial(_cell, self._ids[rows]), low)
+
+
+class _Parquet:
+    def __init__(self, path: Path, items: Dictionary, length: int, user: str | None, column: str | None) -> None:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        self._path, self._dictionary, self._length = path, items, length
+        try:
+            self._file = parquet.ParquetFile(path)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(path, f"cannot be read as Parquet: {error}") from None
+        schema = self._file.schema_arrow
+        for named in (user, column):
+            if named is not None and named not in schema.names:
+                raise DataError(path, f"has no column {named!r}; it has {', '.join(schema.names)}")
+        self._user = user or next((name for name in USER_COLUMNS if name in schema.names), None)
+        found = column or next((name for name in ITEM_COLUMNS if name in schema.names), None)
+        if found is None:
+            expected = f"one of {', '.join(ITEM_COLUMNS)} or --items-column"
+            raise DataError(path, f"has no column of item lists; got {', '.join(schema.names)}, expected {expected}")
+        self._items = found
+        kind = schema.field(found).type
+        lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        if not lists or not (pa.types.is_integer(kind.value_type) or _is_text(kind.value_type)):
+            raise DataError(path, f"column {found!r} is {kind}, expected lists of integers or strings")
+
+    def keys(self) -> list[tuple[str, Any]]:
+        import pyarrow as pa
+
+        if self._user is None:
+            return [("row", pa.int64())]
+        return [(self._user, self._file.schema_arrow.field(self._user).type)]
+
+    def total(self) -> int:
+        return int(self._file.metadata.num_rows)
+
+    def blocks(self, size: int) -> Iterator[_Found]:
+        import pyarrow as pa
+
+        row = 0
+        columns = [self._items] if self._user is None else [self._items, self._user]
+        for batch in self._file.iter_batches(batch_size=size, columns=columns):
+            lists = batch.column(self._items)
+            lists = lists.cast(pa.large_list(lists.type.value_type))
+            if lists.null_count:
+                missing = int(np.asarray(lists.is_null()).argmax())
+                raise DataError(self._path, f"column {self._items!r}: got null, expected a list", row + missing)
+            values = lists.flatten()
+            offsets = lists.offsets.to_numpy() - lists.offsets[0].as_py()
+            if values.null_count:
+                at = int(np.asarray(values.is_null()).argmax())
+                line = row + int(np.searchsorted(offsets, at, side="right")) - 1
+                raise DataError(self._path, f"column {self._items!r}: got a null item, expected an id", line)
+            raw = values.to_numpy(zero_copy_only=False)
+            codes = pad_left(self._dictionary.encode(raw), offsets, self._length)
+            key = pa.array(np.arange(row, row + len(batch))) if self._user is None else batch.column(self._user)
+            yield _Found(codes, [key], partial(_ragged_cell, raw, offsets, self._length), row)
+            row += len(batch)
+
+
+def _ragged_cell(raw: NDArray[Any], offsets: NDArray[np.int64], length: int, row: int, column: int) -> object:
+    return raw[offsets[row + 1] - length + column]
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
