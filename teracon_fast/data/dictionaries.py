@@ -189,7 +189,7 @@ class Dictionary:
         """Read what `save` wrote.
 
         Raises:
-            DataError: not a Parquet file, other columns, indices that are not 0 to n-1 each once, an id twice.
+            DataError: not a Parquet file, other columns, indices other than 0 to n-1 in order, an id twice.
         """
         pa = pyarrow()
         from pyarrow import parquet
@@ -202,26 +202,13 @@ class Dictionary:
         if names != ["id", "index"] or table["id"].type != pa.string() or table["index"].type != pa.int64():
             raise DataError(path, f"got columns {names} of types {[str(t) for t in table.schema.types]}; "
                             "expected id: string, index: int64")  # fmt: skip
-        pairs = zip(table["id"].to_pylist(), table["index"].to_pylist(), strict=True)
-        return _from_pairs(path, pairs)
-
-
-def _from_pairs(path: str | Path, pairs: Iterable[tuple[Any, Any]]) -> Dictionary:
-    by_index = sorted(pairs, key=lambda pair: -1 if pair[1] is None else pair[1])
-    for expected, (raw, index) in enumerate(by_index):
-        if raw is None or index is None:
-            raise DataError(path, f"empty id or index: {raw!r}, {index!r}")
-        if index != expected:
-            what = (
-                f"ids {by_index[expected - 1][0]!r} and {raw!r} share index {index}"
-                if index < expected
-                else f"no id has index {expected}"
-            )
-            raise DataError(path, f"{what}; expected the indices 0 to {len(by_index) - 1}, each once")
-    try:
-        return Dictionary(raw for raw, _ in by_index)
-    except ValueError as error:
-        raise DataError(path, str(error)) from error
+        index = table["index"].to_numpy()
+        if table["id"].null_count or not np.array_equal(index, np.arange(len(index))):
+            raise DataError(path, f"got empty ids, or indices other than 0 to {len(index) - 1} in order")
+        try:
+            return cls(table["id"].to_pylist())
+        except ValueError as error:
+            raise DataError(path, str(error)) from error
 
 
 def read_published_index(path: str | Path) -> Dictionary:
@@ -239,11 +226,20 @@ def read_published_index(path: str | Path) -> Dictionary:
         raise DataError(path, f"cannot be read as text: {error}") from error
     if not _PUBLISHED.fullmatch(text):
         raise DataError(path, f"got {text[:40]!r}...; expected a printed dictionary such as {{'0': 0, '17': 1}}")
-    pairs = json.loads(text.replace("'", '"'), object_pairs_hook=list)
-    dictionary = _from_pairs(path, pairs)
-    if dictionary.ids[0] != PAD:
-        raise DataError(path, f"index 0 is id {dictionary.ids[0]!r}; expected the pad '0'")
-    return dictionary
+    pairs = sorted(json.loads(text.replace("'", '"'), object_pairs_hook=list), key=lambda pair: pair[1])
+    for expected, (raw, index) in enumerate(pairs):
+        if index < expected:
+            raise DataError(
+                path, f"ids {pairs[expected - 1][0]!r} and {raw!r} share index {index}; expected one id each"
+            )
+        if index > expected:
+            raise DataError(path, f"no id has index {expected}; expected indices from 0 without gap")
+    if pairs[0][0] != PAD:
+        raise DataError(path, f"index 0 is id {pairs[0][0]!r}; expected the pad '0'")
+    try:
+        return Dictionary(raw for raw, _ in pairs)
+    except ValueError as error:
+        raise DataError(path, str(error)) from error
 
 
 class DictionaryBuilder:

@@ -47,8 +47,8 @@ _log = logging.getLogger("teracon_fast.data")
 
 
 class DatasetWriter:
-    """Writes a prepared folder. Everything goes to a temporary folder beside `path`, renamed to `path` when the context ends
-    without an error; after an error or a kill, `path` is as it was.
+    """Writes a prepared folder. Everything goes to a hidden temporary folder beside `path`, which gets the name `path` when the
+    context ends without an error. After an error or a kill `path` is as it was (a killed process leaves the hidden folder).
 
         with DatasetWriter("data/ml", name="ml-1m", length=30) as writer:
             writer.add_task("watch", "next_item", sequences, groups=users)                  # raw ids [N, 30]

@@ -120,13 +120,11 @@ def _batches(path: Path, columns: list[str], rows_per_block: int) -> Iterator[tu
 
 def _lists(path: Path, column: Any, name: str, first: int) -> tuple[RawIds, npt.NDArray[np.int64]]:
     """Flat values and offsets [n+1] of a list column."""
-    pa = pyarrow()
-    kind = column.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        raise DataError(path, f"column {name!r} is {kind}; expected lists of integers or strings")
+    if not _is_list(column.type):
+        raise DataError(path, f"column {name!r} is {column.type}; expected lists of integers or strings")
     if column.null_count:
         raise DataError(path, f"column {name!r} is null; expected a list", first + _first_null(column))
-    sizes = column.value_lengths().to_numpy(zero_copy_only=False)
+    sizes = _list_sizes(column)
     offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     flat = column.flatten()
     if flat.null_count:
@@ -166,11 +164,9 @@ def _groups(path: Path, column: Any, name: str, first: int) -> npt.NDArray[np.in
 
 def _labels(path: Path, column: Any, name: str, first: int, empty_labels: str) -> tuple[npt.NDArray[np.int64], RawIds]:
     """Row of the block and value of every label."""
-    pa = pyarrow()
-    kind = column.type
     rows = np.arange(len(column))
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        sizes = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    if _is_list(column.type):
+        sizes = _list_sizes(column)
         if empty_labels == "error" and (sizes == 0).any():
             raise DataError(path, f"column {name!r} has no label", first + int((sizes == 0).argmax()))
         rows, column = np.repeat(rows, sizes), column.flatten()
@@ -180,6 +176,19 @@ def _labels(path: Path, column: Any, name: str, first: int, empty_labels: str) -
             raise DataError(path, f"column {name!r} has an empty (null) label", first + int(rows[null.argmax()]))
         rows, column = rows[~null], column.drop_null()
     return rows, _ids(path, column, name)
+
+
+def _is_list(kind: Any) -> bool:
+    types = pyarrow().types
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
+
+
+def _list_sizes(column: Any) -> npt.NDArray[np.int64]:
+    """[n] number of values of each list, 0 for a null one."""
+    from pyarrow import compute
+
+    sizes = compute.list_value_length(column).fill_null(0)
+    return sizes.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _first_null(column: Any) -> int:
