@@ -32,12 +32,11 @@ from teracon_fast.runfolder import (
     RunStopped,
     StopSignals,
     check_tasks,
-    continued,
     delete_old_run,
     keep_dictionaries,
     locked,
     require_same,
-    resolved_device,
+    resolved,
     settings,
 )
 from teracon_fast.runlog import Observer, RunLog, Step, TaskStart
@@ -86,7 +85,8 @@ def train(config: RunConfig, observer: Observer | None = None, fresh: bool = Fal
     with locked(config.run), StopSignals() as stop:
         run = _Run(config, observer or Observer(), stop, fresh)
         try:
-            torch.set_num_threads(run.config.threads or threads)
+            assert run.config.threads is not None
+            torch.set_num_threads(run.config.threads)
             return run.train()
         finally:
             torch.set_num_threads(threads)
@@ -115,12 +115,12 @@ class _Run:
             delete_old_run(self.folder)
         self.saved = load_state(self.state_file) if self.state_file.exists() else None
         begun = self.saved["begun"] if self.saved else 0
+        config = resolved(config, self.saved["settings"] if self.saved else settings(config, self.dataset, 0))
         if self.saved:
-            config = continued(config, self.saved["settings"])
             require_same(settings(config, self.dataset, begun), self.saved["settings"], self.folder)
             if self.saved["torch"] != torch.__version__:
                 observer.on_message(f"begun with torch {self.saved['torch']}, now {torch.__version__}: bits may differ")
-        self.config, self.device = config, torch.device(resolved_device(config))
+        self.config, self.device = config, torch.device(config.device)
         self.last_task = min(config.num_tasks or len(self.dataset.tasks), len(self.dataset.tasks))
         self.splits = [task_split(config, data) for data in self.dataset.tasks[: self.last_task]]
         check_tasks(self.dataset, self.splits)

@@ -121,7 +121,7 @@ def resolved_device(config: RunConfig) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def continued(config: RunConfig, begun: Mapping[str, Any]) -> RunConfig:
+def resolved(config: RunConfig, begun: Mapping[str, Any]) -> RunConfig:
     """The configuration with what it leaves open ("auto", no thread count) set as the run began."""
     fill: dict[str, Any] = {}
     if config.device == "auto":
