@@ -5,6 +5,7 @@ A *site* is a place where a mask is applied: two per residual block, in network 
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -90,14 +91,15 @@ def annealed_scale(batch_index: int, num_batches: float, s_max: float = 50.0, pa
 
     Args:
         batch_index: from 0, restarted each epoch.
-        num_batches: number of batches of the epoch; "official" takes samples / batch size, not rounded.
+        num_batches: samples / batch size, not rounded.
         s_max: scale of inference.
-        parity: "official" divides by `num_batches`; "paper" by `num_batches - 1`, so the last batch has s_max.
+        parity: "official" divides by `num_batches`; "paper" by the number of batches less one, so the last batch has s_max.
     """
     low = 1.0 / s_max
     if parity == "official":
         return (s_max - low) * batch_index / num_batches + low
-    return low + (s_max - low) * (batch_index / (num_batches - 1) if num_batches > 1 else 0.0)
+    last = math.ceil(num_batches) - 1
+    return low + (s_max - low) * (batch_index / last if last else 0.0)
 
 
 def similarity(first: Tensor, second: Tensor, eps: float = 1e-6) -> Tensor:
@@ -115,6 +117,7 @@ def rho(teacher_masks: Tensor, current_mask: Tensor, c: float = 6.0) -> Tensor:
         c: scale of the cosine similarity.
 
     Returns:
-        `[J]` on the masks' device (no wait for the device), in (1 - sigmoid(c), 0.5] for masks in (0, 1).
+        float64 `[J]` on the masks' device (no wait for the device), in [1 - sigmoid(c), 0.5] for masks in (0, 1).
     """
-    return 1.0 - torch.sigmoid(c * similarity(teacher_masks, current_mask[:, None])).mean(0)
+    # The published program averages in double precision; the number of drawn users is rounded down from this.
+    return 1.0 - torch.sigmoid(c * similarity(teacher_masks, current_mask[:, None])).double().mean(0)
