@@ -177,7 +177,7 @@ class _Run:
         order_seed = derived_seed(self.config.seed, number, "order")
         return TaskTraining(
             number, config, data, split, order_seed, model, teacher, optimizer, draws, position, Losses(number),
-            self.config.sampling, self.config.student_mask, self.config.parity, self.config.log_every,
+            self.config.precision, self.config.sampling, self.config.student_mask, self.config.parity, self.config.log_every,
         )  # fmt: skip
 
     def first_model(self, generator: torch.Generator) -> FastTCN:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from teracon_fast import ops
+from teracon_fast import ops, packing
 from teracon_fast.data import epoch_batches, fetch
 from teracon_fast.errors import TeraconError
 from teracon_fast.masks import Parity, annealed_scale
@@ -30,6 +30,7 @@ FIRST_RHO = 0.9  # rate of every past task in the first step of a task, before a
 
 Sampling = Literal["adaptive", "minimum", "all"]
 StudentMask = Literal["past", "current"]
+Precision = Literal["fp32", "bf16"]
 
 
 class DivergedError(TeraconError):
@@ -72,15 +73,24 @@ def make_optimizer(model: torch.nn.Module, lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(model.parameters(), lr=lr, fused=fused or None)
 
 
-def t1_step(model: FastTCN, optimizer: torch.optim.Optimizer, x: Tensor, s: float) -> StepResult:
+def _forward(model: FastTCN, precision: Precision) -> torch.autocast:
+    """The context that losses are computed in. One per step: autocast keeps its copies of the weights until it ends."""
+    return torch.autocast(model.embeding.weight.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def t1_step(
+    model: FastTCN, optimizer: torch.optim.Optimizer, x: Tensor, s: float, precision: Precision = "fp32"
+) -> StepResult:
     """One step of task 1: next item at all positions, then the clamp.
 
     Args:
         x: int64 `[B, L]`; inputs are `x[:, :-1]`, targets `x[:, 1:]`, pad targets counted.
         s: mask scale.
+        precision: of matrix products; "bf16" keeps weights, masks, statistics and losses in fp32.
     """
     optimizer.zero_grad(set_to_none=True)
-    loss = model.next_item_loss(x, s)
+    with _forward(model, precision):
+        loss = model.next_item_loss(to_device(x, model), s)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     model.clamp_task_embeddings()
@@ -99,6 +109,7 @@ def continual_step(
     alpha: float,
     student_mask: StudentMask = "past",
     c: float = 6.0,
+    precision: Precision = "fp32",
 ) -> StepResult:
     """One step of task i >= 2 (Eq. 15 to 18): class loss + alpha * retention loss, then the clamp.
 
@@ -113,31 +124,44 @@ def continual_step(
         student_mask: "past": the student uses the current mask of task j (the published program); "current": that of
             task i (Eq. 10 and 16 as printed).
         c: scale of the cosine in Eq. 15.
+        precision: as in `t1_step`.
 
     Returns:
         StepResult; next_rho is computed from the masks that this step used.
     """
     current, past = model.num_tasks - 1, range(teacher.num_tasks)
-    masks = model.masks(s)
-    with torch.no_grad():
-        teacher_masks = teacher.masks(s)
-        next_rho = HostCopy(sampling_rates(teacher_masks, masks[:, current].detach(), c))
-        # Task 1 predicts the last item of a sequence, so it must not see it.
-        pseudo = teacher.encode(x, [Request(j, users[j], int(j == 0)) for j in past], s, teacher_masks)
-    asked = [Request(j if student_mask == "past" else current, users[j], int(j == 0)) for j in past]
-    hidden, *student = model.encode(x, [Request(current), *asked], s, masks)
-
-    head = model.head(current)
-    class_loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, y)
-    heads, teacher_heads = [_parameters(model, j) for j in past], [_parameters(teacher, j) for j in past]
+    lengths = packing.real_lengths(x)  # while x is on the host: asking the device would wait for it
+    x, y = to_device(x, model), to_device(y, model)
     rates = torch.tensor(rho, dtype=torch.float64)  # shares rounded once, as the published program's floats are
-    retention_loss = ops.retention_mse(student, heads, pseudo, teacher_heads, rates)
+    with _forward(model, precision):
+        masks = model.masks(s)
+        with torch.no_grad():
+            teacher_masks = teacher.masks(s)
+            next_rho = HostCopy(sampling_rates(teacher_masks, masks[:, current].detach(), c))
+            # Task 1 predicts the last item of a sequence, so it must not see it.
+            asked = [Request(j, users[j], int(j == 0)) for j in past]
+            pseudo = teacher.encode(x, asked, s, teacher_masks, lengths)
+        if student_mask == "current":
+            asked = [Request(current, users[j], int(j == 0)) for j in past]
+        hidden, *student = model.encode(x, [Request(current), *asked], s, masks, lengths)
+        head = model.head(current)
+        class_loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, y)
+        heads, teacher_heads = [_parameters(model, j) for j in past], [_parameters(teacher, j) for j in past]
+        retention_loss = ops.retention_mse(student, heads, pseudo, teacher_heads, rates)
 
     optimizer.zero_grad(set_to_none=True)
     (class_loss + alpha * retention_loss).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     model.clamp_task_embeddings()
     return StepResult(class_loss.detach(), retention_loss.detach(), next_rho)
+
+
+def to_device(tensor: Tensor, model: FastTCN) -> Tensor:
+    """The tensor where the model is; from the host to a GPU without waiting for what the GPU is doing."""
+    device = model.embeding.weight.device
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _parameters(model: FastTCN, task: int) -> tuple[Tensor, Tensor]:
@@ -260,6 +284,7 @@ class TaskTraining:
     draws: torch.Generator  # draws the users of retention
     position: Position
     losses: Losses
+    precision: Precision = "fp32"
     sampling: Sampling = "adaptive"
     student_mask: StudentMask = "past"
     parity: Parity = "official"
@@ -320,12 +345,14 @@ def run_step(task: TaskTraining, x: Tensor, y: Tensor, s: float) -> StepRecord:
     """One optimiser step of the task on a batch: draws the users of retention and moves rho on."""
     at, config = task.position, task.config
     if task.teacher is None:
-        return StepRecord(len(x), at.epoch, at.batch, at.step, s, [], t1_step(task.model, task.optimizer, x, s))
+        result = t1_step(task.model, task.optimizer, x, s, task.precision)
+        return StepRecord(len(x), at.epoch, at.batch, at.step, s, [], result)
     rates = drawing_rates(at.rho, task.sampling)
     users = draw_users(len(x), rates, task.draws)
     result = continual_step(
-        task.model, task.teacher, task.optimizer, x, y, users, rates, s, config.alpha, task.student_mask, config.c
-    )
+        task.model, task.teacher, task.optimizer, x, y, users, rates, s, config.alpha, task.student_mask, config.c,
+        task.precision,
+    )  # fmt: skip
     record = StepRecord(len(x), at.epoch, at.batch, at.step, s, rates, result)
     assert result.next_rho is not None
     at.rho = result.next_rho.tolist()  # waits for the masks of this step, not for the step

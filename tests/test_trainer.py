@@ -209,6 +209,28 @@ def test_variants_take_the_reference_step(variant: str, student_mask: Any) -> No
             assert relative_error(model.state_dict()[name], value) < 1e-9, name
 
 
+def test_bf16_steps_stay_near_fp32_and_see_the_new_weights() -> None:
+    """Rounding of 2**-9 in every matrix product; master weights, losses and rho are fp32."""
+    _, _, model, teacher = small_pair("relation", torch.float32)
+    x, y = torch.randint(0, 30, (64, 10)), torch.randint(0, 4, (64,))
+    users, start = [torch.arange(20), torch.arange(30)], model.state_dict()
+    ends: list[list[float]] = []
+    for precision in ("fp32", "bf16"):
+        own = FastTCN(**{"num_items": 30, "labels": [30, 7, 4], "channels": 12, "dilations": (1, 2)})
+        own.load_state_dict(start)
+        optimizer, losses = make_optimizer(own, 1e-2), []
+        for _ in range(6):
+            step = continual_step(own, teacher, optimizer, x, y, users, [0.5, 0.5], 2.0, 0.7, precision=precision)
+            assert step.class_loss.dtype == torch.float32 and step.retention_loss is not None
+            losses += [step.class_loss.item(), step.retention_loss.item()]
+        losses.append(t1_step(own, optimizer, x, 2.0, precision=precision).class_loss.item())
+        assert all(parameter.dtype == torch.float32 for parameter in own.parameters())
+        ends.append(losses)
+    fp32, bf16 = ends
+    assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.05, abs=1e-3)
+    assert bf16[10] < bf16[0] - 0.05, "the class loss falls: later steps see the weights that earlier ones changed"
+
+
 def test_a_step_leaves_the_teacher_and_clamps_the_embeddings() -> None:
     _, _, model, teacher = small_pair("relation")
     teacher = teacher.frozen()
@@ -360,12 +382,12 @@ def test_loop_feeds_each_epoch_in_order_with_restarted_annealing(tiny: list[Task
     assert len(train) % 16 != 0, "the last batch of this test is a partial one"
     assert len(seen) == 2 * per_epoch == host.steps
     draws, rho = torch.Generator().manual_seed(2), [FIRST_RHO]
-    for step, (x, y, users, rates, s, alpha, student_mask, c) in enumerate(seen):
+    for step, (x, y, users, rates, s, alpha, student_mask, c, precision) in enumerate(seen):
         epoch, batch = divmod(step, per_epoch)
         expected_x, expected_y = fetch(task.data, epoch_batches(train, 16, 11, epoch)[batch])
         assert torch.equal(x, expected_x) and torch.equal(y, expected_y)
         assert s == pytest.approx((50 - 1 / 50) * batch / (len(train) / 16) + 1 / 50)
-        assert rates == rho and (alpha, student_mask, c) == (0.25, "past", 3.0)
+        assert rates == rho and (alpha, student_mask, c, precision) == (0.25, "past", 3.0, "fp32")
         assert torch.equal(users[0], draw_users(len(x), rho, draws)[0])
         event = host.events[step]
         assert (event["epoch"], event["batch"], event["step"], event["scale"]) == (epoch, batch, step, s)
