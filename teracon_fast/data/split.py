@@ -34,12 +34,13 @@ def split_task(
     Args:
         task: the task.
         by: "sample" shuffles samples (the published program; two samples of one user may fall on both sides). "user" keeps all
-            samples of a user (`TaskData.groups`) on one side. The order of users depends on the seed and their id only, so a
-            user has nearly the same place in every task; the cuts are at the given fractions of the users of the task.
+            samples of a user (`TaskData.groups`) on one side, the same side in every task: it depends on the seed and the user's
+            id only. So the parts of one task are near the given fractions, not at them; only where a task of few users would
+            leave a part empty does the user nearest to it change sides.
         seed: non-negative. The same seed gives the same split, on any machine.
-        fractions: shares of train, validation and test; they sum to 1. Counts are rounded like the published program's:
-            held = int((valid + test) n), of which int(held test / (valid + test)) are test; train gets the rest. A part with a
-            positive share gets at least one sample (or user).
+        fractions: shares of train, validation and test; they sum to 1. Counts of samples are rounded like the published
+            program's: held = int((valid + test) n), of which int(held test / (valid + test)) are test; train gets the rest. A
+            part with a positive share gets at least one sample (or user).
 
     Raises:
         ConfigError: another `by`, a negative seed, fractions negative or not summing to 1, fewer samples (users) than parts.
@@ -55,9 +56,13 @@ def split_task(
         parts = np.split(order, _cuts(len(order), fractions, "samples", task.name))
     else:
         groups, group_of = np.unique(task.groups[task.samples[:, 0]], return_inverse=True)
+        place = _place(groups, seed)
+        order = np.argsort(place, kind="stable")
+        wanted = np.searchsorted(place[order], [fractions[0], 1.0 - fractions[2]])
         rank = np.empty(len(groups), dtype=np.int64)
-        rank[np.argsort(_hash(groups, seed), kind="stable")] = np.arange(len(groups))
-        side = np.searchsorted(_cuts(len(groups), fractions, "users", task.name), rank[group_of], side="right")
+        rank[order] = np.arange(len(groups))
+        cuts = _at_least_one(int(wanted[0]), int(wanted[1]), len(groups), fractions, "users", task.name)
+        side = np.searchsorted(cuts, rank[group_of], side="right")
         parts = [np.flatnonzero(side == part) for part in range(3)]
     train, valid, test = (np.sort(part).astype(np.int64, copy=False) for part in parts)
     return Split(train, valid, test)
@@ -65,21 +70,28 @@ def split_task(
 
 def _cuts(n: int, fractions: tuple[float, float, float], what: str, name: str) -> tuple[int, int]:
     """Where validation begins, and where test begins."""
+    held_share = fractions[1] + fractions[2]
+    # The small term undoes rounding of the shares: 0.15 / 0.2 is 0.7499... in floating point.
+    held = int(held_share * n + 1e-9)
+    test = int(held * fractions[2] / held_share + 1e-9) if held_share else 0
+    return _at_least_one(n - held, n - test, n, fractions, what, name)
+
+
+def _at_least_one(
+    valid: int, test: int, n: int, fractions: tuple[float, float, float], what: str, name: str
+) -> tuple[int, int]:
+    """The starts of validation and test, moved as little as gives every part with a positive share something."""
     wanted = [int(fraction > 0) for fraction in fractions]
     if n < sum(wanted):
         raise ConfigError(f"task {name!r} has {n} {what}; expected at least {sum(wanted)} to split by {fractions}")
-    held_share = fractions[1] + fractions[2]
-    # The small term undoes rounding of the shares: 0.15 / 0.2 is 0.7499... in floating point.
-    held = min(max(int(held_share * n + 1e-9), wanted[1] + wanted[2]), n - wanted[0])
-    test = int(held * fractions[2] / held_share + 1e-9) if held_share else 0
-    test = min(max(test, wanted[2]), held - wanted[1])
-    return n - held, n - test
+    valid = min(max(valid, wanted[0]), n - wanted[1] - wanted[2])
+    return valid, min(max(test, valid + wanted[1]), n - wanted[2])
 
 
-def _hash(groups: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
-    """SplitMix64 of each group id, the stream chosen by the seed (Steele, Lea and Flood 2014)."""
+def _place(groups: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each group id: SplitMix64, the stream chosen by the seed (Steele, Lea and Flood 2014)."""
     start = np.random.Generator(np.random.PCG64(seed)).integers(0, 2**64, dtype=np.uint64)
     z = groups.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    return (z ^ (z >> np.uint64(31))) / 2.0**64
