@@ -1,0 +1,6 @@
+"""Measurements: ours beside the eager reference and torch.compile of it. Run them with `pytest bench/`.
+
+    bench_ttl.py    the suite    cases.py       what is measured and by which sides
+    measure.py      how          operations.py  how many operations the results really need
+    report.py       closing table and JSON      NOTES.md    the figures of each version
+"""
