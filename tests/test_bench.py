@@ -24,8 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_whole_suite_on_tiny_shapes(tmp_path: Path) -> None:
     """All sides of all cases agree, are timed, tabulated, and kept with machine, versions and date."""
-    command = [sys.executable, "-m", "pytest", "bench", "--quick", "--rounds", "1", "--results", str(tmp_path), "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "bench", "--quick", "--rounds", "1", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--results", str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(CASES) * len(SIDES)} passed" in done.stdout
     run = json.loads(next(tmp_path.glob("*.json")).read_text())
