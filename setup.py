@@ -58,10 +58,10 @@ def extension(torch: Path) -> Extension:
         language="c++",
         # No -march: kernels choose instructions at run time. -g0: half the build time.
         extra_compile_args=[
-            "-std=c++17", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread",
+            "-std=c++17", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread", "-fopenmp", "-ffp-contract=fast",
             f"-DTORCH_TARGET_VERSION={TARGET_VERSION}ULL", "-isystem", str(torch / "include"),
         ],
-        extra_link_args=["-pthread"],
+        extra_link_args=["-pthread", "-fopenmp"],
         libraries=["torch_cpu"],
         library_dirs=[str(torch / "lib")],
     )  # fmt: skip

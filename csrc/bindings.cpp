@@ -6,11 +6,120 @@
 #include <string>
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include "cpu/fma_peak.h"
+#include "cpu/masked_conv.h"
 
 namespace {
+
+using torch::stable::Tensor;
+
+// Dense arrays of the expected type and number of elements, or an error: the kernels never read out of bounds.
+template <class T>
+T* checked(const Tensor& tensor, torch::headeronly::ScalarType type, int64_t count, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type && tensor.numel() == count,
+                  "masked_conv: ", name, " has ", tensor.numel(), " elements, expected a dense CPU tensor of ", count);
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+float* floats(const Tensor& tensor, int64_t count, const char* name) {
+  return checked<float>(tensor, torch::headeronly::ScalarType::Float, count, name);
+}
+
+// Row numbers in -1 (0 where `none` is false) to rows - 1.
+const int32_t* row_numbers(const Tensor& tensor, int64_t count, int64_t rows, bool none, const char* name) {
+  const int32_t* values = checked<int32_t>(tensor, torch::headeronly::ScalarType::Int, count, name);
+  int32_t low = 0, high = -1;
+  for (int64_t i = 0; i < count; ++i) {
+    low = values[i] < low ? values[i] : low;
+    high = values[i] > high ? values[i] : high;
+  }
+  STD_TORCH_CHECK(low >= (none ? -1 : 0) && high < rows, "masked_conv: ", name, " has rows ", low, " to ", high,
+                  ", which is out of range: expected less than ", rows);
+  return values;
+}
+
+teracon::MaskedConv masked_conv(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& ln_weight,
+                                const Tensor& ln_bias, const Tensor& mask, const Tensor& taps,
+                                const Tensor& rows_per_request, double eps, int64_t threads) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 3 && taps.dim() == 2 && threads >= 1,
+                  "masked_conv: expected x [rows_in, f_in], weight [f_out, f_in, K], taps [rows, K]");
+  teracon::MaskedConv op{};
+  op.rows_in = x.size(0), op.rows = taps.size(0), op.requests = rows_per_request.numel();
+  op.f_out = weight.size(0), op.f_in = weight.size(1), op.kernel_size = weight.size(2);
+  op.x = floats(x, op.rows_in * op.f_in, "x");
+  op.weight = floats(weight, op.f_out * op.f_in * op.kernel_size, "weight");
+  op.bias = floats(bias, op.f_out, "bias");
+  op.ln_weight = floats(ln_weight, op.f_out, "ln_weight");
+  op.ln_bias = floats(ln_bias, op.f_out, "ln_bias");
+  op.mask = floats(mask, op.requests * op.f_out, "mask");
+  op.taps = row_numbers(taps, op.rows * op.kernel_size, op.rows_in, true, "taps");
+  op.rows_per_request = checked<int64_t>(rows_per_request, torch::headeronly::ScalarType::Long, op.requests, "rows_per_request");
+  int64_t rows = 0;
+  for (int64_t q = 0; q < op.requests; ++q) {
+    STD_TORCH_CHECK(op.rows_per_request[q] >= 0, "masked_conv: rows_per_request has a negative number");
+    rows += op.rows_per_request[q];
+  }
+  STD_TORCH_CHECK(rows == op.rows, "masked_conv: rows_per_request sums to ", rows, ", expected ", op.rows);
+  op.eps = static_cast<float>(eps), op.threads = static_cast<int>(threads);
+  return op;
+}
+
+// An empty tensor stands for what is absent: no residual, nothing saved, no gradient wanted.
+void masked_conv_forward(Tensor x, Tensor weight, Tensor bias, Tensor ln_weight, Tensor ln_bias, Tensor mask, Tensor taps,
+                         Tensor rows_per_request, double eps, int64_t threads, Tensor residual, Tensor residual_rows,
+                         Tensor out, Tensor conv, Tensor mean, Tensor rstd) {
+  const auto op = masked_conv(x, weight, bias, ln_weight, ln_bias, mask, taps, rows_per_request, eps, threads);
+  const int64_t all = op.rows * op.f_out;
+  teracon::MaskedConvForward io{};
+  if (residual.numel() != 0) {
+    io.residual = floats(residual, residual.numel(), "residual");
+    io.residual_rows = row_numbers(residual_rows, op.rows, residual.numel() / op.f_out, false, "residual_rows");
+  }
+  io.out = floats(out, all, "out");
+  if (conv.numel() != 0) {
+    io.conv = floats(conv, all, "conv");
+    io.mean = floats(mean, op.rows, "mean");
+    io.rstd = floats(rstd, op.rows, "rstd");
+  }
+  teracon::kernels().forward(op, io);
+}
+
+void masked_conv_backward(Tensor x, Tensor weight, Tensor bias, Tensor ln_weight, Tensor ln_bias, Tensor mask, Tensor taps,
+                          Tensor rows_per_request, double eps, int64_t threads, Tensor grad, Tensor conv, Tensor mean,
+                          Tensor rstd, Tensor readers, Tensor bag_rows, Tensor bag_offsets, Tensor residual_readers,
+                          Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_ln_weight, Tensor d_ln_bias, Tensor d_mask,
+                          Tensor d_residual) {
+  const auto op = masked_conv(x, weight, bias, ln_weight, ln_bias, mask, taps, rows_per_request, eps, threads);
+  const int64_t all = op.rows * op.f_out;
+  teracon::MaskedConvBackward io{};
+  io.grad = floats(grad, all, "grad");
+  io.conv = floats(conv, all, "conv");
+  io.mean = floats(mean, op.rows, "mean");
+  io.rstd = floats(rstd, op.rows, "rstd");
+  io.bags = bag_offsets.numel() - 1;
+  const int64_t members = bag_rows.numel();
+  io.readers = row_numbers(readers, op.rows_in * op.kernel_size, op.rows + io.bags, true, "readers");
+  io.bag_rows = row_numbers(bag_rows, members, op.rows, false, "bag_rows");
+  io.bag_offsets = row_numbers(bag_offsets, io.bags + 1, members + 1, false, "bag_offsets");
+  if (residual_readers.numel() != 0) {
+    io.residual_count = residual_readers.numel();
+    io.residual_readers = row_numbers(residual_readers, io.residual_count, op.rows, true, "residual_readers");
+    io.d_residual = floats(d_residual, io.residual_count * op.f_out, "d_residual");
+  }
+  if (d_x.numel() != 0) io.d_x = floats(d_x, op.rows_in * op.f_in, "d_x");
+  io.d_weight = floats(d_weight, op.f_out * op.f_in * op.kernel_size, "d_weight");
+  io.d_bias = floats(d_bias, op.f_out, "d_bias");
+  io.d_ln_weight = floats(d_ln_weight, op.f_out, "d_ln_weight");
+  io.d_ln_bias = floats(d_ln_bias, op.f_out, "d_ln_bias");
+  io.d_mask = floats(d_mask, op.requests * op.f_out, "d_mask");
+  teracon::kernels().backward(op, io);
+}
+
+std::string cpu_isa() { return teracon::kernels().name; }
 
 double fma_peak(int64_t threads) {
   STD_TORCH_CHECK(threads >= 1 && threads <= 4096, "fma_peak: got ", threads, " threads, expected 1 to 4096");
@@ -27,10 +136,27 @@ std::string fma_instructions() {
 STABLE_TORCH_LIBRARY_FRAGMENT(teracon_fast, m) {
   m.def("fma_peak(int threads) -> float");
   m.def("fma_instructions() -> str");
+  m.def("cpu_isa() -> str");
+  m.def(
+      "masked_conv_cpu_forward(Tensor x, Tensor weight, Tensor bias, Tensor ln_weight, Tensor ln_bias, Tensor mask, "
+      "Tensor taps, Tensor rows_per_request, float eps, int threads, Tensor residual, Tensor residual_rows, "
+      "Tensor(a!) out, Tensor(b!) conv, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
+  m.def(
+      "masked_conv_cpu_backward(Tensor x, Tensor weight, Tensor bias, Tensor ln_weight, Tensor ln_bias, Tensor mask, "
+      "Tensor taps, Tensor rows_per_request, float eps, int threads, Tensor grad, Tensor conv, Tensor mean, Tensor rstd, "
+      "Tensor readers, Tensor bag_rows, Tensor bag_offsets, Tensor residual_readers, Tensor(a!) d_x, "
+      "Tensor(b!) d_weight, Tensor(c!) d_bias, Tensor(d!) d_ln_weight, Tensor(e!) d_ln_bias, Tensor(f!) d_mask, "
+      "Tensor(g!) d_residual) -> ()");
 }
 
 // These take no tensor, so no device chooses between implementations.
 STABLE_TORCH_LIBRARY_IMPL(teracon_fast, CompositeExplicitAutograd, m) {
   m.impl("fma_peak", TORCH_BOX(&fma_peak));
   m.impl("fma_instructions", TORCH_BOX(&fma_instructions));
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(teracon_fast, CPU, m) {
+  m.impl("masked_conv_cpu_forward", TORCH_BOX(&masked_conv_forward));
+  m.impl("masked_conv_cpu_backward", TORCH_BOX(&masked_conv_backward));
 }

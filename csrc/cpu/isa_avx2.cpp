@@ -1,0 +1,26 @@
+#if defined(__x86_64__)
+
+#include "isa_begin.h"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+#define TERACON_ISA avx2
+#define TERACON_LANES 8
+#define TERACON_NV 2
+#include "masked_conv_impl.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace teracon {
+const Kernels kAvx2Kernels = {"avx2", avx2::forward, avx2::backward};
+}  // namespace teracon
+
+#endif

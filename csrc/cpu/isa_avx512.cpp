@@ -1,0 +1,26 @@
+#if defined(__x86_64__)
+
+#include "isa_begin.h"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,avx2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,avx2")
+#endif
+
+#define TERACON_ISA avx512
+#define TERACON_LANES 16
+#define TERACON_NV 4
+#include "masked_conv_impl.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace teracon {
+const Kernels kAvx512Kernels = {"avx512", avx512::forward, avx512::backward};
+}  // namespace teracon
+
+#endif
