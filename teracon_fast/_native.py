@@ -67,3 +67,13 @@ def fma_instructions() -> str:
     """
     _require()
     return str(torch.ops.teracon_fast.fma_instructions())
+
+
+def cpu_isa() -> str:
+    """The instruction set of the CPU kernels: "avx512", "avx2" or "generic", or the one that TERACON_CPU_ISA names.
+
+    Raises:
+        NativeError: there is no compiled extension. RuntimeError: TERACON_CPU_ISA names one that this machine lacks.
+    """
+    _require()
+    return str(torch.ops.teracon_fast.cpu_isa())

@@ -16,41 +16,54 @@ from typing import Any
 
 import torch
 
+from teracon_fast import _native
 from teracon_fast.errors import TeraconError
 
 _LOG = logging.getLogger(__name__)
+_CPU = torch.device("cpu")
 
-# Implementations in order of preference, per operation. Reference code is the specification, not a backend.
-_AVAILABLE: dict[str, tuple[str, ...]] = {"masked_conv": ("torch",)}
+# Names in order of preference, per operation. Reference code is the specification, not a backend.
+_NAMES: dict[str, tuple[str, ...]] = {"masked_conv": ("cpu", "torch")}
 
 
 class BackendError(TeraconError):
     """An explicitly requested backend does not exist or cannot run this input."""
 
 
-def resolve(backend: str, operation: str = "masked_conv") -> str:
+def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if the backend runs inputs of this device and dtype here, else the reason."""
+    if name == "torch":
+        return None
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"it runs torch.float32 on cpu, not {dtype} on {device}"
+    return _native.missing_reason()
+
+
+@lru_cache(maxsize=256)
+def resolve(
+    backend: str, operation: str = "masked_conv", device: torch.device = _CPU, dtype: torch.dtype = torch.float32
+) -> str:
     """Name of the implementation that serves a request.
 
     Args:
         backend: "auto" or the name of an implementation.
         operation: name of the operation.
+        device, dtype: of the operation's main input.
 
     Raises:
-        BackendError: when `backend` is not an implementation of `operation`.
+        BackendError: when `backend` is not an implementation of `operation`, or cannot run this input here.
     """
-    available = _AVAILABLE[operation]
+    names = _NAMES[operation]
     if backend == "auto":
-        return _automatic(operation)
-    if backend not in available:
-        raise BackendError(f"backend {backend!r} cannot run {operation}, expected 'auto' or one of {list(available)}")
+        choice = next(name for name in names if _why_not(name, device, dtype) is None)
+        _LOG.debug("backend auto: %s of %s on %s runs on %s", operation, dtype, device, choice)
+        return choice
+    if backend not in names:
+        raise BackendError(f"backend {backend!r} cannot run {operation}, expected 'auto' or one of {list(names)}")
+    reason = _why_not(backend, device, dtype)
+    if reason is not None:
+        raise BackendError(f"backend {backend!r} cannot run {operation} here: {reason}")
     return backend
-
-
-@lru_cache(maxsize=None)
-def _automatic(operation: str) -> str:
-    choice = _AVAILABLE[operation][0]
-    _LOG.debug("backend auto: %s runs on %s", operation, choice)
-    return choice
 
 
 def env_report() -> dict[str, Any]:
@@ -70,6 +83,10 @@ def env_report() -> dict[str, Any]:
         "devices": devices,
         "triton": triton,
         "compiler": shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"),
-        "backends": {operation: list(names) for operation, names in _AVAILABLE.items()},
-        "auto": {operation: resolve("auto", operation=operation) for operation in _AVAILABLE},
+        "cpu_isa": _native.cpu_isa() if _native.available() else None,
+        "backends": {
+            operation: [name for name in names if _why_not(name, _CPU, torch.float32) is None]
+            for operation, names in _NAMES.items()
+        },
+        "auto": {operation: resolve("auto", operation) for operation in _NAMES},
     }

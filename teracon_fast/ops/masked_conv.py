@@ -14,7 +14,7 @@ from torch import Tensor
 
 from teracon_fast import backends
 from teracon_fast.errors import ShapeError
-from teracon_fast.ops import _torch_masked_conv
+from teracon_fast.ops import _cpu_masked_conv, _torch_masked_conv
 from teracon_fast.packing import ResidualTable, TapTable
 
 
@@ -33,7 +33,7 @@ class _Implementation(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
 
 
-_IMPLEMENTATIONS: dict[str, _Implementation] = {"torch": _torch_masked_conv}
+_IMPLEMENTATIONS: dict[str, _Implementation] = {"cpu": _cpu_masked_conv, "torch": _torch_masked_conv}
 
 
 def masked_conv(
@@ -128,7 +128,7 @@ def _forward(
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], residual: Tensor | None,
     residual_rows: Tensor | None, residual_readers: Tensor | None, eps: float, backend: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    implementation = _IMPLEMENTATIONS[backends.resolve(backend, "masked_conv")]
+    implementation = _IMPLEMENTATIONS[backends.resolve(backend, "masked_conv", x.device, x.dtype)]
     return implementation.forward(
         x, weight, bias, ln_weight, ln_bias, mask, taps, rows_per_request, residual, residual_rows, eps, save
     )
@@ -155,7 +155,7 @@ def _backward(
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int],
     residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, backend: str, need_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    implementation = _IMPLEMENTATIONS[backends.resolve(backend, "masked_conv")]
+    implementation = _IMPLEMENTATIONS[backends.resolve(backend, "masked_conv", x.device, x.dtype)]
     return implementation.backward(
         grad, x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets, rows_per_request,
         residual_readers, conv, mean, rstd, eps, need_input,
