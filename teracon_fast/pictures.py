@@ -333,8 +333,9 @@ def rho_over_training(
             axes.set_title(f"while training {_title(task, names[task - 1], 22)}")
             axes.set_xlabel("step of the task")
             axes.set_ylabel("sampling ratio ρ")
+        floor = floors[tasks[0]]
         panels[0].annotate(
-            f"smallest possible: {floors[tasks[0]]:.5f}", (0.98, floors[tasks[0]]), xycoords=("axes fraction", "data"), xytext=(0, -3),
+            f"smallest possible: {floor:.5f}", (0.98, floor), xycoords=("axes fraction", "data"), xytext=(0, -3),
             textcoords="offset points", ha="right", va="top", fontsize=7.5, color="#555555",
         )  # fmt: skip
         figure.suptitle("Share of each batch drawn to retain each past task\n(from the second step on)", fontsize=11.5)
