@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
 Array = NDArray[np.float64]
@@ -44,6 +46,8 @@ STYLE: dict[str, Any] = {
     "pdf.fonttype": 42,
 }
 MAX_POINTS = 1500
+NEARLY_EQUAL = 0.98  # where every cosine is above this, distances are shown
+SMALLEST = 1e-7  # distances below this are rounding of fp32
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -173,22 +177,55 @@ def r_matrix(matrix: Array, names: Sequence[str], metrics: Sequence[str], bwt: S
     return figure
 
 
-def _annotated(axes: Axes, values: Array, digits: int, size: float) -> Any:
-    """A cividis map of cosines (NaN left blank), each cell with its number; the colour scale spans at least 0.1."""
-    from matplotlib import colormaps
-    from matplotlib.colors import Normalize
+@dataclass(frozen=True)
+class _Scale:
+    """How a table of cosines is shown: the numbers drawn, their colours, their text, and words for title and colour bar."""
 
-    finite = values[np.isfinite(values)]
-    high = math.ceil(float(finite.max()) * 20 - 1e-9) / 20
-    norm = Normalize(min(math.floor(float(finite.min()) * 20) / 20, high - 0.1), high)
-    colours = colormaps["cividis"].with_extremes(bad="#F0F0F0")
-    image = axes.imshow(np.ma.masked_invalid(values), cmap=colours, norm=norm, aspect="auto")
-    for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
-        value = values[row, column]
-        # Cut, not rounded, so that only equal masks show as 1; no leading zero, since 448 cells must stay readable.
-        cut = math.trunc((value + 1e-6) * 10**digits) / 10**digits
-        shown = f"{cut:.{digits}f}".replace("0.", ".", 1).replace("-", "−")
-        axes.text(column, row, shown, ha="center", va="center", fontsize=size, color=_ink(colours(norm(value))))
+    table: Array
+    norm: Normalize
+    colours: str
+    write: Callable[[float], str]
+    title: str
+    label: str
+
+
+def _scale(cosines: Array, digits: int) -> _Scale:
+    """Cosines as they are, on a scale that spans at least 0.1; where all of them are close to 1, 1 - cosine on a log scale,
+    since trained masks often differ by less than 0.001."""
+    from matplotlib.colors import LogNorm, Normalize
+
+    finite = cosines[np.isfinite(cosines)]
+    if finite.min() < NEARLY_EQUAL:
+
+        def cosine(value: float) -> str:
+            # Cut, not rounded, so that only equal masks show as 1; no leading zero, since 448 cells must stay readable.
+            cut = math.floor((value + 1e-6) * 10**digits) / 10**digits
+            return f"{cut:.{digits}f}".replace("0.", ".", 1).replace("-", "−")
+
+        high = min(1.0, math.ceil(float(finite.max()) * 20) / 20)
+        norm = Normalize(min(math.floor(float(finite.min()) * 20) / 20, high - 0.1), high)
+        return _Scale(cosines, norm, "cividis", cosine, "Similarity of the task masks", "cosine")
+
+    def distance(value: float) -> str:
+        mantissa, exponent = f"{value:.{digits - 2}e}".split("e")
+        return f"{mantissa}e{int(exponent)}" if value > SMALLEST else f"<{SMALLEST:.0e}".replace("e-0", "e-")
+
+    table = np.maximum(1 - cosines, SMALLEST)
+    high = max(float(np.nanmax(table)), 10 * SMALLEST)
+    log = LogNorm(min(float(np.nanmin(table)), high / 10), high)
+    return _Scale(table, log, "cividis_r", distance, "Distance of the task masks", "1 − cosine")
+
+
+def _annotated(axes: Axes, scale: _Scale, size: float) -> Any:
+    """A map of the scale's table (NaN left blank), each cell with its number."""
+    from matplotlib import colormaps
+
+    colours = colormaps[scale.colours].with_extremes(bad="#F0F0F0")
+    image = axes.imshow(np.ma.masked_invalid(scale.table), cmap=colours, norm=scale.norm, aspect="auto")
+    for row, column in zip(*np.nonzero(np.isfinite(scale.table)), strict=True):
+        value = float(scale.table[row, column])
+        ink = _ink(colours(scale.norm(value)))
+        axes.text(column, row, scale.write(value), ha="center", va="center", fontsize=size, color=ink)
     axes.grid(False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -210,12 +247,13 @@ def similarity(pairs: Mapping[tuple[int, int], Array], names: Sequence[str]) -> 
     with style():
         figure = _figure(0.92 * (count - 1) + 3.6, 0.55 * (count - 1) + 2.0)
         axes = figure.subplots()
-        image = _annotated(axes, table, 3, 9.5)
+        scale = _scale(table, 3)
+        image = _annotated(axes, scale, 9.5)
         axes.set_xticks(range(count - 1), [f"T{i + 1}\n{_wrap(names[i], 11)}" for i in range(count - 1)])
         axes.set_yticks(range(count - 1), [f"T{i + 1} {_wrap(names[i], 16)}" for i in range(1, count)])
-        axes.set_title("Similarity of the task masks\n(cosine, mean over mask sites)")
+        axes.set_title(f"{scale.title}\n({scale.label}, mean over mask sites)")
         bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=18, pad=0.03)
-        bar.set_label("cosine similarity")
+        bar.set_label(scale.label)
         bar.outline.set_visible(False)
     return figure
 
@@ -234,70 +272,77 @@ def similarity_by_layer(pairs: Mapping[tuple[int, int], Array], names: Sequence[
     with style():
         figure = _figure(0.43 * sites + 2.6, 0.28 * len(keys) + 1.5)
         axes = figure.subplots()
-        image = _annotated(axes, table, 2, 7.5)
+        scale = _scale(table, 2)
+        image = _annotated(axes, scale, 7.5)
         axes.set_yticks(range(len(keys)), [f"T{i} – T{j}" for i, j in keys])
         axes.set_xticks(range(sites), [f"{site // 2 + 1}{'ab'[site % 2]}" for site in range(sites)])
         axes.set_xlabel("mask site (residual block; a, b: its first, second convolution)")
         axes.set_ylabel("pair of tasks")
-        axes.set_title("Similarity of the task masks by layer (cosine)")
+        axes.set_title(f"{scale.title} by layer ({scale.label})")
         # Thin lines between the rows of different newer tasks let the eye find a pair.
         for row in range(1, len(keys)):
             if keys[row][0] != keys[row - 1][0]:
                 axes.axhline(row - 0.5, color="white", lw=2.5)
         few = len(keys) < 6
         bar = figure.colorbar(image, ax=axes, shrink=1.0 if few else 0.6, aspect=8 if few else 20, pad=0.02)
-        bar.set_label("cosine similarity" if len(keys) > 3 else "cosine")
+        bar.set_label(scale.label)
         bar.outline.set_visible(False)
     return figure
 
 
-def rho_over_training(rho: Mapping[int, tuple[Array, Array]], names: Sequence[str], c: float = 6.0) -> Figure | None:
+def rho_over_training(
+    rho: Mapping[int, tuple[Array, Array]], names: Sequence[str], c: Mapping[int, float]
+) -> Figure | None:
     """Sampling ratio rho of each past task over the steps of each later task (Eq. 15), on a logarithmic axis.
 
     Args:
-        rho: task i (from 2) -> (steps [n], rho [n, i-1]).
-        c: scale of Eq. 15; the dotted line is its smallest value, 1 - sigmoid(c).
+        rho: task i (from 2) -> (steps [n], rho [n, i-1]). Step 0 is left out: there rho is set, not measured.
+        c: scale of Eq. 15 of each task; the dotted line is the smallest value that rho can take, 1 - sigmoid(c).
     """
-    tasks = [task for task in sorted(rho) if len(rho[task][0])]
+    measured = {task: (steps[steps > 0], values[steps > 0]) for task, (steps, values) in sorted(rho.items())}
+    tasks = [task for task, (steps, _) in measured.items() if len(steps)]
     if not tasks:
         return None
-    low = 1 / (1 + math.exp(c))
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    floors = {task: 1 / (1 + math.exp(c[task])) for task in tasks}
+    low = min(floors.values())
+    top = max(0.015, *(1.3 * float(measured[task][1].max()) for task in tasks))
     with style():
         figure, panels = _grid(len(tasks))
         known: dict[str, Any] = {}
         for axes, task in zip(panels, tasks, strict=True):
-            steps, values = rho[task]
+            steps, values = measured[task]
             for past in range(values.shape[1]):
                 (line,) = axes.plot(
                     *_thin(steps, values[:, past]),
                     color=COLOURS[past % 8],
                     ls=LINES[past % 8],
                     lw=1.6 if values.shape[1] < 5 else 1.2,
-                    marker=MARKERS[past % 8] if len(steps) < 4 else None,
+                    marker=MARKERS[past % 8] if len(steps) < 15 else None,
+                    ms=4,
                 )
                 known.setdefault(_title(past + 1, names[past], 26), line)
-            axes.axhline(low, color="#777777", lw=0.9, ls=":")
+            axes.axhline(floors[task], color="#777777", lw=0.9, ls=":")
             axes.set_yscale("log")
-            axes.set_ylim(low * 0.75, 1.05)
-            axes.set_yticks([0.01, 0.1, 1.0], ["0.01", "0.1", "1"])
-            axes.minorticks_off()
+            axes.set_ylim(low * (low / top) ** 0.13, top)
+            axes.set_xlim(0, 1.02 * float(steps[-1]))
+            axes.yaxis.set_major_locator(FixedLocator([0.003, 0.01, 0.03, 0.1, 0.3, 1.0]))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.set_title(f"while training {_title(task, names[task - 1], 22)}")
             axes.set_xlabel("step of the task")
             axes.set_ylabel("sampling ratio ρ")
-            axes.margins(x=0.02)
+        floor = floors[tasks[0]]
         panels[0].annotate(
-            f"smallest possible, {low:.4f}", (0.98, low), xycoords=("axes fraction", "data"), xytext=(0, 3),
-            textcoords="offset points", ha="right", fontsize=7.5, color="#555555",
+            f"smallest possible: {floor:.5f}", (0.98, floor), xycoords=("axes fraction", "data"), xytext=(0, -3),
+            textcoords="offset points", ha="right", va="top", fontsize=7.5, color="#555555",
         )  # fmt: skip
-        figure.suptitle("Share of each batch drawn to retain each past task", fontsize=11.5)
+        figure.suptitle("Share of each batch drawn to retain each past task\n(from the second step on)", fontsize=11.5)
         figure.legend(
-            list(known.values()),
-            list(known),
-            loc="outside lower center",
-            ncols=min(4, len(known)),
-            frameon=False,
+            list(known.values()), list(known), loc="outside lower center", ncols=min(4, len(known)), frameon=False,
             title="past task",
-        )
+        )  # fmt: skip
     return figure
 
 
@@ -344,31 +389,50 @@ def learning_curves(
     return figure
 
 
-def losses(loss: Mapping[int, tuple[Array, Array, Array | None]], names: Sequence[str]) -> Figure | None:
-    """Training losses of each task over its steps: thin lines as logged, thick lines a moving mean.
+@dataclass(frozen=True)
+class LossCurves:
+    """Losses of one task: `step`, `class_loss`, `retention_loss` [n] as logged, and `epoch_*` [e] the means over each epoch,
+    placed at its last step. `retention_loss` and `epoch_retention` are None for task 1."""
+
+    step: Array
+    class_loss: Array
+    retention_loss: Array | None
+    epoch_step: Array
+    epoch_class: Array
+    epoch_retention: Array | None
+
+
+def losses(curves: Mapping[int, LossCurves], names: Sequence[str]) -> Figure | None:
+    """Training losses of each task over its steps: thin lines as logged; thick lines a moving mean, or the means over the
+    epochs where few steps were logged.
 
     Args:
-        loss: task (from 1) -> (steps [n], class loss [n], retention loss [n] or None).
+        curves: by task, from 1.
     """
-    tasks = [task for task in sorted(loss) if len(loss[task][0])]
+    tasks = [task for task in sorted(curves) if len(curves[task].step)]
     if not tasks:
         return None
     with style():
         figure, panels = _grid(len(tasks))
         known: dict[str, Any] = {}
         for axes, task in zip(panels, tasks, strict=True):
-            steps, class_loss, retention = loss[task]
-            kinds = [("class loss (cross-entropy)", class_loss, 0)]
-            if retention is not None and np.any(retention > 0):
-                kinds.append(("retention loss (mean squared error)", retention, 1))
-            for label, values, look in kinds:
-                shown = np.where(values > 0, values, np.nan) if len(kinds) > 1 else values
-                x, y = _thin(steps, shown)
-                axes.plot(x, y, color=COLOURS[look], lw=0.7, alpha=0.35)
-                (line,) = axes.plot(x, _smooth(np.nan_to_num(y)), color=COLOURS[look], ls=LINES[look], lw=1.8)
+            curve = curves[task]
+            kinds = [("class loss (cross-entropy)", curve.class_loss, curve.epoch_class)]
+            if curve.retention_loss is not None and curve.epoch_retention is not None:
+                kinds.append(("retention loss (mean squared error)", curve.retention_loss, curve.epoch_retention))
+                axes.set_yscale("log")
+            by_epoch = len(curve.step) < 10 * len(curve.epoch_step)
+            for (label, logged, means), colour, dash in zip(kinds, COLOURS, LINES, strict=False):
+                x, y = _thin(curve.step, logged)
+                axes.plot(x, y, color=colour, lw=0.7, alpha=0.35)
+                x, y = (curve.epoch_step, means) if by_epoch else (x, _smooth(y))
+                few = "o" if by_epoch and len(x) < 15 else None
+                (line,) = axes.plot(x, y, color=colour, ls=dash, lw=1.8, marker=few, ms=4)
                 known.setdefault(label, line)
             if len(kinds) > 1:
-                axes.set_yscale("log")
+                # At the first steps all masks are nearly 1/2 and the teacher is matched exactly: not worth ten decades.
+                low, high = axes.get_ylim()
+                axes.set_ylim(max(low, 1e-5 * high), high)
             axes.set_title(_title(task, names[task - 1], 30))
             axes.set_xlabel("step of the task")
             axes.set_ylabel("loss (log scale)" if len(kinds) > 1 else "cross-entropy (nats)")

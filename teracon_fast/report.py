@@ -1,4 +1,4 @@
-"""The report of a run: reads metrics.jsonl and dataset.json, writes pictures and report.md under RUN/report/.
+"""The report of a run: reads its log, writes pictures and report.md under RUN/report/.
 
 Works on a run that is still training or was interrupted: whatever has been logged is shown.
 """
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teracon_fast import pictures
+from teracon_fast.config import load_config
 from teracon_fast.errors import DataError, TeraconError
 from teracon_fast.files import atomic_write
 from teracon_fast.metrics import backward_transfer, headline
@@ -30,18 +31,10 @@ FORMATS = ("png", "pdf", "svg")
 
 @dataclass
 class TaskLog:
-    """What metrics.jsonl says of one task, in the order of training.
+    """Events of one task in metrics.jsonl, in the order of training: logged steps, validations, and the end (None before)."""
 
-    `step` is the step of the task, from 0; `rho` is [n, past tasks]; `valid` holds (epoch from 1, metrics, best
-    so far).
-    """
-
-    step: list[float] = field(default_factory=list)
-    class_loss: list[float] = field(default_factory=list)
-    retention_loss: list[float] = field(default_factory=list)
-    rho: list[list[float]] = field(default_factory=list)
-    users_per_s: list[float] = field(default_factory=list)
-    valid: list[tuple[int, dict[str, float], bool]] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    checks: list[dict[str, Any]] = field(default_factory=list)
     end: dict[str, Any] | None = None
 
 
@@ -50,7 +43,8 @@ class RunRecord:
     """A run as read back from its folder.
 
     `names`, `metrics`, `bwt`: one entry a task; `matrix`: [M, M], NaN where nothing was measured; `logs`: task from
-    1 -> TaskLog; `pairs`: (i, j), i > j, tasks from 1 -> cosine similarity of their masks at each site [S].
+    1 -> TaskLog; `pairs`: (i, j), i > j, tasks from 1 -> cosine similarity of their masks at each site [S];
+    `c`: task from 1 -> scale of the cosine in rho (Eq. 15).
     """
 
     path: Path
@@ -60,6 +54,7 @@ class RunRecord:
     bwt: list[float]
     logs: dict[int, TaskLog]
     pairs: dict[tuple[int, int], Array]
+    c: dict[int, float]
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
@@ -106,28 +101,24 @@ def _fold(events: Iterator[dict[str, Any]]) -> dict[int, TaskLog]:
     for event in events:
         log = logs.setdefault(int(event["task"]), TaskLog())
         if event["event"] == "step":
-            log.step.append(float(event["step"]))
-            log.class_loss.append(_number(event.get("class_loss", event.get("loss"))))
-            log.retention_loss.append(_number(event.get("retention_loss")))
-            log.rho.append([_number(value) for value in event.get("rho") or []])
-            log.users_per_s.append(_number(event.get("users_per_s")))
+            log.steps.append(event)
         elif event["event"] == "valid":
-            log.valid.append((int(event["epoch"]) + 1, event["metrics"], bool(event.get("best"))))
+            log.checks.append(event)
         elif event["event"] == "task_end":
             log.end = event
     return logs
 
 
 def load_run(run: str | Path) -> RunRecord:
-    """Read a run folder back: names and sizes from dataset.json, all else from metrics.jsonl.
+    """Read a run folder back: settings from config.toml, names and sizes from dataset.json, all else from metrics.jsonl.
 
     Raises:
-        TeraconError: the folder or one of the two files is missing; DataError: a file is malformed.
+        TeraconError: the folder or one of the three files is missing; DataError: a file is malformed.
     """
     run = Path(run)
     if not run.is_dir():
         raise TeraconError(f"{run}: no such run folder")
-    for name in ("metrics.jsonl", "dataset.json"):
+    for name in ("config.toml", "dataset.json", "metrics.jsonl"):
         if not (run / name).is_file():
             raise TeraconError(f"{run}: has no {name}: not a run folder, or nothing has been trained in it yet")
     logs = _fold(read_events(run / "metrics.jsonl"))
@@ -142,7 +133,9 @@ def load_run(run: str | Path) -> RunRecord:
     if done:
         # The newest task has nothing after it to forget it: its backward transfer is left undefined.
         bwt[: done[-1] - 1] = backward_transfer(matrix[: done[-1], : done[-1]])[:-1]
-    return RunRecord(run, [task["name"] for task in tasks], metrics, matrix, bwt.tolist(), logs, _pairs(logs))
+    config = load_config(path=run / "config.toml")
+    c = {task: config.for_task(task).c for task in logs}
+    return RunRecord(run, [task["name"] for task in tasks], metrics, matrix, bwt.tolist(), logs, _pairs(logs), c)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -160,28 +153,34 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _column(events: list[dict[str, Any]], name: str) -> Array:
+    return np.asarray([_number(event.get(name)) for event in events], dtype=float)
+
+
+def _curves(log: TaskLog, task: int) -> pictures.LossCurves:
+    steps, checks = log.steps, log.checks
+    retention = (_column(steps, "retention_loss"), _column(checks, "retention_loss")) if task > 1 else (None, None)
+    return pictures.LossCurves(
+        _column(steps, "step"), _column(steps, "class_loss"), retention[0],
+        _column(checks, "step"), _column(checks, "class_loss"), retention[1],
+    )  # fmt: skip
+
+
 def draw(record: RunRecord) -> dict[str, Figure]:
     """The pictures of a run that have something to show, by file stem."""
-    rho, loss, valid = {}, {}, {}
+    loss = {task: _curves(log, task) for task, log in record.logs.items()}
+    rho, valid = {}, {}
     for task, log in record.logs.items():
-        steps = np.asarray(log.step)
-        retention = np.asarray(log.retention_loss)
-        loss[task] = (steps, np.asarray(log.class_loss), retention if np.isfinite(retention).any() else None)
-        width = max((len(row) for row in log.rho), default=0)
-        if width:
-            kept = [index for index, row in enumerate(log.rho) if len(row) == width]
-            rho[task] = (steps[kept], np.asarray([log.rho[index] for index in kept]))
-        if log.valid:
-            name = record.metrics[task - 1]
-            values = np.asarray([_number(metrics.get(name)) for _, metrics, _ in log.valid])
-            epochs, _, best = (np.asarray(column) for column in zip(*log.valid, strict=True))
-            valid[task] = (epochs.astype(float), values, best.astype(float))
+        if task > 1 and log.steps:
+            rho[task] = (loss[task].step, np.asarray([step["rho"] for step in log.steps], dtype=float))
+        scores = _column([check["metrics"] for check in log.checks], record.metrics[task - 1])
+        valid[task] = (_column(log.checks, "epoch") + 1, scores, _column(log.checks, "best"))
     labels = [_pretty(name) for name in record.metrics]
     drawn = {
         "r_matrix": pictures.r_matrix(record.matrix, record.names, labels, record.bwt),
         "similarity": pictures.similarity(record.pairs, record.names),
         "similarity_by_layer": pictures.similarity_by_layer(record.pairs, record.names),
-        "rho": pictures.rho_over_training(rho, record.names),
+        "rho": pictures.rho_over_training(rho, record.names, record.c),
         "learning_curves": pictures.learning_curves(valid, record.names, labels),
         "losses": pictures.losses(loss, record.names),
     }
@@ -244,15 +243,16 @@ def task_rows(record: RunRecord) -> tuple[list[str], list[list[str]]]:
     for task in sorted(record.logs):
         log = record.logs[task]
         end = log.end or {}
-        rate = np.asarray(log.users_per_s)
+        rate = _column(log.steps, "users_per_s")
+        rho = log.steps[-1].get("rho", []) if log.steps else []
         rows.append(
             [
                 f"T{task} {record.names[task - 1]}",
-                str(end.get("epochs", len(log.valid))),
-                str(len(log.step)),
+                str(end.get("epochs", len(log.checks))),
+                str(len(log.steps)),
                 shown(_number(end.get("seconds")), ",.1f"),
                 shown(float(np.nanmedian(rate)), ",.0f") if np.isfinite(rate).any() else "–",
-                ", ".join(shown(value, ".3g") for value in log.rho[-1]) if log.rho and log.rho[-1] else "–",
+                ", ".join(shown(value, ".3g") for value in rho) or "–",
             ]
         )
     return heading, rows

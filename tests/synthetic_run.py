@@ -13,8 +13,8 @@ NAMES = [
 ]  # fmt: skip
 
 
-def write_run(folder: Path, tasks: int, epochs: int = 6, steps: int = 120) -> Path:
-    """Write metrics.jsonl, dataset.json and results.json of a run with `tasks` tasks."""
+def write_run(folder: Path, tasks: int, epochs: int = 6, steps: int = 120, lowest_cosine: float = 0.55) -> Path:
+    """Write config.toml, metrics.jsonl, dataset.json and results.json of a run with `tasks` tasks."""
     random = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     names = NAMES[:tasks]
@@ -40,14 +40,16 @@ def write_run(folder: Path, tasks: int, epochs: int = 6, steps: int = 120) -> Pa
                 events.append(event)
             value = float(best[past] * (1 - 0.7 * np.exp(-epoch)) + 0.004 * random.standard_normal())
             shown = {metrics[past]: value, "hit@1": value / 2}
-            check = {"time": 0.0, "event": "valid", "task": task, "epoch": epoch}
+            check = {"time": 0.0, "event": "valid", "task": task, "epoch": epoch, "class_loss": decay}
+            check |= {"step": steps * (epoch + 1) - 1} | ({"retention_loss": 0.02} if past else {})
             events.append(check | {"metrics": shown, "best": epoch <= 3})
-        cosines = random.uniform(0.55, 1.0, (16, task, task))
+        cosines = random.uniform(lowest_cosine, 1.0, (16, task, task))
         cosines = (cosines + cosines.transpose(0, 2, 1)) / 2
         cosines[:, range(task), range(task)] = 1.0
         test = {str(i + 1): {metrics[i]: matrix[past][i]} for i in range(task)}
         end = {"time": 0.0, "event": "task_end", "task": task, "epochs": epochs, "seconds": 61.5, "test": test}
         events.append(end | {"similarity": cosines.tolist()})
+    (folder / "config.toml").write_text('data = "data"\nrun = "run"\n[later]\nc = 5.0\n')
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     kinds = ["next_item"] + ["label"] * (tasks - 1)
     sizes = {"num_rows": 9, "num_samples": 9}

@@ -41,7 +41,7 @@ def test_rate_forgets_old_speeds_and_pauses() -> None:
 
 def watch(observer: ConsoleObserver, clock: Clock, seconds_a_step: float) -> None:
     """Two tasks' worth of calls, as training makes them."""
-    event = {"class_loss": 1.25, "retention_loss": 0.002, "rho": [0.9, 0.05]}
+    event = {"step": 14, "class_loss": 1.25, "retention_loss": 0.002, "rho": [0.9, 0.05]}
     with observer:
         observer.on_task_start(TaskStart(2, "click [x]", 3, 4, 10, 64, 1, 3))
         for batch in range(3, 10):
@@ -75,7 +75,7 @@ def test_log_gets_few_plain_lines() -> None:
         ["T2 epoch 2/4", "7/10", "4 users/s"],
         ["T2 epoch 2/4", "9/10", "4 users/s"],
     ]
-    assert lines[1].endswith("75 s left in this epoch  loss 1.2500  retention 2.00e-03  rho 0.900 0.050")
+    assert lines[1].endswith("75 s left in this epoch  step 14: loss 1.2500  retention 2.00e-03  rho 0.900 0.050")
     assert (
         lines[4]
         == "  T2 epoch 2:  loss 2.0000  valid mrr@5 0.5000  hit@1 0.2500  ndcg@5 0.5000  4 users/s  *best so far"

@@ -36,11 +36,12 @@ def test_unfinished_run_gives_the_rows_it_has(tmp_path: Path) -> None:
     # Killed in the middle of writing a step of task 3.
     (run / "metrics.jsonl").write_text("".join(lines[: ends[1] + 4]) + lines[ends[1] + 4][:30])
     record = load_run(run)
+    assert record.c == {1: 6.0, 2: 5.0, 3: 5.0}
     np.testing.assert_array_equal(record.matrix[:2], whole.matrix[:2])
     assert np.isnan(record.matrix[2]).all()
     expected = 100 * (record.matrix[1, 0] - record.matrix[0, 0]) / record.matrix[0, 0]
     assert record.bwt[0] == pytest.approx(expected)
-    assert record.logs[3].step == [0, 1, 2]
+    assert [event["step"] for event in record.logs[3].steps] == [0, 1, 2]
     assert "| T2 |" in markdown(record, []) and "| T3 |" not in markdown(record, [])
 
 
@@ -56,7 +57,7 @@ def test_bad_lines_are_named(tmp_path: Path) -> None:
     with pytest.raises(TeraconError, match="no such run folder"):
         load_run(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(TeraconError, match=r"no metrics\.jsonl"):
+    with pytest.raises(TeraconError, match=r"no config\.toml"):
         load_run(tmp_path / "empty")
     with pytest.raises(TeraconError, match="'bmp'"):
         write_report(run, "bmp")
@@ -125,8 +126,32 @@ def test_report_files_are_whole_and_linked(tmp_path: Path) -> None:
     assert images[0].read_text().lstrip().startswith("<?xml")
 
 
-def test_cell_numbers_do_not_overstate() -> None:
-    figure = pictures.similarity({(2, 1): np.asarray([0.9996])}, ["a", "b"])
+def cells(cosines: list[float]) -> tuple[str, list[str]]:
+    """Title and numbers of a similarity picture with one cell a cosine."""
+    figure = pictures.similarity_by_layer({(2, 1): np.asarray(cosines)}, ["a", "b"])
     assert figure is not None
-    assert ".999" in {text.get_text() for text in figure.axes[0].texts}
+    return figure.axes[0].get_title(), [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_similarity_numbers_do_not_overstate() -> None:
+    assert cells([0.5, 0.9996, 1.0]) == ("Similarity of the task masks by layer (cosine)", [".50", ".99", "1.00"])
+    assert cells([-0.25, 0.5]) == ("Similarity of the task masks by layer (cosine)", ["−.25", ".50"])
+    # Masks that are all nearly the same are told apart by their distance.
+    assert cells([0.99, 0.9997, 1 - 2e-8, 1 + 1e-7]) == (
+        "Distance of the task masks by layer (1 − cosine)",
+        ["1e-2", "3e-4", "<1e-7", "<1e-7"],
+    )
+    assert cells([1.0, 1.0])[1] == ["<1e-7", "<1e-7"]
     assert pictures.similarity({}, ["a"]) is None
+
+
+def test_losses_show_epoch_means_where_few_steps_are_logged() -> None:
+    few = pictures.LossCurves(
+        np.asarray([0.0, 20.0]), np.asarray([3.0, 2.0]), np.asarray([1e-12, 0.5]),
+        np.asarray([9.0, 19.0, 29.0]), np.asarray([2.5, 2.0, 1.5]), np.asarray([0.2, 0.3, 0.4]),
+    )  # fmt: skip
+    figure = pictures.losses({2: few}, ["a", "b"])
+    assert figure is not None
+    axes = figure.axes[0]
+    assert [line.get_ydata().tolist() for line in axes.lines[1::2]] == [[2.5, 2.0, 1.5], [0.2, 0.3, 0.4]]  # type: ignore[union-attr]
+    assert 1e-5 < axes.get_ylim()[0] < 0.2 and axes.get_yscale() == "log"

@@ -122,7 +122,7 @@ class ConsoleObserver(Observer):
         """Moves the bar; in a log, a line every LOG_SECONDS."""
         self._rate.add(step.users)
         if step.event is not None:
-            self._note = _losses(step.event)
+            self._note = f"step {step.event['step']}: {_losses(step.event)}"
         now, last = self._clock(), step.batch + 1 == step.num_batches
         if now - self._drawn < (DRAW_SECONDS if self._live else LOG_SECONDS) and not (last and self._live):
             return
