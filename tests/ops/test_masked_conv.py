@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teracon_fast import ops, packing
+from teracon_fast import env_report, ops, packing
 from teracon_fast.backends import BackendError
 from teracon_fast.errors import ShapeError
 from teracon_fast.ops.masked_conv import _masked_conv
@@ -46,8 +49,13 @@ def naive(
     return per_row * F.layer_norm(z, z.shape[1:], ln_weight, ln_bias, 1e-8).relu() + residual[back.rows.long()]
 
 
-def run(values: list[Tensor], table: TapTable, back: ResidualTable) -> Tensor:
-    return ops.masked_conv(*values[:6], table, residual=values[6], residual_table=back)
+def run(values: list[Tensor], table: TapTable, back: ResidualTable, backend: str = "auto") -> Tensor:
+    return ops.masked_conv(*values[:6], table, residual=values[6], residual_table=back, backend=backend)
+
+
+# Each compiled backend that this installation has, beside plain PyTorch.
+BACKENDS = env_report()["backends"]["masked_conv"]
+FLOAT32 = [(backend, torch.float32, channels) for backend in BACKENDS for channels in (5, 16, 48, 80)]
 
 
 @pytest.mark.parametrize("every", [False, True])
@@ -58,8 +66,8 @@ def test_gradcheck(every: bool, layer: int) -> None:
     torch.autograd.gradcheck(lambda *v: run(list(v), table, back), values)
 
 
-@pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 5), (torch.float32, 48), (torch.bfloat16, 48)])
-def test_error_is_that_of_the_same_arithmetic_in_the_same_dtype(dtype: torch.dtype, channels: int) -> None:
+@pytest.mark.parametrize(("backend", "dtype", "channels"), [*FLOAT32, ("torch", torch.bfloat16, 48)])
+def test_error_is_that_of_the_same_arithmetic_in_the_same_dtype(backend: str, dtype: torch.dtype, channels: int) -> None:
     """err(op, exact) <= 2 err(naive, exact), outputs and every gradient; exact is float64 on the same rounded inputs."""
     table, back = tables([0, 4, 9, 9, 7, 1] * 20, every=True)
     low = [v.detach().requires_grad_() for v in inputs(table, back, channels, channels, torch.float32)]
@@ -67,7 +75,7 @@ def test_error_is_that_of_the_same_arithmetic_in_the_same_dtype(dtype: torch.dty
     grad = torch.randn(table.taps.shape[0], channels).to(dtype)
 
     def results(values: list[Tensor], by_op: bool) -> list[Tensor]:
-        out = run(values, table, back) if by_op else naive(*values, table, back)
+        out = run(values, table, back, backend) if by_op else naive(*values, table, back)
         return [out.detach(), *torch.autograd.grad(out, values, grad.to(out.dtype))]
 
     exact = results([v.detach().double().requires_grad_() for v in low], by_op=False)
@@ -142,11 +150,51 @@ def test_layouts_that_are_not_contiguous_give_the_same_result() -> None:
     torch.testing.assert_close(a, b)
 
 
-def test_same_bits_from_run_to_run() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_same_bits_from_run_to_run(backend: str, threads: int) -> None:
     table, back = tables([0, 4, 9, 9, 7, 1] * 50)
     values = inputs(table, back, 24, 24, torch.float32)
-    first, second = (torch.autograd.grad(run(values, table, back).square().sum(), values) for _ in range(2))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first, second = (torch.autograd.grad(run(values, table, back, backend).square().sum(), values) for _ in range(2))
+    finally:
+        torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows_and_rows_that_read_only_zeros(backend: str) -> None:
+    table, back = tables([3, 9], every=True)
+    values = inputs(table, back, dtype=torch.float32)
+    empty = replace(table, taps=table.taps[:0], rows_per_request=(0, 0), bag_rows=table.bag_rows[:0],
+                    bag_offsets=table.bag_offsets[:1], readers=torch.full_like(table.readers, -1))  # fmt: skip
+    out = ops.masked_conv(*values[:6], empty, backend=backend)
+    assert out.shape == (0, 5)
+    assert all(not g.any() for g in torch.autograd.grad(out.sum(), values[:6]))
+    zeros = replace(table, taps=torch.full_like(table.taps, -1))
+    got = ops.masked_conv(*values[:6], zeros, backend=backend)
+    expected = naive(*values[:6], torch.zeros_like(values[6]), zeros, back)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_every_instruction_set_that_this_machine_has(isa: str) -> None:
+    """The whole of this file again, in a process that is told which kernels to use."""
+    if "cpu" not in BACKENDS:
+        pytest.skip("this installation has no compiled extension")
+    probe = "from teracon_fast import _native; print(_native.cpu_isa())"
+    environment = os.environ | {"TERACON_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        assert f"TERACON_CPU_ISA is '{isa}', expected one that this machine has" in done.stderr
+        return
+    assert done.stdout.strip() == isa
+    tests = ["-k", "not instruction_set and not gradcheck"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, *tests]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_nan_stays_where_it_belongs() -> None:
@@ -187,10 +235,24 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         ops.masked_conv(*v[:6], table, backend="nonsense")
 
 
-def test_row_numbers_out_of_range_are_never_read() -> None:
-    table, _ = tables([2, 9, 5])
-    v = [t.detach() for t in inputs(*tables([2, 9, 5]))]
-    broken = table.taps.clone()
-    broken[0, 0] = table.rows_in
-    with pytest.raises((IndexError, RuntimeError), match="out of"):
-        ops.masked_conv(*v[:6], replace(table, taps=broken))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("change", ["taps", "readers", "bag_rows", "bag_offsets", "residual"])
+def test_row_numbers_out_of_range_are_never_read(backend: str, change: str) -> None:
+    table, back = tables([0, 2, 9, 5])
+    values = inputs(table, back, dtype=torch.float32)
+    far = 2**30
+    if change == "residual":
+        back = back._replace(rows=back.rows + far)
+    else:
+        broken = getattr(table, change).clone()
+        broken.view(-1)[-1] = far
+        table = replace(table, **{change: broken})
+    with pytest.raises((IndexError, RuntimeError), match=r"out of|out_of|[Ii]ndex|offsets"):
+        run(values, table, back, backend).sum().backward()
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="this installation has no compiled extension")
+def test_an_explicit_backend_is_used_or_refused() -> None:
+    table, back = tables([2, 9, 5])
+    with pytest.raises(BackendError, match="it runs torch.float32 on cpu, not torch.float64 on cpu"):
+        run(inputs(table, back), table, back, "cpu")
