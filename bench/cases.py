@@ -46,7 +46,7 @@ class Shape:
     labels: tuple[int, int, int] = (20_000, 2_000, 8)
     batch: int = 256
     first_batch: int = 32
-    evaluated: int = 1_024
+    evaluated: int = 512
     compiler: str = "inductor"
 
     @property

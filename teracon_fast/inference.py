@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], None]
 MAX_PREDICTED = 100  # labels that `predict` gives a column each
+ROW_GROUP_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -387,16 +388,26 @@ def _schema(run: TrainedRun, inputs: Inputs, columns: Sequence[tuple[str, Any]])
 
 @contextmanager
 def _parquet(path: str | Path, schema: Any) -> Iterator[Callable[..., None]]:
-    """A Parquet file in the making: yields `write(columns, block, rows=None)`, which puts the block's keys before the columns."""
+    """A Parquet file in the making: yields `write(columns, block, rows=None)`, which puts the block's keys before the
+    columns. Blocks are gathered into row groups of about ROW_GROUP_BYTES."""
     import pyarrow as pa
     from pyarrow import parquet
 
     if Path(path).suffix != ".parquet":
         raise ConfigError(f"output: got {str(path)!r}, expected a name ending in .parquet")
+    waiting: list[Any] = []
     with atomic_write(path) as file, parquet.ParquetWriter(file, schema) as writer:
+
+        def flush() -> None:
+            if waiting:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting.clear()
 
         def write(columns: list[Any], block: InputBlock, rows: NDArray[np.int64] | None = None) -> None:
             keys = block.keys if rows is None else [key.take(pa.array(rows)) for key in block.keys]
-            writer.write_table(pa.Table.from_arrays([*keys, *columns], schema=schema))
+            waiting.append(pa.Table.from_arrays([*keys, *columns], schema=schema))
+            if sum(table.nbytes for table in waiting) >= ROW_GROUP_BYTES:
+                flush()
 
         yield write
+        flush()

@@ -148,6 +148,10 @@ def _cell(items: NDArray[Any], row: int, column: int) -> object:
     return items[row, column]
 
 
+def _coded_cell(ids: NDArray[Any], codes: NDArray[Any], row: int, column: int) -> object:
+    return ids[codes[row, column]]
+
+
 class _Prepared:
     def __init__(self, path: Path, items: Dictionary, task: int) -> None:
         dataset = open_dataset(path)
@@ -171,7 +175,7 @@ class _Prepared:
             rows = np.asarray(self._task.sequences[low : low + size])
             groups = np.asarray(self._task.groups[low : low + size])
             keys = [pa.array(np.arange(low, low + len(rows))), pa.array(groups)]
-            yield _Found(self._codes[rows], keys, partial(_cell, self._ids[rows]), low)
+            yield _Found(self._codes[rows], keys, partial(_coded_cell, self._ids, rows), low)
 
 
 class _Parquet:

@@ -6,7 +6,6 @@ A *site* is a place where a mask is applied: two per residual block, in network 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -35,7 +34,6 @@ def plain_masks(embeddings: Tensor, s: float | Tensor) -> Tensor:
     return torch.sigmoid(s * embeddings)
 
 
-@lru_cache(maxsize=64)
 def _columns(num_tasks: int, variant: MaskVariant, tasks: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """For each requested task t and task i: column of w_t that holds i, column of its negated row, and whether it has one."""
     positive, negative, negated = [], [], []

@@ -267,7 +267,7 @@ def _table(heading: list[str], rows: list[list[str]]) -> str:
 
 CAPTIONS = {
     "r_matrix": "R: test metric of each task after each training; colour: change since the task was learned.",
-    "similarity": "Cosine similarity of the task masks, mean over all mask sites.",
+    "similarity": "How alike the task masks are, mean over all mask sites: cosine, or 1 − cosine where all are nearly 1.",
     "similarity_by_layer": "The same at each mask site: which layers the tasks share.",
     "rho": "Share of each batch drawn to retain each past task; low means that the tasks are alike.",
     "learning_curves": "Validation metric after each epoch; the star is the epoch whose weights were kept.",

@@ -125,6 +125,27 @@ def test_prepared_folder_is_mapped_by_raw_id(folders: tuple[Path, Path], run: Tr
     np.testing.assert_allclose(got, hidden_of(run, rows.tolist(), 2), rtol=1e-5, atol=1e-6)
     with pytest.raises(ConfigError, match="got task 2, expected 1 to 1"):
         inputs_of(run, tmp_path / "other", task=2)
+    with DatasetWriter(tmp_path / "strange", name="other", length=3) as writer:
+        writer.add_task("next", "next_item", np.asarray([[0, 110, 120], [140, 555, 130]]))
+    with pytest.raises(DataError, match=r"strange:1: item '555'"):
+        list(inputs_of(run, tmp_path / "strange").blocks(10))
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.int32(), 2), pa.list_(pa.uint16()), pa.large_list(pa.large_string())])
+def test_list_types_of_parquet(kind: Any, run: TrainedRun, tmp_path: Path) -> None:
+    text = pa.types.is_large_list(kind)
+    rows = [[str(item) if text else item for item in row] for row in ([101, 102], [103, 104], [105, 106])]
+    parquet.write_table(pa.table({"items": pa.array(rows, kind)}), tmp_path / "u.parquet")
+    blocks = list(inputs_of(run, tmp_path / "u.parquet").blocks(2))
+    assert [block.x[:, -2:].tolist() for block in blocks] == [[[1, 2], [3, 4]], [[5, 6]]]
+    assert not any(block.x[:, :-2].any() for block in blocks)
+
+
+def test_users_without_items_are_all_pads(run: TrainedRun, tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"items": pa.array([[], []], pa.list_(pa.int64()))}), tmp_path / "u.parquet")
+    embed(run, inputs_of(run, tmp_path / "u.parquet"), tmp_path / "out.parquet", [1])
+    got = np.asarray(parquet.read_table(tmp_path / "out.parquet")["task_1"].to_pylist(), dtype=np.float32)
+    np.testing.assert_allclose(got, hidden_of(run, [[], []], 1), rtol=1e-5, atol=1e-6)
 
 
 def brute_force(run: TrainedRun, rows: list[list[int]], task: int, k: int, exclude_seen: bool) -> list[list[str]]:
@@ -177,6 +198,18 @@ def test_predict_gives_probabilities(run: TrainedRun, tmp_path: Path) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     assert table["label"].to_pylist() == [["mid", "old", "young"][best] for best in expected.argmax(1)]
     np.testing.assert_allclose(table["probability"].to_numpy(), expected.max(1), rtol=1e-5)
+
+
+def test_blocks_are_gathered_into_row_groups(run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output = write_csv(tmp_path / "users.csv", ROWS * 4), tmp_path / "out.parquet"
+    embed(run, inputs_of(run, source), output, [2], batch_size=2)
+    whole = parquet.read_table(output)
+    assert parquet.ParquetFile(output).num_row_groups == 1
+    monkeypatch.setattr(inference, "ROW_GROUP_BYTES", 4 * (8 + 4 * 8))  # four users: a key and eight numbers each
+    embed(run, inputs_of(run, source), output, [2], batch_size=2)
+    file = parquet.ParquetFile(output)
+    assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [4] * 5
+    assert file.read().equals(whole)
 
 
 def test_unseen_items(run: TrainedRun, tmp_path: Path) -> None:
