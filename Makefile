@@ -6,7 +6,7 @@
 #   make lint        ruff      make typecheck   mypy      make clean   remove what was built here
 #
 # PYTHON  interpreter that .venv is made with (python3)
-# VENV    environment to install into (.venv); an active one: make test VENV=$$VIRTUAL_ENV
+# VENV    environment to install into (.venv); an active one: make test VENV=$VIRTUAL_ENV
 # TORCH   what to give `pip install` when the environment has no torch. By default the CPU build of TORCH_VERSION, from where
 #         pip looks or else from PyTorch's own index. For CUDA: make demo TORCH=torch
 
