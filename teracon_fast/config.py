@@ -90,7 +90,7 @@ class RunConfig(_Section):
     device: Annotated[str, Field(description="auto, cpu, cuda or cuda:N")] = "auto"
     backend: Annotated[str, Field(description="kernels: auto, torch, or one that `teracon doctor` lists")] = "auto"
     threads: Annotated[int | None, Field(ge=1, description="CPU threads; PyTorch's choice when not given")] = None
-    precision: Annotated[Literal["fp32", "bf16"], Field(description="matrix products of training steps; evaluation is fp32")] = "fp32"
+    precision: Annotated[Literal["fp32", "bf16"], Field(description="products of training steps; evaluation is fp32")] = "fp32"
     split_by: Annotated[
         Literal["sample", "user"], Field(description="80/5/15 split over samples (published) or over users")
     ] = "sample"

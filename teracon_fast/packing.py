@@ -64,7 +64,12 @@ class TapTable:
 
 
 class ResidualTable(NamedTuple):
-    """Rows of a block's input that its output adds: `rows` int32 `[rows_out]`, and back: `readers` int32 `[rows_in]` (-1 none)."""
+    """Rows of a block's input that its output adds, and back.
+
+    Attributes:
+        rows: int32 `[rows_out]`.
+        readers: int32 `[rows_in]`, the output row that adds each input row; -1 none.
+    """
 
     rows: Tensor
     readers: Tensor

@@ -51,7 +51,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     rows_per_request: list[int], residual: Tensor | None, residual_rows: Tensor | None, eps: float, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Output `[rows, f_out]`, and for backward the convolution `[rows, f_out]`, mean and 1/std `[rows, 1]` (empty unless `save`)."""
+    """Output `[rows, f_out]`; for backward (empty unless `save`) the convolution `[rows, f_out]`, mean and 1/std `[rows, 1]`."""
     rows, f_out = taps.shape[0], weight.shape[0]
     kernel = weight.permute(2, 1, 0).reshape(-1, f_out)
     out = x.new_empty(rows, f_out)

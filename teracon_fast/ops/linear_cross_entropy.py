@@ -16,7 +16,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Mean cross-entropy of `hidden @ weight.T + bias` over all targets (Eq. 18; task 1: every position).
 
-    Equal rows need one row of logits: `sum_n ce(row(n), target(n)) = sum_r count_r * logsumexp_r - sum_n logit[row(n), target(n)]`.
+    Equal rows need one row of logits:
+    `sum_n ce(row(n), target(n)) = sum_r count_r * logsumexp_r - sum_n logit[row(n), target(n)]`.
 
     Args:
         hidden: `[R, f]`. weight: `[C, f]`. bias: `[C]`.
