@@ -30,7 +30,8 @@ typedef float V __attribute__((vector_size(4 * TERACON_LANES), aligned(4)));
 
 static inline V load(const float* p) { return *reinterpret_cast<const V*>(p); }
 static inline void store(float* p, V v) { *reinterpret_cast<V*>(p) = v; }
-static inline V splat(float v) { return V{} + v; }
+// v - 0 is v for every v, v + 0 is not (-0): only this form compiles to a plain broadcast.
+static inline V splat(float v) { return v - V{}; }
 
 // Zeroed memory on a cache-line boundary. Not std::vector: an instantiation of a standard template could be compiled for
 // this instruction set and then shared by the linker with code that runs on every machine.
