@@ -1,7 +1,8 @@
 """What is measured: four calls at the TTL shape, each by three sides that start from the same weights.
 
 Sides: `eager`, the reference, which runs one dense pass for every (users, task) as the published program does; `compile`,
-torch.compile of the same; `ours`, what `teracon_fast` runs for its users. A side is a function without arguments; what it
+torch.compile of the same; `torch`, ours on plain PyTorch operations, which shows what packing alone brings; `ours`, what
+`teracon_fast` runs for its users, on the fastest backend of the machine. A side is a function without arguments; what it
 returns is compared between the sides before anything is timed.
 """
 
@@ -25,7 +26,8 @@ from teracon_fast.packing import Streams
 from teracon_fast.reference import ReferenceTCN, clamp_task_embeddings, continual_step, t1_step, target_rank
 from teracon_fast.reference import step as reference_step
 
-SIDES = ("eager", "compile", "ours")
+SIDES = ("eager", "compile", "torch", "ours")
+BACKENDS = {"torch": "torch", "ours": "auto"}
 S_MAX = 50.0
 S_TRAINING = 25.0  # half way through an epoch
 ALPHA, RHO = 0.7, 0.02  # 5 of 256 users for each past task: rho's usual place, near its floor
@@ -110,8 +112,8 @@ class Case(ABC):
         torch.manual_seed(tasks)
         return ReferenceTCN(self.shape.model_para(tasks))
 
-    def fast(self, tasks: int) -> FastTCN:
-        model = FastTCN(self.shape.model_para(tasks))
+    def fast(self, tasks: int, side: str) -> FastTCN:
+        model = FastTCN(self.shape.model_para(tasks), backend=BACKENDS[side])
         model.load_state_dict(self.reference(tasks).state_dict())
         return model
 
@@ -140,7 +142,7 @@ class Forward(Case):
 
     def side(self, side: str) -> Run:
         x = self.shape.items(self.users)
-        model: Callable[..., Any] = self.fast(3) if side == "ours" else self.reference(3)
+        model: Callable[..., Any] = self.fast(3, side) if side in BACKENDS else self.reference(3)
         model = self.compiled(model) if side == "compile" else model
 
         @torch.no_grad()
@@ -185,8 +187,8 @@ class ContinualStep(Case):
     def side(self, side: str) -> Run:
         x, users, rho = self.shape.items(self.users), self.drawn(), [RHO, RHO]
         y = torch.randint(self.shape.labels[2], (self.users,), generator=torch.Generator().manual_seed(1))
-        if side == "ours":
-            fast, fast_teacher = self.fast(3), self.fast(2).requires_grad_(False)
+        if side in BACKENDS:
+            fast, fast_teacher = self.fast(3, side), self.fast(2, side).requires_grad_(False)
             optimizer = trainer.make_optimizer(fast, 1e-4)
 
             def run_ours() -> Tensor:
@@ -234,8 +236,8 @@ class FirstStep(Case):
 
     def side(self, side: str) -> Run:
         x = self.shape.items(self.users)
-        if side == "ours":
-            fast = self.fast(1)
+        if side in BACKENDS:
+            fast = self.fast(1, side)
             optimizer = trainer.make_optimizer(fast, 1e-3)
             return lambda: trainer.t1_step(fast, optimizer, x, S_TRAINING).class_loss.reshape(1)
 
@@ -280,8 +282,8 @@ class Evaluation(Case):
 
     def side(self, side: str) -> Run:
         x, batch = self.shape.items(self.users), self.shape.batch
-        if side == "ours":
-            fast, rows = self.fast(3), np.arange(self.users, dtype=np.int32)
+        if side in BACKENDS:
+            fast, rows = self.fast(3, side), np.arange(self.users, dtype=np.int32)
             samples = np.stack([rows, x[:, -1].numpy().astype(np.int32)], axis=1)
             sequences, lengths = x.numpy().astype(np.int32), self.shape.lengths(self.users).astype(np.int32)
             groups = rows.astype(np.int64)

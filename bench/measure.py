@@ -102,7 +102,7 @@ def measure(case: Case, rounds: int, memory: bool = True) -> Measured:
     torch.compiler.reset()
     if memory:
         # Compilation itself takes more memory than what it makes, so that side is left out.
-        for name in ("eager", "ours"):
+        for name in ("eager", "torch", "ours"):
             sides[name].peak_mib = peak_memory(case, name)
     return Measured(case.name, case.title, case.users, operations, sides, peak)
 
