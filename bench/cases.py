@@ -1,4 +1,4 @@
-"""What is measured: four calls at the TTL shape, each by three sides that start from the same weights.
+"""What is measured: four calls at the TTL shape, each by four sides that start from the same weights.
 
 Sides: `eager`, the reference, which runs one dense pass for every (users, task) as the published program does; `compile`,
 torch.compile of the same; `torch`, ours on plain PyTorch operations, which shows what packing alone brings; `ours`, what
