@@ -290,6 +290,16 @@ def similarity_by_layer(pairs: Mapping[tuple[int, int], Array], names: Sequence[
     return figure
 
 
+def _log_ticks(bottom: float, top: float) -> list[float]:
+    """Round values between the limits of a logarithmic axis, as coarse as still gives three of them."""
+    ticks: list[float] = []
+    for digits in ((1, 3), (1, 2, 3, 5), range(1, 10), np.arange(1, 10, 0.5), np.arange(1, 10, 0.1)):
+        ticks = [float(d) * 10.0**power for power in range(-6, 1) for d in digits if bottom <= d * 10.0**power <= top]
+        if len(ticks) >= 3:
+            break
+    return ticks
+
+
 def rho_over_training(
     rho: Mapping[int, tuple[Array, Array]], names: Sequence[str], c: Mapping[int, float]
 ) -> Figure | None:
@@ -308,6 +318,7 @@ def rho_over_training(
     floors = {task: 1 / (1 + math.exp(c[task])) for task in tasks}
     low = min(floors.values())
     top = max(0.015, *(1.3 * float(measured[task][1].max()) for task in tasks))
+    bottom = low * (low / top) ** 0.13
     with style():
         figure, panels = _grid(len(tasks))
         known: dict[str, Any] = {}
@@ -325,9 +336,9 @@ def rho_over_training(
                 known.setdefault(_title(past + 1, names[past], 26), line)
             axes.axhline(floors[task], color="#777777", lw=0.9, ls=":")
             axes.set_yscale("log")
-            axes.set_ylim(low * (low / top) ** 0.13, top)
+            axes.set_ylim(bottom, top)
             axes.set_xlim(0, 1.02 * float(steps[-1]))
-            axes.yaxis.set_major_locator(FixedLocator([0.003, 0.01, 0.03, 0.1, 0.3, 1.0]))
+            axes.yaxis.set_major_locator(FixedLocator(_log_ticks(bottom, top)))
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.yaxis.set_minor_locator(NullLocator())
             axes.set_title(f"while training {_title(task, names[task - 1], 22)}")
