@@ -243,16 +243,20 @@ class FastTCN(nn.Module):
         hidden, packed = self._run(x, [(None, 0)], masks[:, [task]], lengths, every_position=True)
         return PackedPositions(hidden, packed.outputs[0])
 
-    def next_item_loss(self, x: Tensor, s: float = 50.0, masks: Tensor | None = None) -> Tensor:
+    def next_item_loss(
+        self, x: Tensor, s: float = 50.0, masks: Tensor | None = None, lengths: np.ndarray | None = None
+    ) -> Tensor:
         """Task 1's loss: item p+1 from positions <= p, mean cross-entropy over all B*(L-1) positions, pad targets counted.
 
         Args:
             x: int64 `[B, L]`, L at least 2; inputs are `x[:, :-1]`, targets `x[:, 1:]`.
-            s, masks: as `encode`.
+            s, masks, lengths: as `encode`.
         """
         if x.dim() != 2 or x.shape[1] < 2:
             raise ShapeError(f"x is {list(x.shape)}, expected [B, L] with L at least 2")
-        positions = self.encode_all(x[:, :-1], 0, s, masks)
+        # Without its last item a sequence is one shorter; one that is all pads stays so.
+        seen = None if lengths is None else np.maximum(lengths - 1, 0)
+        positions = self.encode_all(x[:, :-1], 0, s, masks, seen)
         head = self.head(0)
         return ops.linear_cross_entropy(
             positions.hidden, head.weight, head.bias, x[:, 1:].reshape(-1), rows=positions.row_of.reshape(-1)

@@ -88,9 +88,10 @@ def t1_step(
         s: mask scale.
         precision: of matrix products; "bf16" keeps weights, masks, statistics and losses in fp32.
     """
+    lengths = packing.real_lengths(x)  # while x is on the host: asking the device would wait for it
     optimizer.zero_grad(set_to_none=True)
     with _forward(model, precision):
-        loss = model.next_item_loss(to_device(x, model), s)
+        loss = model.next_item_loss(to_device(x, model), s, lengths=lengths)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     model.clamp_task_embeddings()
@@ -130,7 +131,7 @@ def continual_step(
         StepResult; next_rho is computed from the masks that this step used.
     """
     current, past = model.num_tasks - 1, range(teacher.num_tasks)
-    lengths = packing.real_lengths(x)  # while x is on the host: asking the device would wait for it
+    lengths = packing.real_lengths(x)  # as in `t1_step`
     x, y = to_device(x, model), to_device(y, model)
     rates = torch.tensor(rho, dtype=torch.float64)  # shares rounded once, as the published program's floats are
     with _forward(model, precision):

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -126,6 +127,7 @@ def test_next_item_loss_counts_pads_and_merges_them() -> None:
     logits, _ = dense(x[:, :-1], 2.0, [], 0)
     expected = F.cross_entropy(logits, x[:, 1:].reshape(-1))
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(model.next_item_loss(x, s=2.0, lengths=np.array([0, 1, 4, 9])), loss)
     loss.backward()
     expected.backward()
     assert_close(gradients(model), gradients(dense), 1e-10)
