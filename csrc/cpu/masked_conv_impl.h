@@ -216,6 +216,19 @@ static inline float reduce(int64_t f, Vec vec, Scalar scalar) {
   return sum(total) + rest;
 }
 
+// vec(first channel) for whole vectors, scalar(channel) for the rest. Written out, since compilers cannot know that the
+// arrays of an epilogue do not overlap and then work channel by channel.
+template <class Vec, class Scalar>
+static inline void each(int64_t f, Vec vec, Scalar scalar) {
+  int64_t i = 0;
+  for (; i + W <= f; i += W) vec(i);
+  for (; i < f; ++i) scalar(i);
+}
+
+// A NaN fails the comparison and comes through.
+static inline V relu(V a) { return a < V{} ? V{} : a; }
+static inline float relu(float a) { return a < 0.0f ? 0.0f : a; }
+
 static void forward(const MaskedConv& op, const MaskedConvForward& io) {
   const int64_t f = op.f_out, ldc = padded(f);
   Buffer packed(op.kernel_size * ldc * op.f_in);
@@ -235,7 +248,7 @@ static void forward(const MaskedConv& op, const MaskedConvForward& io) {
         const int64_t row = begin + r;
         float* z = block.get() + r * ldc;
         const float* m = op.mask + request_of(row) * f;
-        for (int64_t i = 0; i < f; ++i) z[i] += op.bias[i];
+        each(f, [&](int64_t i) { store(z + i, load(z + i) + load(op.bias + i)); }, [&](int64_t i) { z[i] += op.bias[i]; });
         const float mean = reduce(f, [&](int64_t i) { return load(z + i); }, [&](int64_t i) { return z[i]; }) / f;
         const V vmean = splat(mean);
         const float variance = reduce(
@@ -249,11 +262,18 @@ static void forward(const MaskedConv& op, const MaskedConvForward& io) {
         }
         float* out = io.out + row * f;
         const float* add = io.residual == nullptr ? nullptr : io.residual + int64_t{io.residual_rows[row]} * f;
-        for (int64_t i = 0; i < f; ++i) {
-          const float a = (z[i] - mean) * rstd * op.ln_weight[i] + op.ln_bias[i];
-          // A NaN fails the comparison and must come through.
-          out[i] = m[i] * (a < 0.0f ? 0.0f : a) + (add == nullptr ? 0.0f : add[i]);
-        }
+        const V vrstd = splat(rstd);
+        each(
+            f,
+            [&](int64_t i) {
+              const V a = (load(z + i) - vmean) * vrstd * load(op.ln_weight + i) + load(op.ln_bias + i);
+              const V masked = load(m + i) * relu(a);
+              store(out + i, add == nullptr ? masked : masked + load(add + i));
+            },
+            [&](int64_t i) {
+              const float masked = m[i] * relu((z[i] - mean) * rstd * op.ln_weight[i] + op.ln_bias[i]);
+              out[i] = add == nullptr ? masked : masked + add[i];
+            });
       }
     }
   }
@@ -273,23 +293,42 @@ static inline void row_backward(const MaskedConv& op, const float* g, const floa
   float* d_bias = sums->d_bias.get();
   float* d_ln_weight = sums->d_ln_weight.get();
   float* d_ln_bias = sums->d_ln_bias.get();
-  for (int64_t i = 0; i < f; ++i) {
-    const float normal = (z[i] - mean) * rstd, a = normal * op.ln_weight[i] + op.ln_bias[i];
-    const float through = a > 0.0f ? g[i] * m[i] : 0.0f;
-    d_mask[i] += g[i] * (a < 0.0f ? 0.0f : a);
-    d_ln_weight[i] += through * normal;
-    d_ln_bias[i] += through;
-    dz[i] = through * op.ln_weight[i];
-  }
   const V vmean = splat(mean), vrstd = splat(rstd);
+  each(
+      f,
+      [&](int64_t i) {
+        const V weight = load(op.ln_weight + i), up = load(g + i);
+        const V normal = (load(z + i) - vmean) * vrstd, a = normal * weight + load(op.ln_bias + i);
+        const V through = a > V{} ? up * load(m + i) : V{};
+        store(d_mask + i, load(d_mask + i) + up * relu(a));
+        store(d_ln_weight + i, load(d_ln_weight + i) + through * normal);
+        store(d_ln_bias + i, load(d_ln_bias + i) + through);
+        store(dz + i, through * weight);
+      },
+      [&](int64_t i) {
+        const float normal = (z[i] - mean) * rstd, a = normal * op.ln_weight[i] + op.ln_bias[i];
+        const float through = a > 0.0f ? g[i] * m[i] : 0.0f;
+        d_mask[i] += g[i] * relu(a);
+        d_ln_weight[i] += through * normal;
+        d_ln_bias[i] += through;
+        dz[i] = through * op.ln_weight[i];
+      });
   const float average = reduce(f, [&](int64_t i) { return load(dz + i); }, [&](int64_t i) { return dz[i]; }) / f;
   const float slope = reduce(
       f, [&](int64_t i) { return load(dz + i) * ((load(z + i) - vmean) * vrstd); },
       [&](int64_t i) { return dz[i] * ((z[i] - mean) * rstd); }) / f;
-  for (int64_t i = 0; i < f; ++i) {
-    dz[i] = rstd * (dz[i] - average - (z[i] - mean) * rstd * slope);
-    d_bias[i] += dz[i];
-  }
+  each(
+      f,
+      [&](int64_t i) {
+        const V normal = (load(z + i) - vmean) * vrstd;
+        const V value = vrstd * (load(dz + i) - splat(average) - normal * splat(slope));
+        store(dz + i, value);
+        store(d_bias + i, load(d_bias + i) + value);
+      },
+      [&](int64_t i) {
+        dz[i] = rstd * (dz[i] - average - (z[i] - mean) * rstd * slope);
+        d_bias[i] += dz[i];
+      });
 }
 
 static void backward(const MaskedConv& op, const MaskedConvBackward& io) {
