@@ -30,9 +30,11 @@ ROUNDS = 9
 
 
 def teracon(*arguments: str) -> None:
-    """Type a command: show it, run it."""
+    """Type a command: show it, run it, and stop here if it fails."""
     print(f"\n$ teracon {' '.join(arguments)}", flush=True)
-    app(list(arguments), prog_name="teracon", standalone_mode=False)
+    code = app(list(arguments), prog_name="teracon", standalone_mode=False)
+    if code:
+        raise SystemExit(code)
 
 
 def reference_of(model: FastTCN) -> ReferenceTCN:
