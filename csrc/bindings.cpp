@@ -42,21 +42,37 @@ const int32_t* row_numbers(const Tensor& tensor, int64_t count, int64_t rows, bo
   return values;
 }
 
-teracon::MaskedConv masked_conv(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& ln_weight,
-                                const Tensor& ln_bias, const Tensor& mask, const Tensor& taps,
-                                const Tensor& rows_per_request, double eps, int64_t threads) {
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 3 && taps.dim() == 2 && threads >= 1,
-                  "masked_conv: expected x [rows_in, f_in], weight [f_out, f_in, K], taps [rows, K]");
-  teracon::MaskedConv op{};
+constexpr auto kBf16 = torch::headeronly::ScalarType::BFloat16;
+
+float* elements(const Tensor& tensor, int64_t count, const char* name, float*) { return floats(tensor, count, name); }
+teracon::Bf16* elements(const Tensor& tensor, int64_t count, const char* name, teracon::Bf16*) {
+  return checked<teracon::Bf16>(tensor, kBf16, count, name);
+}
+
+// Dense activations of type E.
+template <class E>
+E* rows_of(const Tensor& tensor, int64_t count, const char* name) {
+  return elements(tensor, count, name, static_cast<E*>(nullptr));
+}
+
+template <class E>
+teracon::MaskedConv<E> masked_conv(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& ln_weight,
+                                   const Tensor& ln_bias, const Tensor& mask, const Tensor& taps, const Tensor& readers,
+                                   int64_t bags, const Tensor& rows_per_request, double eps, int64_t algorithm,
+                                   int64_t threads) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 3 && taps.dim() == 2 && threads >= 1 && threads <= 4096,
+                  "masked_conv: expected x [rows_in, f_in], weight [f_out, f_in, K], taps [rows, K], 1 to 4096 threads");
+  teracon::MaskedConv<E> op{};
   op.rows_in = x.size(0), op.rows = taps.size(0), op.requests = rows_per_request.numel();
   op.f_out = weight.size(0), op.f_in = weight.size(1), op.kernel_size = weight.size(2);
-  op.x = floats(x, op.rows_in * op.f_in, "x");
+  op.x = rows_of<E>(x, op.rows_in * op.f_in, "x");
   op.weight = floats(weight, op.f_out * op.f_in * op.kernel_size, "weight");
   op.bias = floats(bias, op.f_out, "bias");
   op.ln_weight = floats(ln_weight, op.f_out, "ln_weight");
   op.ln_bias = floats(ln_bias, op.f_out, "ln_bias");
   op.mask = floats(mask, op.requests * op.f_out, "mask");
   op.taps = row_numbers(taps, op.rows * op.kernel_size, op.rows_in, true, "taps");
+  op.readers = row_numbers(readers, op.rows_in * op.kernel_size, op.rows + bags, true, "readers");
   op.rows_per_request = checked<int64_t>(rows_per_request, torch::headeronly::ScalarType::Long, op.requests, "rows_per_request");
   int64_t rows = 0;
   for (int64_t q = 0; q < op.requests; ++q) {
@@ -65,61 +81,91 @@ teracon::MaskedConv masked_conv(const Tensor& x, const Tensor& weight, const Ten
   }
   STD_TORCH_CHECK(rows == op.rows, "masked_conv: rows_per_request sums to ", rows, ", expected ", op.rows);
   op.eps = static_cast<float>(eps), op.threads = static_cast<int>(threads);
+  STD_TORCH_CHECK(algorithm >= 0 && algorithm <= 2, "masked_conv: algorithm is ", algorithm, ", expected 0, 1 or 2");
+  op.algorithm = static_cast<teracon::Algorithm>(algorithm);
+  STD_TORCH_CHECK(op.algorithm != teracon::Algorithm::kFiltered || op.kernel_size == 3,
+                  "masked_conv: minimal filtering needs 3 taps, got ", op.kernel_size);
   return op;
 }
 
-// An empty tensor stands for what is absent: no residual, nothing saved, no gradient wanted.
-void masked_conv_forward(Tensor x, Tensor weight, Tensor bias, Tensor ln_weight, Tensor ln_bias, Tensor mask, Tensor taps,
-                         Tensor rows_per_request, double eps, int64_t threads, Tensor residual, Tensor residual_rows,
-                         Tensor out, Tensor conv, Tensor mean, Tensor rstd) {
-  const auto op = masked_conv(x, weight, bias, ln_weight, ln_bias, mask, taps, rows_per_request, eps, threads);
+template <class E>
+void forward_of(const teracon::MaskedConv<E>& op, const Tensor& residual, const Tensor& residual_rows, const Tensor& out,
+                const Tensor& conv, const Tensor& mean, const Tensor& rstd) {
   const int64_t all = op.rows * op.f_out;
-  teracon::MaskedConvForward io{};
+  teracon::MaskedConvForward<E> io{};
   if (residual.numel() != 0) {
-    io.residual = floats(residual, residual.numel(), "residual");
+    io.residual = rows_of<E>(residual, residual.numel(), "residual");
     io.residual_rows = row_numbers(residual_rows, op.rows, residual.numel() / op.f_out, false, "residual_rows");
   }
-  io.out = floats(out, all, "out");
+  io.out = rows_of<E>(out, all, "out");
   if (conv.numel() != 0) {
-    io.conv = floats(conv, all, "conv");
+    io.conv = rows_of<E>(conv, all, "conv");
     io.mean = floats(mean, op.rows, "mean");
     io.rstd = floats(rstd, op.rows, "rstd");
   }
-  teracon::kernels().forward(op, io);
+  teracon::kernels<E>().forward(op, io);
 }
 
-void masked_conv_backward(Tensor x, Tensor weight, Tensor bias, Tensor ln_weight, Tensor ln_bias, Tensor mask, Tensor taps,
-                          Tensor rows_per_request, double eps, int64_t threads, Tensor grad, Tensor conv, Tensor mean,
-                          Tensor rstd, Tensor readers, Tensor bag_rows, Tensor bag_offsets, Tensor residual_readers,
-                          Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_ln_weight, Tensor d_ln_bias, Tensor d_mask,
-                          Tensor d_residual) {
-  const auto op = masked_conv(x, weight, bias, ln_weight, ln_bias, mask, taps, rows_per_request, eps, threads);
+// An empty tensor stands for what is absent: no residual, nothing saved, no gradient wanted. The type of x is that of all
+// activations; parameters, masks and statistics are float32.
+void masked_conv_forward(Tensor x, Tensor weight, Tensor bias, Tensor ln_weight, Tensor ln_bias, Tensor mask, Tensor taps,
+                         Tensor readers, int64_t bags, Tensor rows_per_request, double eps, int64_t algorithm,
+                         int64_t threads, Tensor residual, Tensor residual_rows, Tensor out, Tensor conv, Tensor mean,
+                         Tensor rstd) {
+  const auto run = [&](auto element) {
+    using E = decltype(element);
+    forward_of(masked_conv<E>(x, weight, bias, ln_weight, ln_bias, mask, taps, readers, bags, rows_per_request, eps,
+                              algorithm, threads),
+               residual, residual_rows, out, conv, mean, rstd);
+  };
+  x.scalar_type() == kBf16 ? run(teracon::Bf16{}) : run(float{});
+}
+
+template <class E>
+void backward_of(const teracon::MaskedConv<E>& op, const Tensor& grad, const Tensor& conv, const Tensor& mean,
+                 const Tensor& rstd, const Tensor& bag_rows, const Tensor& bag_offsets, const Tensor& residual_readers,
+                 const Tensor& d_x, const Tensor& d_weight, const Tensor& d_bias, const Tensor& d_ln_weight,
+                 const Tensor& d_ln_bias, const Tensor& d_mask, const Tensor& d_residual) {
   const int64_t all = op.rows * op.f_out;
-  teracon::MaskedConvBackward io{};
-  io.grad = floats(grad, all, "grad");
-  io.conv = floats(conv, all, "conv");
+  teracon::MaskedConvBackward<E> io{};
+  io.grad = rows_of<E>(grad, all, "grad");
+  io.conv = rows_of<E>(conv, all, "conv");
   io.mean = floats(mean, op.rows, "mean");
   io.rstd = floats(rstd, op.rows, "rstd");
   io.bags = bag_offsets.numel() - 1;
   const int64_t members = bag_rows.numel();
-  io.readers = row_numbers(readers, op.rows_in * op.kernel_size, op.rows + io.bags, true, "readers");
   io.bag_rows = row_numbers(bag_rows, members, op.rows, false, "bag_rows");
   io.bag_offsets = row_numbers(bag_offsets, io.bags + 1, members + 1, false, "bag_offsets");
   if (residual_readers.numel() != 0) {
     io.residual_count = residual_readers.numel();
     io.residual_readers = row_numbers(residual_readers, io.residual_count, op.rows, true, "residual_readers");
-    io.d_residual = floats(d_residual, io.residual_count * op.f_out, "d_residual");
+    io.d_residual = rows_of<E>(d_residual, io.residual_count * op.f_out, "d_residual");
   }
-  if (d_x.numel() != 0) io.d_x = floats(d_x, op.rows_in * op.f_in, "d_x");
+  if (d_x.numel() != 0) io.d_x = rows_of<E>(d_x, op.rows_in * op.f_in, "d_x");
   io.d_weight = floats(d_weight, op.f_out * op.f_in * op.kernel_size, "d_weight");
   io.d_bias = floats(d_bias, op.f_out, "d_bias");
   io.d_ln_weight = floats(d_ln_weight, op.f_out, "d_ln_weight");
   io.d_ln_bias = floats(d_ln_bias, op.f_out, "d_ln_bias");
   io.d_mask = floats(d_mask, op.requests * op.f_out, "d_mask");
-  teracon::kernels().backward(op, io);
+  teracon::kernels<E>().backward(op, io);
 }
 
-std::string cpu_isa() { return teracon::kernels().name; }
+void masked_conv_backward(Tensor x, Tensor weight, Tensor bias, Tensor ln_weight, Tensor ln_bias, Tensor mask, Tensor taps,
+                          Tensor readers, Tensor rows_per_request, double eps, int64_t algorithm, int64_t threads,
+                          Tensor grad, Tensor conv, Tensor mean, Tensor rstd, Tensor bag_rows, Tensor bag_offsets,
+                          Tensor residual_readers, Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_ln_weight,
+                          Tensor d_ln_bias, Tensor d_mask, Tensor d_residual) {
+  const auto run = [&](auto element) {
+    using E = decltype(element);
+    backward_of(masked_conv<E>(x, weight, bias, ln_weight, ln_bias, mask, taps, readers, bag_offsets.numel() - 1,
+                               rows_per_request, eps, algorithm, threads),
+                grad, conv, mean, rstd, bag_rows, bag_offsets, residual_readers, d_x, d_weight, d_bias, d_ln_weight, d_ln_bias,
+                d_mask, d_residual);
+  };
+  x.scalar_type() == kBf16 ? run(teracon::Bf16{}) : run(float{});
+}
+
+std::string cpu_isa() { return teracon::cpu_isa(); }
 
 double fma_peak(int64_t threads) {
   STD_TORCH_CHECK(threads >= 1 && threads <= 4096, "fma_peak: got ", threads, " threads, expected 1 to 4096");
@@ -139,14 +185,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(teracon_fast, m) {
   m.def("cpu_isa() -> str");
   m.def(
       "masked_conv_cpu_forward(Tensor x, Tensor weight, Tensor bias, Tensor ln_weight, Tensor ln_bias, Tensor mask, "
-      "Tensor taps, Tensor rows_per_request, float eps, int threads, Tensor residual, Tensor residual_rows, "
-      "Tensor(a!) out, Tensor(b!) conv, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
+      "Tensor taps, Tensor readers, int bags, Tensor rows_per_request, float eps, int algorithm, int threads, "
+      "Tensor residual, Tensor residual_rows, Tensor(a!) out, Tensor(b!) conv, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
   m.def(
       "masked_conv_cpu_backward(Tensor x, Tensor weight, Tensor bias, Tensor ln_weight, Tensor ln_bias, Tensor mask, "
-      "Tensor taps, Tensor rows_per_request, float eps, int threads, Tensor grad, Tensor conv, Tensor mean, Tensor rstd, "
-      "Tensor readers, Tensor bag_rows, Tensor bag_offsets, Tensor residual_readers, Tensor(a!) d_x, "
-      "Tensor(b!) d_weight, Tensor(c!) d_bias, Tensor(d!) d_ln_weight, Tensor(e!) d_ln_bias, Tensor(f!) d_mask, "
-      "Tensor(g!) d_residual) -> ()");
+      "Tensor taps, Tensor readers, Tensor rows_per_request, float eps, int algorithm, int threads, Tensor grad, "
+      "Tensor conv, Tensor mean, Tensor rstd, Tensor bag_rows, Tensor bag_offsets, Tensor residual_readers, "
+      "Tensor(a!) d_x, Tensor(b!) d_weight, Tensor(c!) d_bias, Tensor(d!) d_ln_weight, Tensor(e!) d_ln_bias, "
+      "Tensor(f!) d_mask, Tensor(g!) d_residual) -> ()");
 }
 
 // These take no tensor, so no device chooses between implementations.

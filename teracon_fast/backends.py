@@ -34,8 +34,8 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None if the backend runs inputs of this device and dtype here, else the reason."""
     if name == "torch":
         return None
-    if device.type != "cpu" or dtype != torch.float32:
-        return f"it runs torch.float32 on cpu, not {dtype} on {device}"
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return f"it runs torch.float32 and torch.bfloat16 on cpu, not {dtype} on {device}"
     return _native.missing_reason()
 
 

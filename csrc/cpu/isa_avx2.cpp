@@ -11,6 +11,8 @@
 #define TERACON_ISA avx2
 #define TERACON_LANES 8
 #define TERACON_NV 2
+#define TERACON_MR 6
+#define TERACON_OR 4
 #include "masked_conv_impl.h"
 
 #if defined(__clang__)
@@ -20,7 +22,8 @@
 #endif
 
 namespace teracon {
-const Kernels kAvx2Kernels = {"avx2", avx2::forward, avx2::backward};
+const Kernels<float> kAvx2Float = {"avx2", avx2::forward<float>, avx2::backward<float>};
+const Kernels<Bf16> kAvx2Bf16 = {"avx2", avx2::forward<Bf16>, avx2::backward<Bf16>};
 }  // namespace teracon
 
 #endif

@@ -10,7 +10,9 @@
 
 #define TERACON_ISA avx512
 #define TERACON_LANES 16
-#define TERACON_NV 4
+#define TERACON_NV 2
+#define TERACON_MR 14
+#define TERACON_OR 8
 #include "masked_conv_impl.h"
 
 #if defined(__clang__)
@@ -20,7 +22,8 @@
 #endif
 
 namespace teracon {
-const Kernels kAvx512Kernels = {"avx512", avx512::forward, avx512::backward};
+const Kernels<float> kAvx512Float = {"avx512", avx512::forward<float>, avx512::backward<float>};
+const Kernels<Bf16> kAvx512Bf16 = {"avx512", avx512::forward<Bf16>, avx512::backward<Bf16>};
 }  // namespace teracon
 
 #endif

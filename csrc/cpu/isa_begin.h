@@ -3,11 +3,16 @@
 // Standard headers come before the target of a file is raised, so that their inline functions, which the linker may share
 // with the rest of the library, are built for every machine.
 #include <omp.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <type_traits>
 
 #include "masked_conv.h"
+#include "pairs.h"

@@ -2,8 +2,11 @@
 #define TERACON_ISA generic
 #define TERACON_LANES 4
 #define TERACON_NV 2
+#define TERACON_MR 6
+#define TERACON_OR 4
 #include "masked_conv_impl.h"
 
 namespace teracon {
-const Kernels kGenericKernels = {"generic", generic::forward, generic::backward};
+const Kernels<float> kGenericFloat = {"generic", generic::forward<float>, generic::backward<float>};
+const Kernels<Bf16> kGenericBf16 = {"generic", generic::forward<Bf16>, generic::backward<Bf16>};
 }  // namespace teracon

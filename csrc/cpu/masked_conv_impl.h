@@ -1,418 +1,249 @@
-// The masked convolution for one instruction set. Included by isa_*.cpp, which define
-//   TERACON_ISA    name of the namespace
-//   TERACON_LANES  floats in a vector
-//   TERACON_NV     vectors across a register tile; a tile is 6 rows x TERACON_NV vectors
-// Every thread owns a fixed range of rows and sums across threads run in thread order, so results depend on the number of
-// threads only, never on timing.
+// The masked convolution for one instruction set and both element types. Included by isa_*.cpp, which define TERACON_ISA, the
+// name of the namespace, and what vector_impl.h asks for.
+// Blocks of rows are fixed, and sums over rows are taken by a fixed thread and added in thread order, so results depend on the
+// number of threads only, never on timing.
 
-#include <omp.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <new>
-
-#include "masked_conv.h"
+#include "isa_begin.h"
 
 namespace teracon {
 namespace TERACON_ISA {
 
-constexpr int W = TERACON_LANES;
-constexpr int NV = TERACON_NV;
-constexpr int NR = W * NV;
-constexpr int MR = 6;
-// Rows whose inputs, outputs and register-tile operands stay in the second-level cache together.
-constexpr int64_t kBlock = 48;
-constexpr int64_t kBackwardBlock = 96;
+#include "vector_impl.h"
+#include "gemm_impl.h"
+#include "weights_impl.h"
+#include "rows_impl.h"
+#include "weight_gradient_impl.h"
 
-typedef float V __attribute__((vector_size(4 * TERACON_LANES), aligned(4)));
+// The range of `count` that a thread owns, in nearly equal shares.
+static inline void share(int64_t count, int threads, int thread, int64_t* low, int64_t* high) {
+  *low = count * thread / threads;
+  *high = count * (thread + 1) / threads;
+}
 
-static inline V load(const float* p) { return *reinterpret_cast<const V*>(p); }
-static inline void store(float* p, V v) { *reinterpret_cast<V*>(p) = v; }
-// v - 0 is v for every v, v + 0 is not (-0): only this form compiles to a plain broadcast.
-static inline V splat(float v) { return v - V{}; }
-
-// Zeroed memory on a cache-line boundary. Not std::vector: an instantiation of a standard template could be compiled for
-// this instruction set and then shared by the linker with code that runs on every machine.
-template <class T>
-class Array {
+// Pairs and single rows of a table, with the memory they stand in.
+class OwnedPlan {
  public:
-  explicit Array(int64_t count) : data_(new (std::align_val_t{64}) T[count > 0 ? count : 1]()) {}
-  Array(const Array&) = delete;
-  Array& operator=(const Array&) = delete;
-  ~Array() { ::operator delete[](data_, std::align_val_t{64}); }
-  T* get() { return data_; }
+  // `back` [back_rows, kernel_size] is the table of the opposite direction.
+  OwnedPlan(const int32_t* table, int64_t rows, const int32_t* back, int64_t back_rows, int64_t kernel_size,
+            Algorithm algorithm)
+      : pairs_(rows), singles_(rows), plan_{table, kernel_size, {pairs_.get(), singles_.get(), 0, rows}} {
+    if (algorithm != Algorithm::kDirect && kernel_size == 3) {
+      find_pairs(table, rows, back, back_rows, &plan_.split);
+      // A few pairs do not pay for their packed weights.
+      if (algorithm == Algorithm::kFiltered || plan_.split.pair_count >= kPairBlock) return;
+    }
+    plan_.split.pair_count = 0, plan_.split.single_count = rows;
+    for (int64_t row = 0; row < rows; ++row) plan_.split.singles[row] = static_cast<int32_t>(row);
+  }
+  const RowPlan& operator*() const { return plan_; }
+  const RowPlan* operator->() const { return &plan_; }
 
  private:
-  T* data_;
+  Array<int32_t> pairs_, singles_;
+  RowPlan plan_;
 };
-using Buffer = Array<float>;
 
-static inline int64_t padded(int64_t f) { return (f + NR - 1) / NR * NR; }
-
-// The range of `count` rows that a thread owns: whole register tiles, nearly equal shares.
-static inline void share(int64_t count, int threads, int thread, int64_t* low, int64_t* high) {
-  const int64_t tiles = (count + MR - 1) / MR;
-  *low = std::min(count, tiles * thread / threads * MR);
-  *high = std::min(count, tiles * (thread + 1) / threads * MR);
+template <class E>
+static PackedWeights<Operand<E>> pack(const MaskedConv<E>& op, const RowPlan& plan, bool transposed) {
+  return PackedWeights<Operand<E>>(op, transposed, plan.split.single_count > 0, plan.split.pair_count > 0);
 }
 
-// c[i] (+)= sum_p a[i][p] * b[p], for R rows and one tile of columns.
-template <int R>
-static inline void tile(const float* const* a, const float* b, int64_t depth, float* c, int64_t ldc, bool add) {
-  V acc[R][NV];
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) acc[i][j] = add ? load(c + i * ldc + j * W) : V{};
-  }
-  const float* row[R];
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) row[i] = a[i];
-#pragma GCC unroll 2
-  for (int64_t p = 0; p < depth; ++p, b += NR) {
-    V bv[NV];
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) bv[j] = load(b + j * W);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const V av = splat(row[i][p]);
-#pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) acc[i][j] += av * bv[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * W, acc[i][j]);
-  }
-}
-
-static inline void tile_rows(int64_t n, const float* const* a, const float* b, int64_t depth, float* c, int64_t ldc,
-                             bool add) {
-  switch (n) {
-    case 6: return tile<6>(a, b, depth, c, ldc, add);
-    case 5: return tile<5>(a, b, depth, c, ldc, add);
-    case 4: return tile<4>(a, b, depth, c, ldc, add);
-    case 3: return tile<3>(a, b, depth, c, ldc, add);
-    case 2: return tile<2>(a, b, depth, c, ldc, add);
-    default: return tile<1>(a, b, depth, c, ldc, add);
-  }
-}
-
-// Adds the outer products of n rows to R rows of c: c[i] += sum_r a[r][i] * b[r], for one tile of columns.
-template <int R>
-static inline void outer(const float* const* a, int64_t first, const float* b, int64_t ldb, int64_t n, float* c,
-                         int64_t ldc) {
-  V acc[R][NV];
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) acc[i][j] = load(c + i * ldc + j * W);
-  }
-  for (int64_t r = 0; r < n; ++r, b += ldb) {
-    const float* row = a[r] + first;
-    V bv[NV];
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) bv[j] = load(b + j * W);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const V av = splat(row[i]);
-#pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) acc[i][j] += av * bv[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * W, acc[i][j]);
-  }
-}
-
-static inline void outer_rows(int64_t channels, const float* const* a, int64_t first, const float* b, int64_t ldb,
-                              int64_t n, float* c, int64_t ldc) {
-  switch (channels) {
-    case 6: return outer<6>(a, first, b, ldb, n, c, ldc);
-    case 5: return outer<5>(a, first, b, ldb, n, c, ldc);
-    case 4: return outer<4>(a, first, b, ldb, n, c, ldc);
-    case 3: return outer<3>(a, first, b, ldb, n, c, ldc);
-    case 2: return outer<2>(a, first, b, ldb, n, c, ldc);
-    default: return outer<1>(a, first, b, ldb, n, c, ldc);
-  }
-}
-
-// Weights in the order that the tiles read them: [kernel_size][column tiles][depth][NR], zero in padded columns.
-// `transposed`: the matrices of d(input), [f_out, f_in] per tap, else [f_in, f_out].
-static void pack_weight(const MaskedConv& op, bool transposed, float* packed) {
-  const int64_t depth = transposed ? op.f_out : op.f_in, columns = transposed ? op.f_in : op.f_out;
-  const int64_t tiles = padded(columns) / NR;
-#pragma omp parallel for num_threads(op.threads) schedule(static)
-  for (int64_t kt = 0; kt < op.kernel_size * tiles; ++kt) {
-    const int64_t k = kt / tiles, first = kt % tiles * NR;
-    float* to = packed + kt * depth * NR;
-    for (int64_t p = 0; p < depth; ++p) {
-      for (int64_t j = 0; j < NR; ++j) {
-        const int64_t column = first + j, out = transposed ? p : column, in = transposed ? column : p;
-        *to++ = column < columns ? op.weight[(out * op.f_in + in) * op.kernel_size + k] : 0.0f;
-      }
-    }
-  }
-}
-
-// Addresses of the rows that n table rows name, tap by tap: pointers[k * kBackwardBlock + r].
-static inline void locate(const int32_t* table, int64_t n, int64_t kernel_size, const float* source, int64_t ld,
-                          const float* zeros, const float** pointers) {
-  for (int64_t r = 0; r < n; ++r) {
-    for (int64_t k = 0; k < kernel_size; ++k) {
-      const int64_t row = table[r * kernel_size + k];
-      pointers[k * kBackwardBlock + r] = row < 0 ? zeros : source + row * ld;
-    }
-  }
-}
-
-// c[r] = sum_k pointers[k][r] @ W_k for up to kBlock rows.
-static void gather_gemm(const float* const* pointers, int64_t n, int64_t kernel_size, const float* packed,
-                        int64_t depth, int64_t ldc, float* c) {
-  for (int64_t k = 0; k < kernel_size; ++k) {
-    for (int64_t first = 0; first < ldc; first += NR) {
-      const float* b = packed + (k * ldc + first) * depth;
-      for (int64_t r = 0; r < n; r += MR) {
-        tile_rows(std::min<int64_t>(MR, n - r), pointers + k * kBackwardBlock + r, b, depth, c + r * ldc + first, ldc,
-                  k > 0);
-      }
-    }
-  }
-}
-
-// Index of the request that owns a row, for rows visited in ascending order.
+// Index of the request that owns a row.
 class RequestOf {
  public:
-  explicit RequestOf(const MaskedConv& op) : op_(op), end_(op.requests ? op.rows_per_request[0] : 0) {}
+  template <class E>
+  explicit RequestOf(const MaskedConv<E>& op) : ends_(op.requests) {
+    int64_t end = 0;
+    for (int64_t q = 0; q < op.requests; ++q) ends_.get()[q] = end += op.rows_per_request[q];
+  }
   int64_t operator()(int64_t row) {
-    while (row >= end_) end_ += op_.rows_per_request[++request_];
-    return request_;
+    int64_t q = 0;
+    while (row >= ends_.get()[q]) ++q;
+    return q;
   }
 
  private:
-  const MaskedConv& op_;
-  int64_t request_ = 0, end_;
+  Array<int64_t> ends_;
 };
 
-static inline float sum(V v) {
-  float total = 0.0f;
-  for (int i = 0; i < W; ++i) total += v[i];
-  return total;
+// LayerNorm, ReLU, mask and residual of one row; z [ldc] holds its sums and is overwritten.
+template <class E>
+static TERACON_INLINE void finish_row(const MaskedConv<E>& op, const MaskedConvForward<E>& io, int64_t row, int64_t request,
+                                      float* z) {
+  const int64_t f = op.f_out;
+  V total = V{}, squares = V{};
+  for (int64_t i = 0; i < f; i += W) {
+    const V value = load(z + i) + load_part(op.bias + i, f - i);
+    store(z + i, value);
+    total += value;
+  }
+  const float mean = sum(total) / f;
+  const V vmean = splat(mean);
+  for (int64_t i = 0; i < f; i += W) {
+    const V d = keep_part(load(z + i) - vmean, f - i);
+    squares += d * d;
+  }
+  const float rstd = 1.0f / std::sqrt(sum(squares) / f + op.eps);
+  const V vrstd = splat(rstd);
+  const float* m = op.mask + request * f;
+  const E* add = io.residual == nullptr ? nullptr : io.residual + int64_t{io.residual_rows[row]} * f;
+  E* out = io.out + row * f;
+  if (io.conv != nullptr) {
+    io.mean[row] = mean;
+    io.rstd[row] = rstd;
+    for (int64_t i = 0; i < f; i += W) store_part(io.conv + row * f + i, load(z + i), f - i);
+  }
+  for (int64_t i = 0; i < f; i += W) {
+    const int64_t left = f - i;
+    const V a = (load(z + i) - vmean) * vrstd * load_part(op.ln_weight + i, left) + load_part(op.ln_bias + i, left);
+    V y = load_part(m + i, left) * relu(a);
+    if (add != nullptr) y += load_part(add + i, left);
+    store_part(out + i, y, left);
+  }
 }
 
-// Sum over f channels of fn(first channel) for whole vectors and fn1(channel) for the rest.
-template <class Vec, class Scalar>
-static inline float reduce(int64_t f, Vec vec, Scalar scalar) {
-  V total = V{};
-  int64_t i = 0;
-  for (; i + W <= f; i += W) total += vec(i);
-  float rest = 0.0f;
-  for (; i < f; ++i) rest += scalar(i);
-  return sum(total) + rest;
-}
-
-// vec(first channel) for whole vectors, scalar(channel) for the rest. Written out, since compilers cannot know that the
-// arrays of an epilogue do not overlap and then work channel by channel.
-template <class Vec, class Scalar>
-static inline void each(int64_t f, Vec vec, Scalar scalar) {
-  int64_t i = 0;
-  for (; i + W <= f; i += W) vec(i);
-  for (; i < f; ++i) scalar(i);
-}
-
-// A NaN fails the comparison and comes through.
-static inline V relu(V a) { return a < V{} ? V{} : a; }
-static inline float relu(float a) { return a < 0.0f ? 0.0f : a; }
-
-static void forward(const MaskedConv& op, const MaskedConvForward& io) {
-  const int64_t f = op.f_out, ldc = padded(f);
-  Buffer packed(op.kernel_size * ldc * op.f_in);
-  pack_weight(op, false, packed.get());
+template <class E>
+static void forward(const MaskedConv<E>& op, const MaskedConvForward<E>& io) {
+  const OwnedPlan plan(op.taps, op.rows, op.readers, op.rows_in, op.kernel_size, op.algorithm);
+  const PackedWeights<Operand<E>> weights = pack(op, *plan, false);
+  Array<E> zeros(op.f_in, true);
+  const RowSource<E> source{op.x, op.f_in, op.f_in, zeros.get()};
+  RequestOf request_of(op);
 #pragma omp parallel num_threads(op.threads)
   {
-    int64_t low, high;
-    share(op.rows, omp_get_num_threads(), omp_get_thread_num(), &low, &high);
-    Buffer zeros(op.f_in), block(kBlock * ldc);
-    Array<const float*> pointers(op.kernel_size * kBackwardBlock);
-    RequestOf request_of(op);
-    for (int64_t begin = low; begin < high; begin += kBlock) {
-      const int64_t n = std::min(kBlock, high - begin);
-      locate(op.taps + begin * op.kernel_size, n, op.kernel_size, op.x, op.f_in, zeros.get(), pointers.get());
-      gather_gemm(pointers.get(), n, op.kernel_size, packed.get(), op.f_in, ldc, block.get());
-      for (int64_t r = 0; r < n; ++r) {
-        const int64_t row = begin + r;
-        float* z = block.get() + r * ldc;
-        const float* m = op.mask + request_of(row) * f;
-        each(f, [&](int64_t i) { store(z + i, load(z + i) + load(op.bias + i)); }, [&](int64_t i) { z[i] += op.bias[i]; });
-        const float mean = reduce(f, [&](int64_t i) { return load(z + i); }, [&](int64_t i) { return z[i]; }) / f;
-        const V vmean = splat(mean);
-        const float variance = reduce(
-            f, [&](int64_t i) { const V d = load(z + i) - vmean; return d * d; },
-            [&](int64_t i) { return (z[i] - mean) * (z[i] - mean); }) / f;
-        const float rstd = 1.0f / std::sqrt(variance + op.eps);
-        if (io.conv != nullptr) {
-          std::memcpy(io.conv + row * f, z, f * sizeof(float));
-          io.mean[row] = mean;
-          io.rstd[row] = rstd;
-        }
-        float* out = io.out + row * f;
-        const float* add = io.residual == nullptr ? nullptr : io.residual + int64_t{io.residual_rows[row]} * f;
-        const V vrstd = splat(rstd);
-        each(
-            f,
-            [&](int64_t i) {
-              const V a = (load(z + i) - vmean) * vrstd * load(op.ln_weight + i) + load(op.ln_bias + i);
-              const V masked = load(m + i) * relu(a);
-              store(out + i, add == nullptr ? masked : masked + load(add + i));
-            },
-            [&](int64_t i) {
-              const float masked = m[i] * relu((z[i] - mean) * rstd * op.ln_weight[i] + op.ln_bias[i]);
-              out[i] = add == nullptr ? masked : masked + add[i];
-            });
-      }
+    BlockBuffers<E> buffers(weights);
+#pragma omp for schedule(dynamic)
+    for (int64_t block = 0; block < plan->blocks(); ++block) {
+      run_block(*plan, block, weights, source, &buffers,
+                [&](int64_t row, float* z) { finish_row(op, io, row, request_of(row), z); });
     }
   }
 }
 
 // What one thread sums up in backward.
+template <class E>
 struct Partial {
-  Partial(const MaskedConv& op, int64_t ldc)
-      : d_kernel(op.kernel_size * op.f_in * ldc), d_bias(ldc), d_ln_weight(ldc), d_ln_bias(ldc), d_mask(op.requests * ldc) {}
-  Buffer d_kernel, d_bias, d_ln_weight, d_ln_bias, d_mask;
+  Partial(const MaskedConv<E>& op, int64_t ldz)
+      : d_bias(ldz, true), d_ln_weight(ldz, true), d_ln_bias(ldz, true), d_mask(op.requests * ldz, true), d_kernel(op, ldz) {}
+  Array<float> d_bias, d_ln_weight, d_ln_bias, d_mask;
+  WeightGradient<E> d_kernel;
 };
 
-// dz of one row through mask, ReLU and LayerNorm, and the row's share of the parameters' gradients.
-static inline void row_backward(const MaskedConv& op, const float* g, const float* z, float mean, float rstd, const float* m,
-                                float* dz, float* d_mask, Partial* sums) {
+static TERACON_INLINE void add_to(float* p, V v) { store(p, load(p) + v); }
+
+// dz [ldz] of one row through mask, ReLU and LayerNorm, and the row's share of the parameters' gradients. `work`: [ldz].
+template <class E>
+static TERACON_INLINE void row_backward(const MaskedConv<E>& op, const MaskedConvBackward<E>& io, int64_t row, int64_t request,
+                                        int64_t ldz, float* work, E* dz, Partial<E>* sums) {
   const int64_t f = op.f_out;
-  float* d_bias = sums->d_bias.get();
-  float* d_ln_weight = sums->d_ln_weight.get();
-  float* d_ln_bias = sums->d_ln_bias.get();
-  const V vmean = splat(mean), vrstd = splat(rstd);
-  each(
-      f,
-      [&](int64_t i) {
-        const V weight = load(op.ln_weight + i), up = load(g + i);
-        const V normal = (load(z + i) - vmean) * vrstd, a = normal * weight + load(op.ln_bias + i);
-        const V through = a > V{} ? up * load(m + i) : V{};
-        store(d_mask + i, load(d_mask + i) + up * relu(a));
-        store(d_ln_weight + i, load(d_ln_weight + i) + through * normal);
-        store(d_ln_bias + i, load(d_ln_bias + i) + through);
-        store(dz + i, through * weight);
-      },
-      [&](int64_t i) {
-        const float normal = (z[i] - mean) * rstd, a = normal * op.ln_weight[i] + op.ln_bias[i];
-        const float through = a > 0.0f ? g[i] * m[i] : 0.0f;
-        d_mask[i] += g[i] * relu(a);
-        d_ln_weight[i] += through * normal;
-        d_ln_bias[i] += through;
-        dz[i] = through * op.ln_weight[i];
-      });
-  const float average = reduce(f, [&](int64_t i) { return load(dz + i); }, [&](int64_t i) { return dz[i]; }) / f;
-  const float slope = reduce(
-      f, [&](int64_t i) { return load(dz + i) * ((load(z + i) - vmean) * vrstd); },
-      [&](int64_t i) { return dz[i] * ((z[i] - mean) * rstd); }) / f;
-  each(
-      f,
-      [&](int64_t i) {
-        const V normal = (load(z + i) - vmean) * vrstd;
-        const V value = vrstd * (load(dz + i) - splat(average) - normal * splat(slope));
-        store(dz + i, value);
-        store(d_bias + i, load(d_bias + i) + value);
-      },
-      [&](int64_t i) {
-        dz[i] = rstd * (dz[i] - average - (z[i] - mean) * rstd * slope);
-        d_bias[i] += dz[i];
-      });
+  const E *g = io.grad + row * f, *z = io.conv + row * f;
+  const float* m = op.mask + request * f;
+  float* d_mask = sums->d_mask.get() + request * ldz;
+  const float rstd = io.rstd[row];
+  const V vmean = splat(io.mean[row]), vrstd = splat(rstd);
+  V total = V{}, slopes = V{};
+  for (int64_t i = 0; i < f; i += W) {
+    const int64_t left = f - i;
+    const V weight = load_part(op.ln_weight + i, left), up = load_part(g + i, left);
+    const V normal = (load_part(z + i, left) - vmean) * vrstd, a = normal * weight + load_part(op.ln_bias + i, left);
+    const V through = a > V{} ? up * load_part(m + i, left) : V{};
+    add_to(d_mask + i, up * relu(a));
+    add_to(sums->d_ln_weight.get() + i, through * normal);
+    add_to(sums->d_ln_bias.get() + i, through);
+    const V scaled = through * weight;
+    store(work + i, scaled);
+    total += scaled;
+    slopes += scaled * normal;
+  }
+  const V average = splat(sum(total) / f), slope = splat(sum(slopes) / f);
+  for (int64_t i = 0; i < f; i += W) {
+    const V normal = (load_part(z + i, f - i) - vmean) * vrstd;
+    const V value = keep_part(vrstd * (load(work + i) - average - normal * slope), f - i);
+    store(dz + i, value);
+    add_to(sums->d_bias.get() + i, value);
+  }
+  for (int64_t i = round_up(f, W); i < ldz; i += W) store(dz + i, V{});
 }
 
-static void backward(const MaskedConv& op, const MaskedConvBackward& io) {
-  const int64_t f = op.f_out, ldz = padded(f), ldx = padded(op.f_in);
-  Buffer dz((op.rows + io.bags) * ldz);
-  Buffer packed(io.d_x == nullptr ? 0 : op.kernel_size * ldx * f);
-  if (io.d_x != nullptr) pack_weight(op, true, packed.get());
+template <class E>
+static void backward(const MaskedConv<E>& op, const MaskedConvBackward<E>& io) {
+  const int64_t f = op.f_out, ldz = round_up(f, NR);
+  const bool need_input = io.d_x != nullptr;
+  const OwnedPlan plan(op.taps, op.rows, op.readers, op.rows_in, op.kernel_size, op.algorithm);
+  const OwnedPlan back(op.readers, need_input ? op.rows_in : 0, op.taps, op.rows, op.kernel_size, op.algorithm);
+  const PackedWeights<Operand<E>> weights = pack(op, *back, true);
+  // Rows of dz are padded with zeros to whole tiles.
+  Array<E> dz((op.rows + io.bags) * ldz), zeros(std::max(ldz, op.f_in), true);
+  const RowSource<E> x{op.x, op.f_in, op.f_in, zeros.get()};
+  const RowSource<E> gradients{dz.get(), round_up(f, Units<Operand<E>>::kDepth), ldz, zeros.get()};
+  RequestOf request_of(op);
   // One per thread; each lives in its thread's scope, which ends after the sums over threads.
-  Array<Partial*> partials(op.threads);
+  Array<Partial<E>*> partials(op.threads);
 #pragma omp parallel num_threads(op.threads)
   {
     const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
     int64_t low, high;
+    Partial<E> own(op, ldz);
+    partials.get()[thread] = &own;
+    Array<float> work(ldz);
     share(op.rows, threads, thread, &low, &high);
-    Partial own(op, ldz);
-    Partial* sums = partials.get()[thread] = &own;
-    Buffer zeros(std::max(op.f_in, ldz));
-    Array<const float*> pointers(op.kernel_size * kBackwardBlock);
-    RequestOf request_of(op);
-    for (int64_t begin = low; begin < high; begin += kBackwardBlock) {
-      const int64_t n = std::min(kBackwardBlock, high - begin);
-      for (int64_t row = begin; row < begin + n; ++row) {
-        const int64_t request = request_of(row);
-        row_backward(op, io.grad + row * f, io.conv + row * f, io.mean[row], io.rstd[row], op.mask + request * f,
-                     dz.get() + row * ldz, sums->d_mask.get() + request * ldz, sums);
-      }
-      locate(op.taps + begin * op.kernel_size, n, op.kernel_size, op.x, op.f_in, zeros.get(), pointers.get());
-      for (int64_t k = 0; k < op.kernel_size; ++k) {
-        float* to = sums->d_kernel.get() + k * op.f_in * ldz;
-        for (int64_t first = 0; first < ldz; first += NR) {
-          for (int64_t channel = 0; channel < op.f_in; channel += MR) {
-            outer_rows(std::min<int64_t>(MR, op.f_in - channel), pointers.get() + k * kBackwardBlock, channel,
-                       dz.get() + begin * ldz + first, ldz, n, to + channel * ldz + first, ldz);
-          }
-        }
-      }
+    for (int64_t row = low; row < high; ++row) {
+      row_backward(op, io, row, request_of(row), ldz, work.get(), dz.get() + row * ldz, &own);
     }
 #pragma omp barrier
     // Pad rows with several readers: one row per bag, summed in the order of its members.
 #pragma omp for schedule(static)
     for (int64_t bag = 0; bag < io.bags; ++bag) {
-      float* to = dz.get() + (op.rows + bag) * ldz;
-      for (int64_t at = io.bag_offsets[bag]; at < io.bag_offsets[bag + 1]; ++at) {
-        const float* from = dz.get() + int64_t{io.bag_rows[at]} * ldz;
-        for (int64_t i = 0; i < ldz; ++i) to[i] += from[i];
+      E* to = dz.get() + (op.rows + bag) * ldz;
+      for (int64_t i = 0; i < ldz; i += W) {
+        V total = V{};
+        for (int64_t at = io.bag_offsets[bag]; at < io.bag_offsets[bag + 1]; ++at) {
+          total += load(dz.get() + int64_t{io.bag_rows[at]} * ldz + i);
+        }
+        store(to + i, total);
       }
     }
-    if (io.d_x != nullptr) {
-      share(op.rows_in, threads, thread, &low, &high);
-      Buffer block(kBlock * ldx);
-      for (int64_t begin = low; begin < high; begin += kBlock) {
-        const int64_t n = std::min(kBlock, high - begin);
-        locate(io.readers + begin * op.kernel_size, n, op.kernel_size, dz.get(), ldz, zeros.get(), pointers.get());
-        gather_gemm(pointers.get(), n, op.kernel_size, packed.get(), f, ldx, block.get());
-        for (int64_t r = 0; r < n; ++r) {
-          std::memcpy(io.d_x + (begin + r) * op.f_in, block.get() + r * ldx, op.f_in * sizeof(float));
-        }
-      }
+    share(plan->split.pair_count, threads, thread, &low, &high);
+    own.d_kernel.add_pairs(*plan, low, high, x, gradients);
+    share(plan->split.single_count, threads, thread, &low, &high);
+    own.d_kernel.add_rows(*plan, low, high, x, gradients);
+    // Dynamic shares: whoever has finished its sums first takes more of these blocks.
+    BlockBuffers<E> buffers(weights);
+#pragma omp for schedule(dynamic)
+    for (int64_t block = 0; block < back->blocks(); ++block) {
+      run_block(*back, block, weights, gradients, &buffers, [&](int64_t row, float* sums) {
+        for (int64_t i = 0; i < op.f_in; i += W) store_part(io.d_x + row * op.f_in + i, load(sums + i), op.f_in - i);
+      });
     }
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < (io.residual_readers == nullptr ? 0 : io.residual_count); ++r) {
       const int64_t from = io.residual_readers[r];
       if (from < 0) {
-        std::memset(io.d_residual + r * f, 0, f * sizeof(float));
+        std::memset(static_cast<void*>(io.d_residual + r * f), 0, f * sizeof(E));
       } else {
-        std::memcpy(io.d_residual + r * f, io.grad + from * f, f * sizeof(float));
+        std::memcpy(io.d_residual + r * f, io.grad + from * f, f * sizeof(E));
       }
     }
     // Sums over threads, in thread order.
 #pragma omp for schedule(static)
-    for (int64_t out = 0; out < f; ++out) {
-      auto total = [&](Buffer Partial::*part, int64_t at) {
-        float value = 0.0f;
-        for (int t = 0; t < threads; ++t) value += (partials.get()[t]->*part).get()[at];
-        return value;
+    for (int64_t first = 0; first < f; first += W) {
+      auto total = [&](Array<float> Partial<E>::*part, int64_t at, float* to) {
+        V value = V{};
+        for (int t = 0; t < threads; ++t) value += load((partials.get()[t]->*part).get() + at);
+        store_part(to, value, f - first);
       };
-      io.d_bias[out] = total(&Partial::d_bias, out);
-      io.d_ln_weight[out] = total(&Partial::d_ln_weight, out);
-      io.d_ln_bias[out] = total(&Partial::d_ln_bias, out);
-      for (int64_t q = 0; q < op.requests; ++q) io.d_mask[q * f + out] = total(&Partial::d_mask, q * ldz + out);
+      total(&Partial<E>::d_bias, first, io.d_bias + first);
+      total(&Partial<E>::d_ln_weight, first, io.d_ln_weight + first);
+      total(&Partial<E>::d_ln_bias, first, io.d_ln_bias + first);
+      for (int64_t q = 0; q < op.requests; ++q) total(&Partial<E>::d_mask, q * ldz + first, io.d_mask + q * f + first);
+      const int64_t outs = std::min<int64_t>(W, f - first);
       for (int64_t in = 0; in < op.f_in; ++in) {
         for (int64_t k = 0; k < op.kernel_size; ++k) {
-          io.d_weight[(out * op.f_in + in) * op.kernel_size + k] =
-              total(&Partial::d_kernel, (k * op.f_in + in) * ldz + out);
+          V value = V{};
+          for (int t = 0; t < threads; ++t) value += load(partials.get()[t]->d_kernel.at(k, in) + first);
+          float columns[W];
+          store(columns, value);
+          for (int64_t j = 0; j < outs; ++j) io.d_weight[((first + j) * op.f_in + in) * op.kernel_size + k] = columns[j];
         }
       }
     }

@@ -49,11 +49,12 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
-    rows_per_request: list[int], residual: Tensor | None, residual_rows: Tensor | None, eps: float, save: bool,
+    readers: Tensor, bags: int, rows_per_request: list[int], residual: Tensor | None, residual_rows: Tensor | None, eps: float,
+    algorithm: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output `[rows, f_out]`; for backward (empty unless `save`) the convolution `[rows, f_out]`, mean and 1/std `[rows, 1]`."""
     rows, f_out = taps.shape[0], weight.shape[0]
-    kernel = weight.permute(2, 1, 0).reshape(-1, f_out)
+    kernel, bias = weight.to(x.dtype).permute(2, 1, 0).reshape(-1, f_out), bias.to(x.dtype)
     out = x.new_empty(rows, f_out)
     kept = rows if save else 0
     statistics = statistics_dtype(x.dtype)
@@ -76,7 +77,7 @@ def forward(
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int],
-    residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, need_input: bool,
+    residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, algorithm: str, need_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias, ln_weight, ln_bias, mask, residual (empty where not needed).
 
@@ -112,7 +113,7 @@ def backward(
         dz[part] = dz_part
     if bags:
         dz[rows:] = F.embedding_bag(bag_rows, dz[:rows], bag_offsets, mode="sum", include_last_offset=True)
-    d_x = _gather_gemm(dz, readers, weight.permute(2, 0, 1).reshape(-1, f_in)) if need_input else x.new_empty(0)
+    d_x = _gather_gemm(dz, readers, weight.to(x.dtype).permute(2, 0, 1).reshape(-1, f_in)) if need_input else x.new_empty(0)
     d_residual = grad.new_empty(0)
     if residual_readers is not None:
         d_residual = _gather(grad, residual_readers[:, None])

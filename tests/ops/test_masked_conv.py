@@ -102,7 +102,7 @@ def test_opcheck() -> None:
     v = inputs(table, back)
     arguments = (
         *v[:6], table.taps, table.readers, table.bag_rows, table.bag_offsets, list(table.rows_per_request), v[6],
-        back.rows, back.readers, 1e-8, "torch",
+        back.rows, back.readers, 1e-8, "torch", "auto",
     )  # fmt: skip
     torch.library.opcheck(_masked_conv, (*arguments, True))
     without = [a.detach() if isinstance(a, Tensor) and a.requires_grad else a for a in arguments]

@@ -1,0 +1,120 @@
+// Register tiles of one instruction set. Included inside its namespace, after vector_impl.h.
+
+// Rows of the left operand by address: unit p of row i.
+template <int R>
+struct RowUnits {
+  const Word* row[R];
+  explicit TERACON_INLINE RowUnits(const Word* const* rows) {
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) row[i] = rows[i];
+  }
+  TERACON_INLINE const Word* operator()(int i, int64_t p) const { return row[i] + p; }
+};
+
+// The left operand stored as [units][R].
+template <int R>
+struct PanelUnits {
+  const Word* panel;
+  TERACON_INLINE const Word* operator()(int i, int64_t p) const { return panel + p * R + i; }
+};
+
+// acc[i] += sum_p a(i, p) * b[p] over the units of b, [units][NR].
+template <class T, int R, class Left>
+static TERACON_INLINE void accumulate(V (&acc)[R][NV], const Left& a, const Word* b, int64_t units) {
+#pragma GCC unroll 2
+  for (int64_t p = 0; p < units; ++p, b += NR) {
+    typename Units<T>::Vec row[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) row[j] = reinterpret_cast<const typename Units<T>::Vec*>(b)[j];
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const auto left = Units<T>::broadcast(a(i, p));
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[i][j] = Units<T>::multiply_add(acc[i][j], left, row[j]);
+    }
+  }
+}
+
+template <int R, class Fn>
+static TERACON_INLINE void for_tile(V (&acc)[R][NV], Fn fn) {
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) fn(acc[i][j], i, j * W);
+  }
+}
+
+// c[i] = sum over `segments` of rows a[s * stride + i] times the matrix b + s * units * NR.
+template <class T, int R>
+static void direct_tile(const Word* const* a, int64_t stride, int64_t segments, const Word* b, int64_t units, float* c,
+                        int64_t ldc) {
+  V acc[R][NV] = {};
+  for (int64_t s = 0; s < segments; ++s) accumulate<T>(acc, RowUnits<R>(a + s * stride), b + s * units * NR, units);
+  for_tile<R>(acc, [&](V& v, int i, int j) { store(c + i * ldc + j, v); });
+}
+
+// Minimal filtering F(2,3) (Lavin & Gray 2015, arXiv 1509.09308): both outputs of R pairs from four matrix products.
+// Filtered rows a[s * stride + i] and matrices follow the order of the planes (weights_impl.h).
+template <class T, int R>
+static void filtered_tile(const Word* const* a, int64_t stride, const Word* b, int64_t units, float* first, float* second,
+                          int64_t ldc) {
+  V acc[R][NV] = {};
+  const int64_t matrix = units * NR;
+  accumulate<T>(acc, RowUnits<R>(a), b, units);
+  for_tile<R>(acc, [&](V& v, int i, int j) { store(second + i * ldc + j, v), v = V{}; });
+  accumulate<T>(acc, RowUnits<R>(a + stride), b + matrix, units);
+  for_tile<R>(acc, [&](V& v, int i, int j) {
+    const V middle = load(second + i * ldc + j);
+    store(second + i * ldc + j, middle - v);
+    v = middle + v;
+  });
+  accumulate<T>(acc, RowUnits<R>(a + 2 * stride), b + 2 * matrix, units);
+  for_tile<R>(acc, [&](V& v, int i, int j) {
+    store(first + i * ldc + j, v);
+    v = load(second + i * ldc + j);
+  });
+  accumulate<T>(acc, RowUnits<R>(a + 3 * stride), b + 3 * matrix, units);
+  for_tile<R>(acc, [&](V& v, int i, int j) { store(second + i * ldc + j, v); });
+}
+
+// fn.template operator()<R>(first row) for tiles that cover n rows: whole ones, then smaller ones.
+template <int R, class Fn>
+static inline void cover_rows(int64_t n, int64_t from, const Fn& fn) {
+  for (; n - from >= R; from += R) fn(std::integral_constant<int, R>{}, from);
+  if constexpr (R > 1) cover_rows<R / 2>(n, from, fn);
+}
+
+// c += a^T b over the units of two panels, one tile of OR x NR.
+template <class T>
+static void outer_tile(const Word* a, const Word* b, int64_t units, float* c, int64_t ldc) {
+  V acc[OR][NV];
+  for_tile<OR>(acc, [&](V& v, int i, int j) { v = load(c + i * ldc + j); });
+  accumulate<T>(acc, PanelUnits<OR>{a}, b, units);
+  for_tile<OR>(acc, [&](V& v, int i, int j) { store(c + i * ldc + j, v); });
+}
+
+// The transpose of F(2,3), also called F(3,2): what pairs add to the three matrices c, c + matrix, c + 2 * matrix, from four
+// products. `scratch` holds a tile. Panels of plane s are a + s * a_plane and b + s * b_plane.
+template <class T>
+static void filtered_outer_tile(const Word* a, int64_t a_plane, const Word* b, int64_t b_plane, int64_t units, float* c,
+                                int64_t ldc, int64_t matrix, float* scratch) {
+  V acc[OR][NV] = {};
+  accumulate<T>(acc, PanelUnits<OR>{a}, b, units);
+  for_tile<OR>(acc, [&](V& v, int i, int j) { store(scratch + i * NR + j, v), v = V{}; });
+  accumulate<T>(acc, PanelUnits<OR>{a + a_plane}, b + b_plane, units);
+  for_tile<OR>(acc, [&](V& v, int i, int j) {
+    const V other = load(scratch + i * NR + j), half = (other + v) * 0.5f;
+    float* const at = c + i * ldc + j;
+    store(at + matrix, load(at + matrix) + (other - v) * 0.5f);
+    store(scratch + i * NR + j, half);
+    v = load(at) + half;
+  });
+  accumulate<T>(acc, PanelUnits<OR>{a + 2 * a_plane}, b + 2 * b_plane, units);
+  for_tile<OR>(acc, [&](V& v, int i, int j) {
+    float* const at = c + i * ldc + j;
+    store(at, v);
+    v = load(at + 2 * matrix) + load(scratch + i * NR + j);
+  });
+  accumulate<T>(acc, PanelUnits<OR>{a + 3 * a_plane}, b + 3 * b_plane, units);
+  for_tile<OR>(acc, [&](V& v, int i, int j) { store(c + 2 * matrix + i * ldc + j, v); });
+}

@@ -1,0 +1,29 @@
+#if defined(__x86_64__)
+
+#include "isa_begin.h"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,avx2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,avx2")
+#endif
+
+#define TERACON_ISA avx512_bf16
+#define TERACON_LANES 16
+#define TERACON_NV 2
+#define TERACON_MR 14
+#define TERACON_OR 8
+#define TERACON_DOT
+#include "masked_conv_impl.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace teracon {
+const Kernels<Bf16> kAvx512Bf16Dot = {"avx512_bf16", avx512_bf16::forward<Bf16>, avx512_bf16::backward<Bf16>};
+}  // namespace teracon
+
+#endif
