@@ -1,4 +1,4 @@
-// The only file that knows torch: it declares the compiled operations to the dispatcher, nothing else.
+// Only the bindings know torch: they declare the compiled operations to the dispatcher, nothing else.
 //
 // Built on the stable ABI, so one build serves the torch it was built with and later ones, and any Python.
 
@@ -10,6 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "checks.h"
 #include "cpu/fma_peak.h"
 #include "cpu/masked_conv.h"
 
@@ -17,21 +18,13 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Dense arrays of the expected type and number of elements, or an error: the kernels never read out of bounds.
-template <class T>
-T* checked(const Tensor& tensor, torch::headeronly::ScalarType type, int64_t count, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type && tensor.numel() == count,
-                  "masked_conv: ", name, " has ", tensor.numel(), " elements, expected a dense CPU tensor of ", count);
-  return static_cast<T*>(tensor.data_ptr());
-}
-
 float* floats(const Tensor& tensor, int64_t count, const char* name) {
-  return checked<float>(tensor, torch::headeronly::ScalarType::Float, count, name);
+  return checked<float>("masked_conv", tensor, torch::headeronly::ScalarType::Float, count, name);
 }
 
 // Row numbers in -1 (0 where `none` is false) to rows - 1.
 const int32_t* row_numbers(const Tensor& tensor, int64_t count, int64_t rows, bool none, const char* name) {
-  const int32_t* values = checked<int32_t>(tensor, torch::headeronly::ScalarType::Int, count, name);
+  const int32_t* values = checked<int32_t>("masked_conv", tensor, torch::headeronly::ScalarType::Int, count, name);
   int32_t low = 0, high = -1;
   for (int64_t i = 0; i < count; ++i) {
     low = values[i] < low ? values[i] : low;
@@ -46,7 +39,7 @@ constexpr auto kBf16 = torch::headeronly::ScalarType::BFloat16;
 
 float* elements(const Tensor& tensor, int64_t count, const char* name, float*) { return floats(tensor, count, name); }
 teracon::Bf16* elements(const Tensor& tensor, int64_t count, const char* name, teracon::Bf16*) {
-  return checked<teracon::Bf16>(tensor, kBf16, count, name);
+  return checked<teracon::Bf16>("masked_conv", tensor, kBf16, count, name);
 }
 
 // Dense activations of type E.
@@ -73,7 +66,8 @@ teracon::MaskedConv<E> masked_conv(const Tensor& x, const Tensor& weight, const 
   op.mask = floats(mask, op.requests * op.f_out, "mask");
   op.taps = row_numbers(taps, op.rows * op.kernel_size, op.rows_in, true, "taps");
   op.readers = row_numbers(readers, op.rows_in * op.kernel_size, op.rows + bags, true, "readers");
-  op.rows_per_request = checked<int64_t>(rows_per_request, torch::headeronly::ScalarType::Long, op.requests, "rows_per_request");
+  op.rows_per_request = checked<int64_t>("masked_conv", rows_per_request, torch::headeronly::ScalarType::Long, op.requests,
+                                         "rows_per_request");
   int64_t rows = 0;
   for (int64_t q = 0; q < op.requests; ++q) {
     STD_TORCH_CHECK(op.rows_per_request[q] >= 0, "masked_conv: rows_per_request has a negative number");

@@ -9,16 +9,19 @@ number of rows small without changing any result:
   one chain of pad rows.
 
 Everything follows from arithmetic on the users' real lengths, so row counts are known on the host and nothing here looks
-at activations. Vocabulary: an *offset* counts positions back from a sequence's last position; a *stream* is one user under
-one mask; a *chain* is the pad prefix that the streams of one request share. Streams and chains are both spans of offsets
-`[low, high)`; each span owns consecutive rows, ordered by offset, in every layer.
+at activations. Numbers per user and per offset are worked out here; the tables, with an entry per row, are filled by the
+compiled extension or, where it is missing, by `_numpy_packing`.
+
+Vocabulary: an *offset* counts positions back from a sequence's last position; a *stream* is one user under one mask; a
+*chain* is the pad prefix that the streams of one request share. Streams and chains are both spans of offsets `[low, high)`;
+each span owns consecutive rows, ordered by offset, in every layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +29,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from teracon_fast import _native, _numpy_packing
 from teracon_fast.errors import ShapeError
 
-_IntArray = npt.NDArray[np.int32]
+IntArray = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -114,20 +118,13 @@ class Streams(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _ConvGeometry:
+class ConvGeometry:
     """Static lookups of one convolution, indexed by tap and by a row's place (its rank among the layer's offsets)."""
 
-    read_offset: _IntArray  # [K, |O_out|] offset read by each tap
-    read_rank: _IntArray  # [K, |O_out|] its rank in the input layer
-    reader_offset: _IntArray  # [K, |O_in|] offset of the reader through each tap, -1 where there is none
-    reader_rank: _IntArray  # [K, |O_in|] its rank in the output layer
-
-
-@dataclass(frozen=True)
-class _ResidualGeometry:
-    read_rank: _IntArray  # [|O_out|]
-    reader_offset: _IntArray  # [|O_in|], -1 where no output of the block stands at this offset
-    reader_rank: _IntArray  # [|O_in|]
+    read_offset: IntArray  # [K, |O_out|] offset read by each tap
+    read_rank: IntArray  # [K, |O_out|] its rank in the input layer
+    reader_offset: IntArray  # [K, |O_in|] offset of the reader through each tap, -1 where there is none
+    reader_rank: IntArray  # [K, |O_in|] its rank in the output layer
 
 
 @dataclass(frozen=True)
@@ -138,10 +135,10 @@ class Geometry:
     kernel_size: int
     dilations: tuple[int, ...]  # one per convolution
     every_position: bool
-    offsets: tuple[_IntArray, ...]
-    ranks: tuple[_IntArray, ...]  # ranks[l][o] = number of offsets of layer l below o, for o in 0..length
-    convolutions: tuple[_ConvGeometry, ...]
-    residuals: tuple[_ResidualGeometry, ...]
+    offsets: tuple[IntArray, ...]
+    ranks: tuple[IntArray, ...]  # ranks[l][o] = number of offsets of layer l below o, for o in 0..length
+    convolutions: tuple[ConvGeometry, ...]
+    residuals: tuple[ConvGeometry, ...]  # a block's input is read through one tap that stays at the row's own offset
 
 
 @lru_cache(maxsize=64)
@@ -171,7 +168,7 @@ def geometry(length: int, block_dilations: tuple[int, ...], kernel_size: int = 3
         reach = reach[reach < length].astype(np.int32)
         # Equal sets become one object, so that equal tables are built once.
         layers.insert(0, layers[0] if np.array_equal(reach, layers[0]) else reach)
-    ranks: list[_IntArray] = []
+    ranks: list[IntArray] = []
     for layer, offsets in enumerate(layers):
         if layer and offsets is layers[layer - 1]:
             ranks.append(ranks[-1])
@@ -182,13 +179,13 @@ def geometry(length: int, block_dilations: tuple[int, ...], kernel_size: int = 3
         for i, d in enumerate(dilations)
     )
     residuals = tuple(
-        _ResidualGeometry(ranks[i][layers[i + 2]], *_locate(layers[i], layers[i + 2], ranks[i + 2]))
+        _convolution_geometry(layers[i], ranks[i], layers[i + 2], ranks[i + 2], 0, 1, length)
         for i in range(0, len(dilations), 2)
     )
     return Geometry(length, kernel_size, dilations, every_position, tuple(layers), tuple(ranks), convolutions, residuals)
 
 
-def _locate(wanted: _IntArray, offsets: _IntArray, rank: _IntArray) -> tuple[_IntArray, _IntArray]:
+def _locate(wanted: IntArray, offsets: IntArray, rank: IntArray) -> tuple[IntArray, IntArray]:
     """The wanted offsets, -1 where `offsets` lacks them, and their ranks in `offsets` (0 where lacking)."""
     present = np.isin(wanted, offsets)
     safe = np.where(present, wanted, 0)
@@ -196,12 +193,12 @@ def _locate(wanted: _IntArray, offsets: _IntArray, rank: _IntArray) -> tuple[_In
 
 
 def _convolution_geometry(
-    o_in: _IntArray, rank_in: _IntArray, o_out: _IntArray, rank_out: _IntArray, dilation: int, kernel_size: int, length: int
-) -> _ConvGeometry:
+    o_in: IntArray, rank_in: IntArray, o_out: IntArray, rank_out: IntArray, dilation: int, kernel_size: int, length: int
+) -> ConvGeometry:
     shifts = (np.arange(kernel_size - 1, -1, -1, dtype=np.int32) * dilation)[:, None]
     read_offset = o_out + shifts
     reader_offset, reader_rank = _locate(o_in - shifts, o_out, rank_out)
-    return _ConvGeometry(read_offset, rank_in[np.minimum(read_offset, length)], reader_offset, reader_rank)
+    return ConvGeometry(read_offset, rank_in[np.minimum(read_offset, length)], reader_offset, reader_rank)
 
 
 def real_lengths(x: Tensor) -> npt.NDArray[np.int64]:
@@ -217,8 +214,12 @@ def real_lengths(x: Tensor) -> npt.NDArray[np.int64]:
     return np.where(real.any(axis=1), length - real.argmax(axis=1), 0).astype(np.int64)
 
 
-class _Spans:
-    """Spans of offsets `[low, high)`: for each request its pad chain, then its streams."""
+class Spans:
+    """Spans of offsets `[low, high)`: for each request its pad chain, then its streams.
+
+    `table`, int32 `[4, spans]`, holds `low`, `high`, `chain` (which span is the request's chain) and `total` (how many
+    offsets its sequences have); `user`, int64 `[spans]`, is a row of `x` with the span's items.
+    """
 
     def __init__(self, lengths: npt.NDArray[np.int64], requests: Sequence[Streams], length: int) -> None:
         low, high, chain, total, user = [], [], [], [], []
@@ -241,15 +242,17 @@ class _Spans:
             self.stream_slices.append(slice(count + 1, count + 1 + n))
             count += n + 1
             self.request_ends.append(count)
-        as_int = [np.concatenate(part).astype(np.int32) if part else np.zeros(0, np.int32) for part in (low, high, chain, total)]
-        self.low, self.high, self.chain, self.total = as_int
+        self.table = np.zeros((4, count), np.int32)
+        if count:
+            self.table[:] = [np.concatenate(part) for part in (low, high, chain, total)]
+        self.low, self.high, self.chain, self.total = self.table
         self.user = np.concatenate(user).astype(np.int64) if user else np.zeros(0, np.int64)
 
 
-class _Layer:
-    """Rows of one layer: for each row its span and its place in it."""
+class Layer:
+    """Rows of one layer."""
 
-    def __init__(self, spans: _Spans, offsets: _IntArray, rank: _IntArray) -> None:
+    def __init__(self, spans: Spans, offsets: IntArray, rank: IntArray) -> None:
         counts = rank[spans.high] - rank[spans.low]
         ends = np.cumsum(counts, dtype=np.int64)
         self.rows = int(ends[-1]) if len(ends) else 0
@@ -257,63 +260,32 @@ class _Layer:
             raise ShapeError(f"packed batch has {self.rows} rows, expected less than 2**31: encode fewer users at once")
         # Row of (span, offset) = start[span] + rank[offset].
         self.start = (ends - counts - rank[spans.low]).astype(np.int32)
-        self.span = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        self.place = np.arange(self.rows, dtype=np.int32) - self.start[self.span]
         bounds = ends[np.array(spans.request_ends, dtype=np.int64) - 1] if spans.request_ends else ends
         self.rows_per_request = tuple(int(n) for n in np.diff(bounds, prepend=0))
-        self.offsets = offsets
+        self.offsets, self.rank, self._counts = offsets, rank, counts
+
+    @cached_property
+    def spans_and_places(self) -> tuple[IntArray, IntArray]:
+        """For each row its span and its place, int32 `[rows]` each. Only numpy needs them."""
+        span = np.repeat(np.arange(len(self._counts), dtype=np.int32), self._counts)
+        return span, np.arange(self.rows, dtype=np.int32) - self.start[span]
 
 
-def _tap_table(spans: _Spans, geo: _ConvGeometry, inputs: _Layer, outputs: _Layer) -> TapTable:
-    kernel_size = len(geo.read_rank)
-    # One tap at a time: numpy is several times faster on long vectors than on [rows, K] with a short last axis.
-    taps = np.empty((outputs.rows, kernel_size), np.int32)
-    readers = np.empty((inputs.rows, kernel_size), np.int32)
-    own_start = inputs.start.take(outputs.span)
-    chain_start = inputs.start.take(spans.chain).take(outputs.span)
-    high, total = spans.high.take(outputs.span), spans.total.take(outputs.span)
-    reader_start, low = outputs.start.take(inputs.span), spans.low.take(inputs.span)
-    keys, members = [], []
-    for k in range(kernel_size):
-        offset = geo.read_offset[k].take(outputs.place)
-        own, inside = offset < high, offset < total
-        row = np.where(own, own_start, chain_start)
-        row += geo.read_rank[k].take(outputs.place)
-        taps[:, k] = np.where(inside, row, -1)
-        # Streams that read into their chain: these pad rows have several readers through a tap.
-        across = np.flatnonzero(inside > own)
-        keys.append(row[across].astype(np.int64) * kernel_size + k)
-        members.append(across)
-
-        reader = reader_start + geo.reader_rank[k].take(inputs.place)
-        # Offset -1 marks "no reader"; low is never below 0, so one comparison covers both cases.
-        readers[:, k] = np.where(geo.reader_offset[k].take(inputs.place) < low, -1, reader)
-
-    # Sum the readers of such pad rows bag by bag; the chain's own reader is a member too.
-    key, member = np.concatenate(keys), np.concatenate(members)
-    bags = np.unique(key)
-    flat = readers.reshape(-1)
-    chained = flat[bags]
-    key = np.concatenate([bags[chained >= 0], key])
-    member = np.concatenate([chained[chained >= 0], member])
-    order = np.argsort(key * outputs.rows + member)  # unique numbers: by bag, then by row
-    flat[bags] = outputs.rows + np.arange(len(bags), dtype=np.int32)
-    bag_offsets = np.searchsorted(key[order], np.append(bags, np.iinfo(np.int64).max)).astype(np.int32)
-    return TapTable(
-        torch.from_numpy(taps),
-        torch.from_numpy(readers),
-        torch.from_numpy(member[order].astype(np.int32)),
-        torch.from_numpy(bag_offsets),
-        outputs.rows_per_request,
-        inputs.rows,
-    )
+def _tap_table(spans: Spans, geo: ConvGeometry, inputs: Layer, outputs: Layer) -> TapTable:
+    if _native.available():
+        lookups = (spans.table, inputs.rank, outputs.rank, geo.read_offset, geo.reader_offset)
+        tensors = torch.ops.teracon_fast.pack_taps(*map(torch.from_numpy, lookups), torch.get_num_threads())
+    else:
+        tensors = map(torch.from_numpy, _numpy_packing.taps(spans, geo, inputs, outputs))
+    taps, readers, bag_rows, bag_offsets = tensors
+    return TapTable(taps, readers, bag_rows, bag_offsets, outputs.rows_per_request, inputs.rows)
 
 
-def _residual_table(spans: _Spans, geo: _ResidualGeometry, inputs: _Layer, outputs: _Layer) -> ResidualTable:
-    rows = inputs.start[outputs.span] + geo.read_rank[outputs.place]
-    readers = outputs.start[inputs.span] + geo.reader_rank[inputs.place]
-    readers[geo.reader_offset[inputs.place] < spans.low[inputs.span]] = -1
-    return ResidualTable(torch.from_numpy(rows), torch.from_numpy(readers))
+def _cells(spans: Spans, first: Layer, length: int) -> Tensor:
+    if _native.available():
+        cells: Tensor = torch.ops.teracon_fast.pack_cells(*map(torch.from_numpy, (spans.table, spans.user, first.rank)))
+        return cells
+    return torch.from_numpy(_numpy_packing.cells(spans, first, length))
 
 
 def pack(lengths: npt.NDArray[np.int64], requests: Sequence[Streams], geo: Geometry) -> PackedBatch:
@@ -334,28 +306,27 @@ def pack(lengths: npt.NDArray[np.int64], requests: Sequence[Streams], geo: Geome
         users = request.users
         if len(users) and not (0 <= users.min() and users.max() < len(lengths)):
             raise ShapeError(f"request {i} names users {users.min()}..{users.max()}, expected 0..{len(lengths) - 1}")
-    spans = _Spans(lengths, requests, geo.length)
-    layers: list[_Layer] = []
+    spans = Spans(lengths, requests, geo.length)
+    layers: list[Layer] = []
     for i, offsets in enumerate(geo.offsets):
         same = i > 0 and offsets is geo.offsets[i - 1]
-        layers.append(layers[-1] if same else _Layer(spans, offsets, geo.ranks[i]))
+        layers.append(layers[-1] if same else Layer(spans, offsets, geo.ranks[i]))
     built: dict[tuple[int, int, int], TapTable] = {}
-    convolutions = []
-    for i, conv in enumerate(geo.convolutions):
-        key = (id(layers[i]), id(layers[i + 1]), geo.dilations[i])
+
+    def table(conv: ConvGeometry, i: int, o: int, dilation: int) -> TapTable:
+        key = (id(layers[i]), id(layers[o]), dilation)
         if key not in built:
-            built[key] = _tap_table(spans, conv, layers[i], layers[i + 1])
-        convolutions.append(built[key])
-    residuals = [_residual_table(spans, r, layers[2 * i], layers[2 * i + 2]) for i, r in enumerate(geo.residuals)]
+            built[key] = _tap_table(spans, conv, layers[i], layers[o])
+        return built[key]
 
-    first, last = layers[0], layers[-1]
-    position = spans.total[first.span].astype(np.int64) - 1 - first.offsets[first.place]
-    cells = spans.user[first.span] * geo.length + position
-    outputs = [_output_rows(spans, last, geo, part) for part in spans.stream_slices]
-    return PackedBatch(torch.from_numpy(cells), convolutions, residuals, outputs)
+    convolutions = [table(conv, i, i + 1, geo.dilations[i]) for i, conv in enumerate(geo.convolutions)]
+    added = [table(conv, 2 * i, 2 * i + 2, 0) for i, conv in enumerate(geo.residuals)]
+    residuals = [ResidualTable(one.taps.view(-1), one.readers.view(-1)) for one in added]
+    outputs = [_output_rows(spans, layers[-1], geo, part) for part in spans.stream_slices]
+    return PackedBatch(_cells(spans, layers[0], geo.length), convolutions, residuals, outputs)
 
 
-def _output_rows(spans: _Spans, last: _Layer, geo: Geometry, streams: slice) -> Tensor:
+def _output_rows(spans: Spans, last: Layer, geo: Geometry, streams: slice) -> Tensor:
     """Rows of a request's outputs: the last position's, or those of positions 0..L-1 in order."""
     available = int(spans.total[streams.start - 1])
     offsets = np.arange(available - 1, -1, -1, dtype=np.int32) if geo.every_position else np.zeros(1, np.int32)

@@ -179,7 +179,7 @@ def test_no_rows_and_rows_that_read_only_zeros(backend: str) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_that_this_machine_has(isa: str) -> None:
     """The whole of this file again, in a process that is told which kernels to use."""
     if "cpu" not in BACKENDS:
@@ -223,6 +223,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     refused("x is torch.float64", (0, v[0][1:]))
     refused("x is torch.int64, expected a floating", (0, v[0].long()))
     refused("weight is torch.float32", (1, v[1].float()))
+    refused("bias is torch.bfloat16", (0, v[0].bfloat16()), *((i, v[i].float()) for i in (1, 3, 4, 5)), (2, v[2].bfloat16()))
     refused("weight is .*expected \\[f_out, f_in, K\\]", (1, v[1][:, :, None]))
     refused("bias is", (2, v[2][1:]))
     refused("mask is", (5, v[5][:1]))
@@ -254,5 +255,5 @@ def test_row_numbers_out_of_range_are_never_read(backend: str, change: str) -> N
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="this installation has no compiled extension")
 def test_an_explicit_backend_is_used_or_refused() -> None:
     table, back = tables([2, 9, 5])
-    with pytest.raises(BackendError, match="it runs torch.float32 on cpu, not torch.float64 on cpu"):
+    with pytest.raises(BackendError, match="it runs torch.float32 and torch.bfloat16 on cpu, not torch.float64 on cpu"):
         run(inputs(table, back), table, back, "cpu")

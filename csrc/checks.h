@@ -1,0 +1,19 @@
+#pragma once
+
+// What the bindings check before they hand a tensor's memory to plain C++.
+
+#include <cstdint>
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+// Dense arrays of the expected type and number of elements, or an error: the kernels never read out of bounds.
+template <class T>
+T* checked(const char* operation, const torch::stable::Tensor& tensor, torch::headeronly::ScalarType type, int64_t count,
+           const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type && tensor.numel() == count,
+                  operation, ": ", name, " has ", tensor.numel(), " elements, expected a dense CPU tensor of ", count,
+                  " of type ", torch::headeronly::toString(type));
+  return static_cast<T*>(tensor.data_ptr());
+}
