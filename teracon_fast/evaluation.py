@@ -13,7 +13,7 @@ from torch import Tensor
 from teracon_fast.errors import ConfigError
 from teracon_fast.metrics import task_metrics
 from teracon_fast.ops import linear_rank
-from teracon_fast.tcn import FastTCN, Request
+from teracon_fast.tcn import FastTCN
 
 if TYPE_CHECKING:
     from teracon_fast.data import TaskData
@@ -64,7 +64,7 @@ def target_ranks(
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Rank (0 the best) of each sample's target, int64 `[n]` on the CPU, in the order of `samples`. As `evaluate`."""
-    head, masks = model.head(task), model.masks(s)
+    head, encode = model.head(task), model.snapshot(s)
     device = head.weight.device
     drop_last = int(data.kind == "next_item")
     chosen = np.asarray(data.samples[samples])
@@ -76,7 +76,7 @@ def target_ranks(
         high = min(low + batch_size, len(rows))
         x, same = np.unique(data.sequences[rows[low:high]], axis=0, return_inverse=True)
         users = torch.from_numpy(x.astype(np.int64))
-        hidden = model.encode(users, [Request(task, drop_last=drop_last)], s, masks)[0]
+        hidden = encode(users, task, drop_last)
         part = order[first[low] : first[high]]
         of_sample = np.repeat(same.reshape(-1), np.diff(first[low : high + 1]))
         targets = torch.from_numpy(chosen[part, 1].astype(np.int64)).to(device)

@@ -26,7 +26,7 @@ from teracon_fast.evaluation import evaluate
 from teracon_fast.files import atomic_write
 from teracon_fast.inputs import InputBlock, Inputs
 from teracon_fast.ops import linear_topk
-from teracon_fast.tcn import FastTCN, Request
+from teracon_fast.tcn import FastTCN
 
 if TYPE_CHECKING:
     from teracon_fast.config import RunConfig
@@ -194,7 +194,7 @@ def encode_blocks(
     Args:
         run: a trained run.
         inputs: the users.
-        tasks: task numbers, from 1; all are encoded in one packed pass.
+        tasks: task numbers, from 1.
         batch_size: users encoded at a time.
         progress: called with the number of users done so far.
 
@@ -205,15 +205,13 @@ def encode_blocks(
         run.task(number)
     device = run.model.embeding.weight.device
     done = 0
-    with torch.no_grad():
-        masks = run.model.masks(run.s)
-        requests = [Request(number - 1) for number in tasks]
-        for block in inputs.blocks(batch_size):
-            x = torch.from_numpy(block.x.astype(np.int64)).to(device)
-            yield block, run.model.encode(x, requests, run.s, masks)
-            done += len(x)
-            if progress is not None:
-                progress(done)
+    encode = run.model.snapshot(run.s)
+    for block in inputs.blocks(batch_size):
+        x = torch.from_numpy(block.x.astype(np.int64)).to(device)
+        yield block, [encode(x, number - 1, 0) for number in tasks]
+        done += len(x)
+        if progress is not None:
+            progress(done)
 
 
 def embed(
@@ -338,7 +336,8 @@ def predict(
     users = 0
     with _parquet(output, _schema(run, inputs, columns)) as write:
         for block, (hidden,) in encode_blocks(run, inputs, [task], batch_size, progress):
-            chances = torch.softmax(head(hidden).float(), dim=1).cpu().numpy()
+            with torch.no_grad():
+                chances = torch.softmax(head(hidden).float(), dim=1).cpu().numpy()
             best = chances.argmax(1)
             parts = [pa.array(names[best].tolist(), pa.string()), pa.array(chances[np.arange(len(best)), best])]
             write([*parts, *(pa.array(np.ascontiguousarray(column)) for column in chances.T)], block)

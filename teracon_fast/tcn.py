@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,10 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teracon_fast import backends, masks, ops, packing
+from teracon_fast.encoder import Encoder
 from teracon_fast.errors import ConfigError, ShapeError
 from teracon_fast.masks import MaskVariant
 
 LAYER_NORM_EPS = 1e-8
+# Without gradient, from so many users on packing the weights for an encoder pays.
+ENCODER_USERS = 64
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class FastTCN(nn.Module):
         task_embedding_range: bounds of the uniform initialisation of task embeddings.
         mask: "relation" (Eq. 12), "positive_only" (no negated rows) or "none" (Eq. 6).
         backend: of the compiled operations, see `teracon_fast.env_report()`.
+        algorithm: of the convolutions, "auto", "direct" or "winograd", see `ops.masked_conv`.
 
     With one task the native form has no relation weights and uses the plain mask (Eq. 6), like the published task-1 network.
 
@@ -125,6 +129,7 @@ class FastTCN(nn.Module):
         task_embedding_range: Sequence[float] = (0.0, 2.0),
         mask: str = "relation",
         backend: str = "auto",
+        algorithm: str = "auto",
     ) -> None:
         super().__init__()
         variant = masks.check_variant(mask)
@@ -147,6 +152,9 @@ class FastTCN(nn.Module):
         self.task_embedding_range = (float(low), float(high))
         self.mask_variant: MaskVariant = variant
         self.backend = backend
+        if algorithm not in ops.ALGORITHMS:
+            raise ConfigError(f"algorithm is {algorithm!r}, expected one of {list(ops.ALGORITHMS)}")
+        self.algorithm = algorithm
 
         self.embeding = nn.Embedding(self.num_items, self.channels)  # the published spelling
         bound = math.sqrt(1.0 / self.num_items)
@@ -231,8 +239,42 @@ class FastTCN(nn.Module):
             self._check_task(request.task)
         masks = self.masks(s) if masks is None else masks
         chosen = masks[:, [request.task for request in requests]]
-        hidden, packed = self._run(x, [(r.users, r.drop_last) for r in requests], chosen, lengths, every_position=False)
-        return [ops.gather_rows(hidden, rows) for rows in packed.outputs]
+        return self._last_states(x, [(r.users, r.drop_last) for r in requests], chosen, lengths)
+
+    def snapshot(self, s: float = 50.0) -> Callable[[Tensor, int, int], Tensor]:
+        """`encode(x, task, drop_last)` for many calls without gradient: what does not depend on x is computed here, once.
+
+        It sees no later change of the parameters where an `Encoder` serves it, and may see them elsewhere.
+        """
+        with torch.no_grad():
+            masks = self.masks(s)
+            if Encoder.serves(self):
+                return Encoder(self, masks=masks).encode
+
+            @torch.no_grad()
+            def encode(x: Tensor, task: int, drop_last: int = 0) -> Tensor:
+                return self.encode(x, [Request(task, None, drop_last)], s, masks)[0]
+
+            return encode
+
+    def _last_states(
+        self, x: Tensor, requests: Sequence[tuple[Tensor | None, int]], chosen: Tensor, lengths: np.ndarray | None
+    ) -> list[Tensor]:
+        """States of the last position for each (users, drop_last); `chosen` is `[S, requests, f]`."""
+        users = sum(x.shape[0] if rows is None else rows.shape[0] for rows, _ in requests)
+        low = torch.is_autocast_enabled("cpu")
+        low_is_bf16 = torch.get_autocast_dtype("cpu") == torch.bfloat16
+        if torch.is_grad_enabled() or users < ENCODER_USERS or not Encoder.serves(self) or (low and not low_is_bf16):
+            hidden, packed = self._run(x, requests, chosen, lengths, every_position=False)
+            return [ops.gather_rows(hidden, rows) for rows in packed.outputs]
+        encoder = Encoder(self, masks=chosen, precision="bf16" if low else "fp32")
+        found, x = [], x.cpu()
+        lengths = packing.real_lengths(x) if lengths is None else lengths
+        for i, (rows, drop) in enumerate(requests):
+            part = slice(None) if rows is None else rows.detach().cpu()
+            state = encoder.encode(x[part], i, drop, lengths[part if rows is None else np.asarray(part)])
+            found.append(state.to(torch.bfloat16) if low else state)
+        return found
 
     def encode_all(
         self, x: Tensor, task: int = 0, s: float = 50.0, masks: Tensor | None = None, lengths: np.ndarray | None = None
@@ -284,10 +326,12 @@ class FastTCN(nn.Module):
         chosen = self.masks(s, [task_num], plain)
         masks_list = [] if masks_list is None else masks_list
         masks_list += list(chosen)
-        hidden, packed = self._run(x, [(None, 0)], chosen, None, every_position=not onecall)
         head = self.head(task_num)
+        if onecall:
+            return head(self._last_states(x, [(None, 0)], chosen, None)[0]), masks_list
+        hidden, packed = self._run(x, [(None, 0)], chosen, None, every_position=True)
         rows = packed.outputs[0].reshape(-1)
-        if rows.shape[0] < hidden.shape[0] or onecall:
+        if rows.shape[0] < hidden.shape[0]:
             return head(ops.gather_rows(hidden, rows)), masks_list
         # Equal pad states meet the head once.
         return ops.gather_rows(head(hidden), rows), masks_list
@@ -313,12 +357,27 @@ class FastTCN(nn.Module):
         if device.type != "cpu":
             packed = packed.to(device)
         hidden = F.embedding(x.to(device).reshape(-1)[packed.cells], self.embeding.weight)
-        for i, block in enumerate(self.blocks):
-            inner = self._conv(hidden, block.conv1, block.ln1, chosen[2 * i], packed.convolutions[2 * i])
-            hidden = self._conv(
-                inner, block.conv2, block.ln2, chosen[2 * i + 1], packed.convolutions[2 * i + 1], hidden, packed.residuals[i]
-            )
+        for rows in self.layers(hidden, chosen, packed):
+            hidden = rows
         return hidden, packed
+
+    def layers(self, hidden: Tensor, masks: Tensor, packed: packing.PackedBatch) -> Iterator[Tensor]:
+        """Rows of every layer above the embedding, one convolution after the other.
+
+        Args:
+            hidden: `[rows of layer 0, f]`.
+            masks: `[S, requests, f]`.
+            packed: the tables of the pass.
+
+        Yields:
+            `[rows of the layer, f]`.
+        """
+        for i, block in enumerate(self.blocks):
+            first, second = packed.convolutions[2 * i : 2 * i + 2]
+            inner = self._conv(hidden, block.conv1, block.ln1, masks[2 * i], first)
+            yield inner
+            hidden = self._conv(inner, block.conv2, block.ln2, masks[2 * i + 1], second, hidden, packed.residuals[i])
+            yield hidden
 
     def _conv(
         self, x: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm, mask: Tensor, table: packing.TapTable,
@@ -328,6 +387,7 @@ class FastTCN(nn.Module):
         return ops.masked_conv(
             x, conv.weight.squeeze(2), conv.bias, norm.weight, norm.bias, mask, table,
             residual=residual, residual_table=residual_table, eps=norm.eps, backend=self.backend,
+            algorithm=self.algorithm,
         )  # fmt: skip
 
     def extended(self, num_labels: int, generator: torch.Generator | None = None) -> FastTCN:
@@ -347,6 +407,7 @@ class FastTCN(nn.Module):
                 num_items=self.num_items, channels=self.channels, labels=[*self.labels, num_labels],
                 dilations=self.dilations, kernel_size=self.kernel_size,
                 task_embedding_range=self.task_embedding_range, mask=self.mask_variant, backend=self.backend,
+                algorithm=self.algorithm,
             )  # fmt: skip
         kept = {name: value for name, value in self.state_dict().items() if ".mlp" not in name}
         model.load_state_dict(kept, strict=False)

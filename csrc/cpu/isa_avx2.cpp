@@ -22,8 +22,8 @@
 #endif
 
 namespace teracon {
-const Kernels<float> kAvx2Float = {"avx2", avx2::forward<float>, avx2::backward<float>};
-const Kernels<Bf16> kAvx2Bf16 = {"avx2", avx2::forward<Bf16>, avx2::backward<Bf16>};
+constexpr Kernels<float> kAvx2Float = avx2::table<float>("avx2");
+constexpr Kernels<Bf16> kAvx2Bf16 = avx2::table<Bf16>("avx2");
 }  // namespace teracon
 
 #endif

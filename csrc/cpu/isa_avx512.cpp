@@ -22,8 +22,8 @@
 #endif
 
 namespace teracon {
-const Kernels<float> kAvx512Float = {"avx512", avx512::forward<float>, avx512::backward<float>};
-const Kernels<Bf16> kAvx512Bf16 = {"avx512", avx512::forward<Bf16>, avx512::backward<Bf16>};
+constexpr Kernels<float> kAvx512Float = avx512::table<float>("avx512");
+constexpr Kernels<Bf16> kAvx512Bf16 = avx512::table<Bf16>("avx512");
 }  // namespace teracon
 
 #endif

@@ -23,7 +23,7 @@
 #endif
 
 namespace teracon {
-const Kernels<Bf16> kAvx512Bf16Dot = {"avx512_bf16", avx512_bf16::forward<Bf16>, avx512_bf16::backward<Bf16>};
+constexpr Kernels<Bf16> kAvx512Bf16Dot = avx512_bf16::table<Bf16>("avx512_bf16");
 }  // namespace teracon
 
 #endif

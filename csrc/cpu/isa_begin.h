@@ -14,5 +14,6 @@
 #include <new>
 #include <type_traits>
 
+#include "encode.h"
 #include "masked_conv.h"
 #include "pairs.h"

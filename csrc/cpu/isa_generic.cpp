@@ -7,6 +7,6 @@
 #include "masked_conv_impl.h"
 
 namespace teracon {
-const Kernels<float> kGenericFloat = {"generic", generic::forward<float>, generic::backward<float>};
-const Kernels<Bf16> kGenericBf16 = {"generic", generic::forward<Bf16>, generic::backward<Bf16>};
+constexpr Kernels<float> kGenericFloat = generic::table<float>("generic");
+constexpr Kernels<Bf16> kGenericBf16 = generic::table<Bf16>("generic");
 }  // namespace teracon

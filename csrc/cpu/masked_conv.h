@@ -63,12 +63,19 @@ struct MaskedConvBackward {
   E* d_residual;       // [residual_count, f_out]
 };
 
+template <class E>
+struct Encode;
+
 // One instruction set's kernels for activations of type E.
 template <class E>
 struct Kernels {
   const char* name;
   void (*forward)(const MaskedConv<E>&, const MaskedConvForward<E>&);
   void (*backward)(const MaskedConv<E>&, const MaskedConvBackward<E>&);
+  // The encoder without gradient (encode.h): its weights, packed once into encoder_words() words a convolution.
+  int64_t (*encoder_words)(int64_t f, int64_t kernel_size);
+  void (*encoder_pack)(const Convolution&, int32_t* words);
+  void (*encode)(const Encode<E>&);
 };
 
 extern const Kernels<float> kGenericFloat;

@@ -66,7 +66,8 @@ class RequestOf {
   Array<int64_t> ends_;
 };
 
-// LayerNorm, ReLU, mask and residual of one row; z [ldc] holds its sums and is overwritten.
+// LayerNorm, ReLU, mask and residual of one row; z [ldc] holds its sums and is overwritten. A mask that is null is
+// 1 in every channel.
 template <class E>
 static TERACON_INLINE void finish_row(const MaskedConv<E>& op, const MaskedConvForward<E>& io, int64_t row, int64_t request,
                                       float* z) {
@@ -85,7 +86,7 @@ static TERACON_INLINE void finish_row(const MaskedConv<E>& op, const MaskedConvF
   }
   const float rstd = 1.0f / std::sqrt(sum(squares) / f + op.eps);
   const V vrstd = splat(rstd);
-  const float* m = op.mask + request * f;
+  const float* m = op.mask == nullptr ? nullptr : op.mask + request * f;
   const E* add = io.residual == nullptr ? nullptr : io.residual + int64_t{io.residual_rows[row]} * f;
   E* out = io.out + row * f;
   if (io.conv != nullptr) {
@@ -96,7 +97,8 @@ static TERACON_INLINE void finish_row(const MaskedConv<E>& op, const MaskedConvF
   for (int64_t i = 0; i < f; i += W) {
     const int64_t left = f - i;
     const V a = (load(z + i) - vmean) * vrstd * load_part(op.ln_weight + i, left) + load_part(op.ln_bias + i, left);
-    V y = load_part(m + i, left) * relu(a);
+    V y = relu(a);
+    if (m != nullptr) y *= load_part(m + i, left);
     if (add != nullptr) y += load_part(add + i, left);
     store_part(out + i, y, left);
   }
@@ -111,10 +113,10 @@ static void forward(const MaskedConv<E>& op, const MaskedConvForward<E>& io) {
   RequestOf request_of(op);
 #pragma omp parallel num_threads(op.threads)
   {
-    BlockBuffers<E> buffers(weights);
+    BlockBuffers<E> buffers(*weights);
 #pragma omp for schedule(dynamic)
     for (int64_t block = 0; block < plan->blocks(); ++block) {
-      run_block(*plan, block, weights, source, &buffers,
+      run_block(*plan, block, *weights, source, &buffers,
                 [&](int64_t row, float* z) { finish_row(op, io, row, request_of(row), z); });
     }
   }
@@ -208,10 +210,10 @@ static void backward(const MaskedConv<E>& op, const MaskedConvBackward<E>& io) {
     share(plan->split.single_count, threads, thread, &low, &high);
     own.d_kernel.add_rows(*plan, low, high, x, gradients);
     // Dynamic shares: whoever has finished its sums first takes more of these blocks.
-    BlockBuffers<E> buffers(weights);
+    BlockBuffers<E> buffers(*weights);
 #pragma omp for schedule(dynamic)
     for (int64_t block = 0; block < back->blocks(); ++block) {
-      run_block(*back, block, weights, gradients, &buffers, [&](int64_t row, float* sums) {
+      run_block(*back, block, *weights, gradients, &buffers, [&](int64_t row, float* sums) {
         for (int64_t i = 0; i < op.f_in; i += W) store_part(io.d_x + row * op.f_in + i, load(sums + i), op.f_in - i);
       });
     }
@@ -248,6 +250,13 @@ static void backward(const MaskedConv<E>& op, const MaskedConvBackward<E>& io) {
       }
     }
   }
+}
+
+#include "encode_impl.h"
+
+template <class E>
+static constexpr Kernels<E> table(const char* name) {
+  return {name, forward<E>, backward<E>, encoder_words<E>, encoder_pack<E>, encode<E>};
 }
 
 }  // namespace TERACON_ISA

@@ -8,7 +8,7 @@ constexpr int64_t kPairBlock = 2 * MR;
 template <class E>
 struct BlockBuffers {
   typedef Operand<E> T;
-  explicit BlockBuffers(const PackedWeights<T>& weights)
+  explicit BlockBuffers(const Panels<T>& weights)
       : sums(kBlock * weights.ldc),
         staged(std::max(kPlanes * kPairBlock, weights.kernel_size * kBlock) * weights.units),
         rows(std::max(kPlanes * kPairBlock, weights.kernel_size * kBlock)) {}
@@ -23,18 +23,22 @@ struct BlockBuffers {
   Array<const Word*> rows;
 };
 
-// Rows of E by number, `width` elements each; -1 is a row of zeros.
+// Rows of E by number, `width` elements each: numbers from `split` on name rows of `more`, -1 is a row of zeros.
 template <class E>
 struct RowSource {
   const E* rows;
   int64_t width, stride;
   const E* zeros;
-  TERACON_INLINE const E* operator()(int64_t row) const { return row < 0 ? zeros : rows + row * stride; }
+  int64_t split = INT64_MAX;
+  const E* more = nullptr;
+  TERACON_INLINE const E* operator()(int64_t row) const {
+    return row < 0 ? zeros : row < split ? rows + row * stride : more + (row - split) * stride;
+  }
 };
 
 // sums[i] = sum_k source(at(i, k)) @ W_k for n rows, at most kBlock.
 template <class E, class At>
-static void convolve_rows(const PackedWeights<Operand<E>>& weights, const RowSource<E>& source, int64_t n, const At& at,
+static void convolve_rows(const Panels<Operand<E>>& weights, const RowSource<E>& source, int64_t n, const At& at,
                           BlockBuffers<E>* buffers) {
   typedef Operand<E> T;
   const int64_t padded = weights.units * Units<T>::kDepth;
@@ -52,7 +56,7 @@ static void convolve_rows(const PackedWeights<Operand<E>>& weights, const RowSou
     }
   }
   for (int64_t first = 0; first < weights.ldc; first += NR) {
-    const Word* matrices = weights.direct.get() + first * weights.units * weights.kernel_size;
+    const Word* matrices = weights.direct + first * weights.units * weights.kernel_size;
     cover_rows<MR>(n, 0, [&](auto size, int64_t row) {
       direct_tile<T, decltype(size)::value>(buffers->rows.get() + row, kBlock, weights.kernel_size, matrices, weights.units,
                                             buffers->sums.get() + row * weights.ldc + first, weights.ldc);
@@ -63,7 +67,7 @@ static void convolve_rows(const PackedWeights<Operand<E>>& weights, const RowSou
 // The same for n pairs, at most kPairBlock: outputs of pair i are sums[i] and sums[kPairBlock + i], its inputs x_q, q = 0..3, are
 // source(at(i, q)).
 template <class E, class At>
-static void convolve_pairs(const PackedWeights<Operand<E>>& weights, const RowSource<E>& source, int64_t n, const At& at,
+static void convolve_pairs(const Panels<Operand<E>>& weights, const RowSource<E>& source, int64_t n, const At& at,
                            BlockBuffers<E>* buffers) {
   typedef Operand<E> T;
   const int64_t units = weights.units, ldc = weights.ldc, padded = units * Units<T>::kDepth;
@@ -82,7 +86,7 @@ static void convolve_pairs(const PackedWeights<Operand<E>>& weights, const RowSo
     }
   }
   for (int64_t first = 0; first < ldc; first += NR) {
-    const Word* matrices = weights.filtered.get() + first * units * kPlanes;
+    const Word* matrices = weights.filtered + first * units * kPlanes;
     cover_rows<MR>(n, 0, [&](auto size, int64_t row) {
       float* to = buffers->sums.get() + row * ldc + first;
       filtered_tile<T, decltype(size)::value>(buffers->rows.get() + row, kPairBlock, matrices, units, to,
@@ -107,7 +111,7 @@ struct RowPlan {
 
 // Runs one block of the plan and hands every row's sums to emit(row, sums [ldc]).
 template <class E, class Emit>
-static void run_block(const RowPlan& plan, int64_t block, const PackedWeights<Operand<E>>& weights,
+static void run_block(const RowPlan& plan, int64_t block, const Panels<Operand<E>>& weights,
                       const RowSource<E>& source, BlockBuffers<E>* buffers, const Emit& emit) {
   float* sums = buffers->sums.get();
   const int64_t ldc = weights.ldc;
