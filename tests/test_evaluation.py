@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -78,13 +79,18 @@ def test_equal_sequences_are_encoded_once(tmp_path: Path, monkeypatch: pytest.Mo
     data = open_dataset(tmp_path / "d").tasks[1]
     model = FastTCN(num_items=open_dataset(tmp_path / "d").num_items, channels=8, labels=[10, 30], dilations=(1,))
     encoded: list[int] = []
-    real = FastTCN.encode
+    real = FastTCN.snapshot
 
-    def counted(self: FastTCN, x: torch.Tensor, *rest: object) -> list[torch.Tensor]:
-        encoded.append(len(x))
-        return real(self, x, *rest)  # type: ignore[arg-type]
+    def counted(self: FastTCN, s: float) -> Callable[[torch.Tensor, int, int], torch.Tensor]:
+        encode = real(self, s)
 
-    monkeypatch.setattr(FastTCN, "encode", counted)
+        def counting(x: torch.Tensor, task: int, drop_last: int) -> torch.Tensor:
+            encoded.append(len(x))
+            return encode(x, task, drop_last)
+
+        return counting
+
+    monkeypatch.setattr(FastTCN, "snapshot", counted)
     seen: list[tuple[int, int]] = []
     together = target_ranks(model, data, 1, np.arange(120), batch_size=1000, progress=lambda *at: seen.append(at))
     distinct = len(np.unique(sequences, axis=0))
@@ -93,7 +99,7 @@ def test_equal_sequences_are_encoded_once(tmp_path: Path, monkeypatch: pytest.Mo
     apart = target_ranks(model, data, 1, np.arange(120), batch_size=16, progress=lambda *at: seen.append(at))
     assert sum(encoded) <= 12 and seen == [(48, 120), (96, 120), (120, 120)]
     assert torch.equal(together, apart)
-    hidden = real(model, torch.from_numpy(np.array(data.sequences[17], dtype=np.int64))[None], [Request(1)])[0]
+    hidden = model.encode(torch.from_numpy(np.array(data.sequences[17], dtype=np.int64))[None], [Request(1)])[0]
     scores = model.head(1)(hidden)
     assert together[3 * 17] == target_rank(scores, torch.tensor([int(data.samples[3 * 17, 1])]))[0]
 
