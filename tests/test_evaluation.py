@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -104,9 +105,10 @@ def test_evaluation_leaves_no_graph_and_can_be_interrupted(tiny: TaskSequence) -
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
+    before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, tiny.tasks[1], 1, np.arange(30), batch_size=4, progress=stop)
-    assert torch.is_grad_enabled()
+    assert torch.is_grad_enabled() and threading.active_count() == before
     evaluate(model, tiny.tasks[1], 1, np.arange(30))
     assert all(parameter.grad is None for parameter in model.parameters())
 
