@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     # Small shapes: a second thread only waits, and on a busy machine it waits long. It also changes the last bits.
-    torch.set_num_threads(config.getoption("--threads"))
+    torch.set_num_threads(config.getoption("--threads", 1))
 
 
 def pytest_report_header() -> str:
