@@ -2,7 +2,9 @@
 #
 #   make demo        train a sequence of tasks on real households' behaviour, print the R matrix, draw pictures
 #   make test        all tests
+#   make asan        the kernels' tests on a build with the address and undefined behaviour sanitizers (needs gcc)
 #   make bench       ours beside the eager reference and torch.compile of it (BENCH=--quick for a smoke run)
+#   make bench-scaling   how the cost of ours grows with length, batch and number of past tasks (BENCH=--quick)
 #   make lint        ruff      make typecheck   mypy      make clean   remove what was built here
 #
 # PYTHON  interpreter that .venv is made with (python3)
@@ -24,10 +26,10 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 # A change of any of these installs again; Python files need no installing, the package is editable.
 BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: help demo test bench lint typecheck clean
+.PHONY: help demo test asan bench bench-scaling lint typecheck clean
 
 help:
-	@sed -n '3,13s/^# \{0,1\}//p' Makefile
+	@sed -n '3,14s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
@@ -35,8 +37,25 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# Python is not built with the sanitizers, so their libraries are loaded before it; so is libstdc++, whose exceptions they
+# watch. A finding ends the process, and with it what pytest has captured: so pytest captures only what Python prints.
+# The peak of hardly optimised code is no peak.
+ASAN_PRELOAD = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
+asan: export ASAN_OPTIONS = detect_leaks=0
+asan: export UBSAN_OPTIONS = halt_on_error=1:print_stacktrace=1
+asan: export OMP_NUM_THREADS = 2
+asan: export TERACON_BUILD_EXT = 1
+asan: $(VENV)/.installed-dev
+	TERACON_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/asan --build-temp build/asan/objects
+	LD_PRELOAD="$(ASAN_PRELOAD)" TERACON_NATIVE_LIBRARY=$(CURDIR)/build/asan/teracon_fast/_C.so \
+	  $(BIN)/python -m pytest tests/ops/test_masked_conv.py tests/test_packing.py tests/test_native.py \
+	  --threads 2 -k "not matrix_product" --timeout 1200 --capture sys $(PYTEST_ARGS)
+
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest bench/ $(BENCH)
+
+bench-scaling: $(VENV)/.installed-dev
+	$(BIN)/python bench/scaling.py $(BENCH)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .

@@ -5,6 +5,8 @@ include Python.h, and `teracon_fast._native` loads it into torch. So one build s
 
 Environment variable TERACON_BUILD_EXT: 1 makes a failed build fatal, 0 skips the build; by default it is tried, and the
 package is installed without it when that fails.
+
+Environment variable TERACON_SANITIZE: 1 builds it with the address and undefined behaviour sanitizers (`make asan`).
 """
 
 from __future__ import annotations
@@ -26,6 +28,12 @@ ROOT = Path(__file__).resolve().parent
 # The oldest torch whose stable ABI has what csrc/ uses; the same number is given to torch's headers.
 OLDEST_TORCH = (2, 11)
 TARGET_VERSION = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
+# No -march: kernels choose instructions at run time. -g0: half the build time.
+OPTIMIZED = ["-O3", "-g0"]
+# Each finding ends the process: a report that a test survives would be overlooked.
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+# Python's own flags have -fwrapv, under which no signed overflow is one.
+SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-wrapv", *SANITIZERS]
 
 
 def installed_torch() -> Path | None:
@@ -50,27 +58,32 @@ def torch_version(folder: Path) -> tuple[int, int]:
 
 def extension(torch: Path) -> Extension:
     sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp"))]
+    sanitize = environment_switch("TERACON_SANITIZE") == "1"
     headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))]
     return Extension(
         "teracon_fast._C",
         sources,
         depends=headers,
         language="c++",
-        # No -march: kernels choose instructions at run time. -g0: half the build time.
         extra_compile_args=[
-            "-std=c++17", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread", "-fopenmp", "-ffp-contract=fast",
-            f"-DTORCH_TARGET_VERSION={TARGET_VERSION}ULL", "-isystem", str(torch / "include"),
+            "-std=c++17", *(SANITIZED if sanitize else OPTIMIZED), "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread",
+            "-fopenmp", "-ffp-contract=fast", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}ULL", "-isystem", str(torch / "include"),
         ],
-        extra_link_args=["-pthread", "-fopenmp"],
+        extra_link_args=["-pthread", "-fopenmp", *(SANITIZERS if sanitize else [])],
         libraries=["torch_cpu"],
         library_dirs=[str(torch / "lib")],
     )  # fmt: skip
 
 
+def environment_switch(name: str) -> str:
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SetupError(f"{name}: got {value!r}, expected 0, 1 or nothing")
+    return value
+
+
 def wanted_extensions() -> list[Extension]:
-    mode = os.environ.get("TERACON_BUILD_EXT", "")
-    if mode not in ("", "0", "1"):
-        raise SetupError(f"TERACON_BUILD_EXT: got {mode!r}, expected 0, 1 or nothing")
+    mode = environment_switch("TERACON_BUILD_EXT")
     if mode == "0":
         return []
     torch = installed_torch()

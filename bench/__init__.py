@@ -3,4 +3,5 @@
     bench_ttl.py    the suite    cases.py       what is measured and by which sides
     measure.py      how          operations.py  how many operations the results really need
     report.py       closing table and JSON      NOTES.md    the figures of each version
+    scaling.py      a script of its own: how the cost of ours grows with length, batch and past tasks
 """

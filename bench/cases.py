@@ -45,7 +45,7 @@ class Shape:
     channels: int = 256
     dilations: tuple[int, ...] = (1, 4) * 4
     kernel_size: int = 3
-    labels: tuple[int, int, int] = (20_000, 2_000, 8)
+    labels: tuple[int, ...] = (20_000, 2_000, 8)  # of each task; further tasks have as many as the last one
     batch: int = 256
     first_batch: int = 32
     evaluated: int = 512
@@ -59,13 +59,17 @@ class Shape:
         """The same shape with so many users evaluated."""
         return replace(self, evaluated=users)
 
+    def task_labels(self, tasks: int) -> list[int]:
+        """Number of labels of each of so many tasks."""
+        return [*self.labels[:tasks], *[self.labels[-1]] * (tasks - len(self.labels))]
+
     def model_para(self, tasks: int) -> dict[str, Any]:
         """The published constructor dict of the network of so many tasks."""
         para = {
             "item_size": self.labels[0], "dilated_channels": self.channels, "dilations": list(self.dilations),
             "kernel_size": self.kernel_size, "task_embs": [0.0, 2.0],
         }  # fmt: skip
-        return para if tasks == 1 else para | {"num_task": tasks, "target_item_size": list(self.labels[:tasks])}
+        return para if tasks == 1 else para | {"num_task": tasks, "target_item_size": self.task_labels(tasks)}
 
     def lengths(self, users: int) -> np.ndarray:
         """Real lengths, int64 [users]."""
@@ -154,9 +158,14 @@ class Forward(Case):
 
 
 class ContinualStep(Case):
-    """One optimiser step of task 3 with retention of tasks 1 and 2, rho of the next step, Adam and the clamp."""
+    """One optimiser step of the task after `past` others (task 3), with their retention, rho of the next step, Adam and the
+    clamp."""
 
     name = "t3-step"
+
+    def __init__(self, shape: Shape, past: int = 2) -> None:
+        super().__init__(shape)
+        self.past = past
 
     @property
     def users(self) -> int:
@@ -168,27 +177,29 @@ class ContinualStep(Case):
 
     @property
     def title(self) -> str:
-        return f"training step of task 3, B={self.users}, {self.past_users} users per past task"
+        return f"training step of task {self.past + 1}, B={self.users}, {self.past_users} users per past task"
 
     def drawn(self) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
-        return [torch.randperm(self.users, generator=generator)[: self.past_users] for _ in range(2)]
+        return [torch.randperm(self.users, generator=generator)[: self.past_users] for _ in range(self.past)]
 
     def operations(self) -> Operations:
         shape, network, lengths = self.shape, self.shape.network, self.shape.lengths(self.users)
         past = [Streams(users.numpy(), int(task == 0)) for task, users in enumerate(self.drawn())]
-        past_positions = self.past_users * (2 * shape.length - 1)
+        past_positions = self.past_users * (self.past * shape.length - 1)
+        *past_labels, labels = shape.task_labels(self.past + 1)
         teacher = network.encoder(network.pack(lengths, shape.length, past), past_positions)
         together = network.pack(lengths, shape.length, [Streams(np.arange(self.users)), *past])
         student = network.encoder(together, self.users * shape.length + past_positions)
-        heads = network.head(self.past_users, shape.labels[0] + shape.labels[1])
-        return (student + heads + network.head(self.users, shape.labels[2])) * 3 + teacher + heads
+        heads = network.head(self.past_users, sum(past_labels))
+        return (student + heads + network.head(self.users, labels)) * 3 + teacher + heads
 
     def side(self, side: str) -> Run:
-        x, users, rho = self.shape.items(self.users), self.drawn(), [RHO, RHO]
-        y = torch.randint(self.shape.labels[2], (self.users,), generator=torch.Generator().manual_seed(1))
+        x, users, rho = self.shape.items(self.users), self.drawn(), [RHO] * self.past
+        tasks = self.past + 1
+        y = torch.randint(self.shape.task_labels(tasks)[-1], (self.users,), generator=torch.Generator().manual_seed(1))
         if side in BACKENDS:
-            fast, fast_teacher = self.fast(3, side), self.fast(2, side).requires_grad_(False)
+            fast, fast_teacher = self.fast(tasks, side), self.fast(self.past, side).requires_grad_(False)
             optimizer = trainer.make_optimizer(fast, 1e-4)
 
             def run_ours() -> Tensor:
@@ -198,7 +209,7 @@ class ContinualStep(Case):
 
             return run_ours
 
-        model, teacher = self.reference(3), self.reference(2).requires_grad_(False)
+        model, teacher = self.reference(tasks), self.reference(self.past).requires_grad_(False)
         adam = torch.optim.Adam(model.parameters(), lr=1e-4)
         if side == "compile":
             # What the compiler gets is the pass over the whole batch, 96 % of the work. The drawn users are another number

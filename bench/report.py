@@ -64,8 +64,8 @@ def _row(case: Measured, name: str, side: Side) -> str:
     return "".join(cell.rjust(width) for cell, width in zip(cells, WIDTHS, strict=True))
 
 
-def document(cases: Sequence[Measured], shape: Shape, rounds: int) -> dict[str, Any]:
-    """Everything about a run: machine, versions, date, sizes, each call's seconds and what follows from them."""
+def provenance() -> dict[str, Any]:
+    """Where and when and of what a measurement was taken: format, date, machine, versions, backend."""
     return {
         "format_version": FORMAT_VERSION,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -84,10 +84,13 @@ def document(cases: Sequence[Measured], shape: Shape, rounds: int) -> dict[str, 
             "numpy": np.__version__,
         },
         "backend": teracon_fast.env_report()["auto"],
-        "shape": asdict(shape),
-        "rounds": rounds,
-        "cases": {case.name: _case(case) for case in cases},
     }
+
+
+def document(cases: Sequence[Measured], shape: Shape, rounds: int) -> dict[str, Any]:
+    """Everything about a run: provenance, sizes, each call's seconds and what follows from them."""
+    measured = {case.name: _case(case) for case in cases}
+    return {**provenance(), "shape": asdict(shape), "rounds": rounds, "cases": measured}
 
 
 def _case(case: Measured) -> dict[str, Any]:
@@ -117,10 +120,11 @@ def _case(case: Measured) -> dict[str, Any]:
     }
 
 
-def write(run: dict[str, Any], folder: Path) -> Path:
-    """Write a run's document under a name with its date and version; returns the path."""
+def write(run: dict[str, Any], folder: Path, kind: str = "") -> Path:
+    """Write a run's document under a name with its date, its version and, but for the suite, its kind; returns the path."""
     moment = run["date"][:16].replace(":", "")
-    path = folder / f"{moment}-{run['versions']['teracon_fast']}-{run['versions']['commit'] or 'unknown'}.json"
+    name = f"{moment}-{run['versions']['teracon_fast']}-{run['versions']['commit'] or 'unknown'}"
+    path = folder / f"{name}{kind and '-'}{kind}.json"
     with atomic_write(path, "w") as file:
         json.dump(run, file, indent=1)
         file.write("\n")

@@ -17,20 +17,28 @@ class NativeError(TeraconError):
     """The compiled extension is needed and is not there."""
 
 
+def library() -> Path:
+    """The compiled extension's file: the package's own, or the one that TERACON_NATIVE_LIBRARY names."""
+    return Path(os.environ.get("TERACON_NATIVE_LIBRARY") or LIBRARY).resolve()
+
+
 @lru_cache(maxsize=1)
 def missing_reason() -> str | None:
     """None when the compiled extension is loaded (the first call loads it), else why it is not."""
     if os.environ.get("TERACON_NATIVE", "1") == "0":
         return "switched off by TERACON_NATIVE=0"
-    if not LIBRARY.exists():
+    path = library()
+    if not path.exists():
+        if os.environ.get("TERACON_NATIVE_LIBRARY"):
+            return f"TERACON_NATIVE_LIBRARY: got {path}, expected a file"
         return (
             "this installation was made without it (no C++ compiler or no torch of at least 2.11 was found); "
             "reinstall with TERACON_BUILD_EXT=1 and --no-build-isolation to see why"
         )
     try:
-        torch.ops.load_library(str(LIBRARY))
+        torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        return f"{LIBRARY.name} does not load into torch {torch.__version__}: {error}"
+        return f"{path.name} does not load into torch {torch.__version__}: {error}"
     return None
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from teracon_fast.data import ahead
 from teracon_fast.errors import ConfigError
 from teracon_fast.metrics import task_metrics
 from teracon_fast.ops import linear_rank
+from teracon_fast.packing import real_lengths
 from teracon_fast.tcn import FastTCN
 
 if TYPE_CHECKING:
@@ -72,16 +75,26 @@ def target_ranks(
     rows, first = np.unique(chosen[order, 0], return_index=True)
     first = np.append(first, len(order))
     ranks = torch.empty(len(order), dtype=torch.int64)
+    with closing(ahead(_distinct(data.sequences, rows, batch_size))) as batches:
+        for low, high, x, lengths, same in batches:
+            hidden = encode(x, task, drop_last, lengths)
+            part = order[first[low] : first[high]]
+            of_sample = np.repeat(same, np.diff(first[low : high + 1]))
+            targets = torch.from_numpy(chosen[part, 1].astype(np.int64)).to(device)
+            picked = hidden[torch.from_numpy(of_sample).to(device)]
+            ranks[torch.from_numpy(part)] = linear_rank(picked, head.weight, head.bias, targets).cpu()
+            if progress is not None:
+                progress(int(first[high]), len(order))
+    return ranks
+
+
+def _distinct(
+    sequences: NDArray[np.int32], rows: NDArray[np.integer], batch_size: int
+) -> Iterator[tuple[int, int, Tensor, NDArray[np.int64], NDArray[np.int64]]]:
+    """For each part `rows[low:high]`: low, high, its distinct sequences int64 `[n, L]`, their real lengths int64 `[n]`,
+    and for each row of the part which of them it is."""
     for low in range(0, len(rows), batch_size):
         high = min(low + batch_size, len(rows))
-        x, same = np.unique(data.sequences[rows[low:high]], axis=0, return_inverse=True)
-        users = torch.from_numpy(x.astype(np.int64))
-        hidden = encode(users, task, drop_last)
-        part = order[first[low] : first[high]]
-        of_sample = np.repeat(same.reshape(-1), np.diff(first[low : high + 1]))
-        targets = torch.from_numpy(chosen[part, 1].astype(np.int64)).to(device)
-        picked = hidden[torch.from_numpy(of_sample).to(device)]
-        ranks[torch.from_numpy(part)] = linear_rank(picked, head.weight, head.bias, targets).cpu()
-        if progress is not None:
-            progress(int(first[high]), len(order))
-    return ranks
+        found, same = np.unique(sequences[rows[low:high]], axis=0, return_inverse=True)
+        x = torch.from_numpy(found.astype(np.int64))
+        yield low, high, x, real_lengths(x), same.reshape(-1)

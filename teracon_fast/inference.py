@@ -1,14 +1,14 @@
 """A trained run at work: representations, recommendations and label probabilities of users, streamed to Parquet.
 
 Users come in blocks from a CSV (published form, without or with labels, which are ignored), a Parquet file or a prepared
-folder; nothing is held for more than one block. Sequences shorter than the run's length are padded on the left, longer ones
-keep their most recent items. Outputs are written whole or not at all.
+folder; no more than a few blocks are held at any time. Sequences shorter than the run's length are padded on the left,
+longer ones keep their most recent items. Outputs are written whole or not at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teracon_fast.checkpoints import load_model
-from teracon_fast.data import Dictionary, TaskSequence, open_dataset
+from teracon_fast.data import Dictionary, TaskSequence, ahead, open_dataset
 from teracon_fast.errors import ConfigError, TeraconError
 from teracon_fast.evaluation import evaluate
 from teracon_fast.files import atomic_write
 from teracon_fast.inputs import InputBlock, Inputs
 from teracon_fast.ops import linear_topk
+from teracon_fast.packing import real_lengths
 from teracon_fast.tcn import FastTCN
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def _require_same_labels(run: TrainedRun, dataset: TaskSequence) -> None:
 
 def encode_blocks(
     run: TrainedRun, inputs: Inputs, tasks: Sequence[int], batch_size: int = 1024, progress: Progress | None = None
-) -> Iterator[tuple[InputBlock, list[Tensor]]]:
+) -> Generator[tuple[InputBlock, list[Tensor]], None, None]:
     """Representations (state of the last position, which has seen every item) block by block.
 
     Args:
@@ -199,19 +200,26 @@ def encode_blocks(
         progress: called with the number of users done so far.
 
     Yields:
-        the block and one `[n, f]` tensor a task.
+        the block and one `[n, f]` tensor a task. A thread reads ahead: close the generator (`contextlib.closing`) where it
+        may be left before its end.
     """
     for number in tasks:
         run.task(number)
-    device = run.model.embeding.weight.device
     done = 0
     encode = run.model.snapshot(run.s)
+    with closing(ahead(_prepared(inputs, batch_size))) as blocks:
+        for block, x, lengths in blocks:
+            yield block, [encode(x, number - 1, 0, lengths) for number in tasks]
+            done += len(x)
+            if progress is not None:
+                progress(done)
+
+
+def _prepared(inputs: Inputs, batch_size: int) -> Iterator[tuple[InputBlock, Tensor, NDArray[np.int64]]]:
+    """Each block with its sequences as int64 `[n, L]` and their real lengths."""
     for block in inputs.blocks(batch_size):
-        x = torch.from_numpy(block.x.astype(np.int64)).to(device)
-        yield block, [encode(x, number - 1, 0) for number in tasks]
-        done += len(x)
-        if progress is not None:
-            progress(done)
+        x = torch.from_numpy(block.x.astype(np.int64))
+        yield block, x, real_lengths(x)
 
 
 def embed(
@@ -232,8 +240,9 @@ def embed(
     kind = pa.list_(pa.float32(), run.model.channels)
     schema = _schema(run, inputs, [(f"task_{number}", kind) for number in tasks])
     users = 0
-    with _parquet(output, schema) as write:
-        for block, hidden in encode_blocks(run, inputs, tasks, batch_size, progress):
+    encoded = encode_blocks(run, inputs, tasks, batch_size, progress)
+    with _parquet(output, schema) as write, closing(encoded) as blocks:
+        for block, hidden in blocks:
             columns = [_flat(state.float()) for state in hidden]
             write(
                 [pa.FixedSizeListArray.from_arrays(pa.array(values), run.model.channels) for values in columns], block
@@ -287,8 +296,9 @@ def recommend(
     else:
         columns = [("items", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))]
     users = 0
-    with _parquet(output, _schema(run, inputs, columns)) as write:
-        for block, (hidden,) in encode_blocks(run, inputs, [task], batch_size, progress):
+    encoded = encode_blocks(run, inputs, [task], batch_size, progress)
+    with _parquet(output, _schema(run, inputs, columns)) as write, closing(encoded) as blocks:
+        for block, (hidden,) in blocks:
             exclude = _exclusions(block.x, label_of_item, pad, hidden.device)
             scores, labels = (part.cpu().numpy() for part in linear_topk(hidden, head.weight, head.bias, k, exclude))
             kept = labels >= 0
@@ -334,8 +344,9 @@ def predict(
     head = run.model.head(task - 1)
     columns = [("label", pa.string()), ("probability", pa.float32()), *((f"p_{name}", pa.float32()) for name in names)]
     users = 0
-    with _parquet(output, _schema(run, inputs, columns)) as write:
-        for block, (hidden,) in encode_blocks(run, inputs, [task], batch_size, progress):
+    encoded = encode_blocks(run, inputs, [task], batch_size, progress)
+    with _parquet(output, _schema(run, inputs, columns)) as write, closing(encoded) as blocks:
+        for block, (hidden,) in blocks:
             with torch.no_grad():
                 chances = torch.softmax(head(hidden).float(), dim=1).cpu().numpy()
             best = chances.argmax(1)

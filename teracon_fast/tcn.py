@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -40,6 +40,12 @@ class Request:
     task: int
     users: Tensor | None = None
     drop_last: int = 0
+
+
+class Encode(Protocol):
+    """What `FastTCN.snapshot` returns."""
+
+    def __call__(self, x: Tensor, task: int, drop_last: int = 0, lengths: np.ndarray | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -241,21 +247,22 @@ class FastTCN(nn.Module):
         chosen = masks[:, [request.task for request in requests]]
         return self._last_states(x, [(r.users, r.drop_last) for r in requests], chosen, lengths)
 
-    def snapshot(self, s: float = 50.0) -> Callable[[Tensor, int, int], Tensor]:
-        """`encode(x, task, drop_last)` for many calls without gradient: what does not depend on x is computed here, once.
+    def snapshot(self, s: float = 50.0) -> Encode:
+        """`encode(x, task, drop_last, lengths)` for many calls without gradient: what does not depend on x is computed once.
 
-        It sees no later change of the parameters where an `Encoder` serves it, and may see them elsewhere.
+        Arguments and result as `Encoder.encode`. It sees no later change of the parameters where an `Encoder` serves it, and may
+        see them elsewhere.
         """
         with torch.no_grad():
             masks = self.masks(s)
             if Encoder.serves(self):
                 return Encoder(self, masks=masks).encode
 
-            @torch.no_grad()
-            def encode(x: Tensor, task: int, drop_last: int = 0) -> Tensor:
-                return self.encode(x, [Request(task, None, drop_last)], s, masks)[0]
+        @torch.no_grad()
+        def encode(x: Tensor, task: int, drop_last: int = 0, lengths: np.ndarray | None = None) -> Tensor:
+            return self.encode(x, [Request(task, None, drop_last)], s, masks, lengths)[0]
 
-            return encode
+        return encode
 
     def _last_states(
         self, x: Tensor, requests: Sequence[tuple[Tensor | None, int]], chosen: Tensor, lengths: np.ndarray | None

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from teracon_fast import ops, packing
-from teracon_fast.data import epoch_batches, fetch
+from teracon_fast.data import ahead, epoch_batches, fetch
 from teracon_fast.errors import TeraconError
 from teracon_fast.masks import Parity, annealed_scale
 from teracon_fast.masks import rho as sampling_rates
@@ -79,16 +82,19 @@ def _forward(model: FastTCN, precision: Precision) -> torch.autocast:
 
 
 def t1_step(
-    model: FastTCN, optimizer: torch.optim.Optimizer, x: Tensor, s: float, precision: Precision = "fp32"
-) -> StepResult:
+    model: FastTCN, optimizer: torch.optim.Optimizer, x: Tensor, s: float, precision: Precision = "fp32",
+    lengths: NDArray[np.int64] | None = None,
+) -> StepResult:  # fmt: skip
     """One step of task 1: next item at all positions, then the clamp.
 
     Args:
         x: int64 `[B, L]`; inputs are `x[:, :-1]`, targets `x[:, 1:]`, pad targets counted.
         s: mask scale.
         precision: of matrix products; "bf16" keeps weights, masks, statistics and losses in fp32.
+        lengths: `packing.real_lengths(x)`, int64 `[B]`, where they are known.
     """
-    lengths = packing.real_lengths(x)  # while x is on the host: asking the device would wait for it
+    if lengths is None:
+        lengths = packing.real_lengths(x)  # while x is on the host: asking the device would wait for it
     optimizer.zero_grad(set_to_none=True)
     with _forward(model, precision):
         loss = model.next_item_loss(to_device(x, model), s, lengths=lengths)
@@ -111,6 +117,7 @@ def continual_step(
     student_mask: StudentMask = "past",
     c: float = 6.0,
     precision: Precision = "fp32",
+    lengths: NDArray[np.int64] | None = None,
 ) -> StepResult:
     """One step of task i >= 2 (Eq. 15 to 18): class loss + alpha * retention loss, then the clamp.
 
@@ -125,13 +132,13 @@ def continual_step(
         student_mask: "past": the student uses the current mask of task j (the published program); "current": that of
             task i (Eq. 10 and 16 as printed).
         c: scale of the cosine in Eq. 15.
-        precision: as in `t1_step`.
+        precision, lengths: as in `t1_step`.
 
     Returns:
         StepResult; next_rho is computed from the masks that this step used.
     """
     current, past = model.num_tasks - 1, range(teacher.num_tasks)
-    lengths = packing.real_lengths(x)  # as in `t1_step`
+    lengths = packing.real_lengths(x) if lengths is None else lengths  # as in `t1_step`
     x, y = to_device(x, model), to_device(y, model)
     rates = torch.tensor(rho, dtype=torch.float64)  # shares rounded once, as the published program's floats are
     with _forward(model, precision):
@@ -318,14 +325,15 @@ def train_task(task: TaskTraining, host: Host) -> None:
     read_always = not waits_for_device(task.model)
     while at.epoch < config.epochs and at.stale < config.patience:
         batches = epoch_batches(task.split.train, config.batch_size, task.order_seed, at.epoch)
-        while at.batch < len(batches):
-            x, y = fetch(task.data, batches[at.batch])
-            s = annealed_scale(at.batch, num_batches, config.s_max, task.parity)
-            task.losses.add(run_step(task, x, y, s))
-            logged = at.step % task.log_every == 0
-            event = task.losses.read(at) if logged or read_always else None
-            at.batch, at.step = at.batch + 1, at.step + 1
-            host.after_step(task, len(x), event if logged else None)
+        rest = (_prepared(task.data, batches[k]) for k in range(at.batch, len(batches)))
+        with closing(ahead(rest)) as ready:
+            for x, y, lengths in ready:
+                s = annealed_scale(at.batch, num_batches, config.s_max, task.parity)
+                task.losses.add(run_step(task, x, y, s, lengths))
+                logged = at.step % task.log_every == 0
+                event = task.losses.read(at) if logged or read_always else None
+                at.batch, at.step = at.batch + 1, at.step + 1
+                host.after_step(task, len(x), event if logged else None)
         task.losses.read(at)
         metrics = host.validate(task)
         score = selection_value(metrics, config.select)
@@ -337,22 +345,28 @@ def train_task(task: TaskTraining, host: Host) -> None:
         host.checkpoint(task)
 
 
+def _prepared(data: TaskData, samples: NDArray[np.int64]) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
+    """All that a step needs of a batch: sequences, labels, and real lengths of the sequences."""
+    x, y = fetch(data, samples)
+    return x, y, packing.real_lengths(x)
+
+
 def waits_for_device(model: FastTCN) -> bool:
     """Whether reading a tensor of the model waits for work that is queued."""
     return model.head(0).weight.device.type != "cpu"
 
 
-def run_step(task: TaskTraining, x: Tensor, y: Tensor, s: float) -> StepRecord:
+def run_step(task: TaskTraining, x: Tensor, y: Tensor, s: float, lengths: NDArray[np.int64] | None = None) -> StepRecord:
     """One optimiser step of the task on a batch: draws the users of retention and moves rho on."""
     at, config = task.position, task.config
     if task.teacher is None:
-        result = t1_step(task.model, task.optimizer, x, s, task.precision)
+        result = t1_step(task.model, task.optimizer, x, s, task.precision, lengths)
         return StepRecord(len(x), at.epoch, at.batch, at.step, s, [], result)
     rates = drawing_rates(at.rho, task.sampling)
     users = draw_users(len(x), rates, task.draws)
     result = continual_step(
         task.model, task.teacher, task.optimizer, x, y, users, rates, s, config.alpha, task.student_mask, config.c,
-        task.precision,
+        task.precision, lengths,
     )  # fmt: skip
     record = StepRecord(len(x), at.epoch, at.batch, at.step, s, rates, result)
     assert result.next_rho is not None

@@ -8,8 +8,25 @@ import pytest
 import torch
 from golden_vectors import Golden, load
 
-# Small shapes: a second thread only waits, and on a busy machine it waits long. It also changes the last bits.
-torch.set_num_threads(1)
+from teracon_fast import _native
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--threads", type=int, default=1, help="threads of torch's operations (1)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Small shapes: a second thread only waits, and on a busy machine it waits long. It also changes the last bits.
+    torch.set_num_threads(config.getoption("--threads", 1))
+
+
+def pytest_report_header() -> str:
+    """Which kernels these tests run; a report of `make asan` must not be one of the ordinary library's."""
+    missing = _native.missing_reason()
+    if missing is not None:
+        return f"compiled extension: none, {missing}"
+    sanitized = ", with sanitizers" if b"__asan_init" in _native.library().read_bytes() else ""
+    return f"compiled extension: {_native.library()}{sanitized}, {torch.get_num_threads()} threads"
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +213,24 @@ def test_blocks_are_gathered_into_row_groups(run: TrainedRun, tmp_path: Path, mo
     file = parquet.ParquetFile(output)
     assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [4] * 5
     assert file.read().equals(whole)
+
+
+def test_an_interrupted_output_leaves_no_file_and_no_thread(run: TrainedRun, tmp_path: Path) -> None:
+    source, output, before = write_csv(tmp_path / "users.csv", ROWS * 4), tmp_path / "out.parquet", threading.active_count()
+
+    def stop(done: int) -> None:
+        raise KeyboardInterrupt
+
+    writers = [partial(embed, tasks=[3]), partial(recommend, task=3, k=2), partial(predict, task=3)]
+    for write in writers:
+        with pytest.raises(KeyboardInterrupt):
+            write(run, inputs_of(run, source), output, batch_size=2, progress=stop)
+        assert threading.active_count() == before and not output.exists()
+    data = inputs_of(run, source)
+    with closing(inference.encode_blocks(run, data, [3], batch_size=2)) as blocks:
+        next(blocks)
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
 
 
 def test_unseen_items(run: TrainedRun, tmp_path: Path) -> None:

@@ -77,7 +77,9 @@ def test_peak_is_no_part_of_importing_and_absence_is_explained(tmp_path: Path) -
         "try:\n    _native.fma_peak(1)\n"
         "except _native.NativeError as error:\n    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    own = {name: value for name, value in os.environ.items() if name != "TERACON_NATIVE_LIBRARY"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, check=True)
     where, message = done.stdout.splitlines()
     assert Path(where).parent == package
     assert "compiled extension is not available" in message and "TERACON_BUILD_EXT=1" in message
@@ -87,6 +89,7 @@ def test_a_broken_library_is_reported_not_raised(tmp_path: Path, monkeypatch: py
     broken = tmp_path / "_C.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(_native, "LIBRARY", broken)
+    monkeypatch.delenv("TERACON_NATIVE_LIBRARY", raising=False)
     _native.missing_reason.cache_clear()
     try:
         assert "does not load into torch" in str(_native.missing_reason())
@@ -101,5 +104,24 @@ def test_the_extension_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> N
     _native.missing_reason.cache_clear()
     try:
         assert _native.missing_reason() == "switched off by TERACON_NATIVE=0"
+    finally:
+        _native.missing_reason.cache_clear()
+
+
+def test_another_build_of_the_extension_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = tmp_path / "build" / "_C.so"
+    monkeypatch.setenv("TERACON_NATIVE_LIBRARY", str(named))
+    _native.missing_reason.cache_clear()
+    try:
+        assert _native.missing_reason() == f"TERACON_NATIVE_LIBRARY: got {named}, expected a file"
+        named.parent.mkdir()
+        named.write_bytes(b"not a library")
+        _native.missing_reason.cache_clear()
+        assert str(named) in str(_native.missing_reason()), "it is the one that was tried"
+        if _native.LIBRARY.exists():
+            shutil.copy(_native.LIBRARY, named)
+            code = "import torch; from teracon_fast import _native; print(_native.available(), *torch.ops.loaded_libraries)"
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+            assert done.stdout.split() == ["True", str(named)]
     finally:
         _native.missing_reason.cache_clear()

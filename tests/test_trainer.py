@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from golden_vectors import Golden, load, relative_error
 from tiny_data import write_tiny
 from torch import Tensor, nn
 
-from teracon_fast import FastTCN, trainer
+from teracon_fast import FastTCN, packing, trainer
 from teracon_fast.config import TaskConfig
 from teracon_fast.data import TaskData, epoch_batches, fetch, split_task
 from teracon_fast.masks import annealed_scale
@@ -399,10 +401,11 @@ def test_loop_feeds_each_epoch_in_order_with_restarted_annealing(tiny: list[Task
     assert len(train) % 16 != 0, "the last batch of this test is a partial one"
     assert len(seen) == 2 * per_epoch == host.steps
     draws, rho = torch.Generator().manual_seed(2), [FIRST_RHO]
-    for step, (x, y, users, rates, s, alpha, student_mask, c, precision) in enumerate(seen):
+    for step, (x, y, users, rates, s, alpha, student_mask, c, precision, lengths) in enumerate(seen):
         epoch, batch = divmod(step, per_epoch)
         expected_x, expected_y = fetch(task.data, epoch_batches(train, 16, 11, epoch)[batch])
         assert torch.equal(x, expected_x) and torch.equal(y, expected_y)
+        assert np.array_equal(lengths, packing.real_lengths(expected_x))
         assert s == pytest.approx((50 - 1 / 50) * batch / (len(train) / 16) + 1 / 50)
         assert rates == rho and (alpha, student_mask, c, precision) == (0.25, "past", 3.0, "fp32")
         assert torch.equal(users[0], draw_users(len(x), rho, draws)[0])
@@ -421,12 +424,40 @@ def test_loop_feeds_each_epoch_in_order_with_restarted_annealing(tiny: list[Task
 def test_loop_goes_on_where_it_was_stopped(tiny: list[TaskData]) -> None:
     whole = tiny_training(tiny, 2, epochs=2)
     train_task(whole, ScriptedHost([0.1, 0.2]))
-    stopped = tiny_training(tiny, 2, epochs=2)
+    stopped, before = tiny_training(tiny, 2, epochs=2), threading.active_count()
     with pytest.raises(KeyboardInterrupt):
         train_task(stopped, ScriptedHost([], stop_after=2))
     assert (stopped.position.epoch, stopped.position.batch, stopped.position.step) == (0, 2, 2)
+    assert threading.active_count() == before, "the thread that prepared batches is gone"
     host = ScriptedHost([0.1, 0.2])
     train_task(stopped, host)
+    assert stopped.position == whole.position
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(stopped.model.state_dict()[name], value), name
+
+
+def test_batches_are_prepared_in_a_thread_and_its_error_stops_the_loop_at_its_batch(
+    tiny: list[TaskData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tiny_training(tiny, 2, epochs=2)
+    train_task(whole, ScriptedHost([0.1, 0.2]))
+    calls, before, makers = 0, threading.active_count(), set()
+
+    def failing(*arguments: Any) -> Any:
+        nonlocal calls
+        makers.add(threading.current_thread() is threading.main_thread())
+        calls += 1
+        if calls == 3:
+            raise OSError("the disk is gone")
+        return fetch(*arguments)
+
+    stopped = tiny_training(tiny, 2, epochs=2)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
+        patch.setattr(trainer, "fetch", failing)
+        train_task(stopped, ScriptedHost([]))
+    assert makers == {False} and threading.active_count() == before
+    assert (stopped.position.batch, stopped.position.step) == (2, 2), "the batches before it have been trained on"
+    train_task(stopped, ScriptedHost([0.1, 0.2]))
     assert stopped.position == whole.position
     for name, value in whole.model.state_dict().items():
         assert torch.equal(stopped.model.state_dict()[name], value), name

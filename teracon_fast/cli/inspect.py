@@ -78,7 +78,7 @@ def _software() -> list[Finding]:
         Finding("C++ compiler", "ok", compiler)
         if compiler
         else Finding("C++ compiler", "none", "not found", "only needed to build the CPU kernels: apt install g++"),
-        Finding("compiled extension", "ok", str(_native.LIBRARY))
+        Finding("compiled extension", "ok", str(_native.library()))
         if reason is None
         else Finding(
             "compiled extension",

@@ -14,6 +14,7 @@ from teracon_fast.data.blocks import Block, pad_left
 from teracon_fast.data.dictionaries import Dictionary, read_published_index
 from teracon_fast.data.layout import TaskMeta
 from teracon_fast.data.official import read_sequences_csv
+from teracon_fast.data.prefetch import ahead
 from teracon_fast.data.split import Split, split_task
 from teracon_fast.data.store import DatasetWriter, TaskData, TaskSequence, open_dataset
 from teracon_fast.data.tabular import read_parquet
@@ -27,6 +28,7 @@ __all__ = [
     "TaskData",
     "TaskMeta",
     "TaskSequence",
+    "ahead",
     "epoch_batches",
     "fetch",
     "open_dataset",

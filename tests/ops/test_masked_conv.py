@@ -191,10 +191,10 @@ def test_every_instruction_set_that_this_machine_has(isa: str) -> None:
         assert f"TERACON_CPU_ISA is '{isa}', expected one that this machine has" in done.stderr
         return
     assert done.stdout.strip() == isa
-    tests = ["-k", "not instruction_set and not gradcheck"]
+    tests = ["--threads", str(torch.get_num_threads()), "--capture", "sys", "-k", "not instruction_set and not gradcheck"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, *tests]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:3000]
 
 
 def test_nan_stays_where_it_belongs() -> None:
