@@ -77,11 +77,19 @@ static void filtered_tile(const Word* const* a, int64_t stride, const Word* b, i
   for_tile<R>(acc, [&](V& v, int i, int j) { store(second + i * ldc + j, v); });
 }
 
-// fn.template operator()<R>(first row) for tiles that cover n rows: whole ones, then smaller ones.
-template <int R, class Fn>
-static inline void cover_rows(int64_t n, int64_t from, const Fn& fn) {
-  for (; n - from >= R; from += R) fn(std::integral_constant<int, R>{}, from);
-  if constexpr (R > 1) cover_rows<R / 2>(n, from, fn);
+// fn(tile size, first row) for tiles that cover n rows: as few as MR allows, of nearly equal even sizes. The last one reaches a row
+// further where n is odd.
+template <int R = MR, class Fn>
+static inline void with_size(int64_t rows, int64_t from, const Fn& fn) {
+  if constexpr (R > 2) {
+    if (rows <= R - 2) return with_size<R - 2>(rows, from, fn);
+  }
+  fn(std::integral_constant<int, R>{}, from);
+}
+template <class Fn>
+static inline void cover_rows(int64_t n, const Fn& fn) {
+  const int64_t tiles = (n + MR - 1) / MR, size = tiles == 0 ? MR : round_up((n + tiles - 1) / tiles, 2);
+  for (int64_t from = 0; from < n; from += size) with_size(std::min(size, n - from), from, fn);
 }
 
 // c += a^T b over the units of two panels, one tile of OR x NR.

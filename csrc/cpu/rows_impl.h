@@ -1,6 +1,7 @@
 // The gather GEMM on blocks of rows. Included inside the namespace of one instruction set.
 
 // Rows whose outputs, with their filtered inputs, stay in the second-level cache together.
+static_assert(MR % 2 == 0, "tiles that reach a row too far stay within a block");
 constexpr int64_t kBlock = 4 * MR;
 constexpr int64_t kPairBlock = 2 * MR;
 
@@ -18,6 +19,8 @@ struct BlockBuffers {
     rows.get()[i] = to;
     return reinterpret_cast<T*>(to);
   }
+  // Gives a tile that reaches a row too far something to read.
+  void repeat_row(int64_t i) { rows.get()[i] = rows.get()[i - 1]; }
   Array<float> sums;
   Array<Word> staged;
   Array<const Word*> rows;
@@ -55,9 +58,10 @@ static void convolve_rows(const Panels<Operand<E>>& weights, const RowSource<E>&
       for (int64_t c = 0; c < padded; c += W) store_part(to + c, load_part(from + c, source.width - c), padded - c);
     }
   }
+  for (int64_t k = 0; n % 2 && k < weights.kernel_size; ++k) buffers->repeat_row(k * kBlock + n);
   for (int64_t first = 0; first < weights.ldc; first += NR) {
     const Word* matrices = weights.direct + first * weights.units * weights.kernel_size;
-    cover_rows<MR>(n, 0, [&](auto size, int64_t row) {
+    cover_rows(n, [&](auto size, int64_t row) {
       direct_tile<T, decltype(size)::value>(buffers->rows.get() + row, kBlock, weights.kernel_size, matrices, weights.units,
                                             buffers->sums.get() + row * weights.ldc + first, weights.ldc);
     });
@@ -75,7 +79,10 @@ static void convolve_pairs(const Panels<Operand<E>>& weights, const RowSource<E>
     T* plane[kPlanes];
     for (int p = 0; p < kPlanes; ++p) plane[p] = buffers->stage(p * kPairBlock + i, units);
     const E *x0 = source(at(i, 0)), *x1 = source(at(i, 1)), *x2 = source(at(i, 2)), *x3 = source(at(i, 3));
+    const E* next[4];
+    for (int q = 0; q < 4; ++q) next[q] = source(at(std::min(i + 2, n - 1), q));
     for (int64_t c = 0; c < padded; c += W) {
+      for (int q = 0; q < 4; ++q) __builtin_prefetch(next[q] + c);
       const int64_t left = source.width - c, room = padded - c;
       const V v0 = load_part(x0 + c, left), v1 = load_part(x1 + c, left), v2 = load_part(x2 + c, left);
       const V v3 = load_part(x3 + c, left);
@@ -85,9 +92,10 @@ static void convolve_pairs(const Panels<Operand<E>>& weights, const RowSource<E>
       store_part(plane[kSecond] + c, v3 - v1, room);
     }
   }
+  for (int64_t p = 0; n % 2 && p < kPlanes; ++p) buffers->repeat_row(p * kPairBlock + n);
   for (int64_t first = 0; first < ldc; first += NR) {
     const Word* matrices = weights.filtered + first * units * kPlanes;
-    cover_rows<MR>(n, 0, [&](auto size, int64_t row) {
+    cover_rows(n, [&](auto size, int64_t row) {
       float* to = buffers->sums.get() + row * ldc + first;
       filtered_tile<T, decltype(size)::value>(buffers->rows.get() + row, kPairBlock, matrices, units, to,
                                               to + kPairBlock * ldc, ldc);
