@@ -1,7 +1,7 @@
-"""User representations without gradient: a snapshot of a `FastTCN` with everything constant computed once.
+"""User representations without gradient: a `FastTCN` with everything constant computed once.
 
-The compiled kernels take blocks of users through all layers while their rows stay in a core's second-level cache. A layer
-holds only the rows that the layers above read, in one of three buffers that take turns (a block's input, its inner
+The compiled kernels take blocks of users through all layers, every thread its own, while their rows stay in the core's
+cache. A layer holds only the rows that the layers above read, in one of three buffers that take turns (a block's input, its inner
 activations, its output). What does not depend on users is ready before: weights in the order of the register tiles, masks
 folded into the LayerNorm's scale and shift (`m * relu(a) = relu(m * a)` for m >= 0), and the states of the left pads.
 """
@@ -50,7 +50,7 @@ class _TaskConstants(NamedTuple):
 
 
 class Encoder:
-    """A snapshot of a model for inference on the CPU: later changes of the model's parameters are not seen.
+    """A model made ready for inference on the CPU. Good for as long as the model's parameters stay as they are.
 
     Args:
         model: float32 parameters on the CPU.

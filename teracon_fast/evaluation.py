@@ -67,7 +67,7 @@ def target_ranks(
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Rank (0 the best) of each sample's target, int64 `[n]` on the CPU, in the order of `samples`. As `evaluate`."""
-    head, encode = model.head(task), model.snapshot(s)
+    head, encode = model.head(task), model.encoder(s)
     device = head.weight.device
     drop_last = int(data.kind == "next_item")
     chosen = np.asarray(data.samples[samples])

@@ -206,7 +206,7 @@ def encode_blocks(
     for number in tasks:
         run.task(number)
     done = 0
-    encode = run.model.snapshot(run.s)
+    encode = run.model.encoder(run.s)
     with closing(ahead(_prepared(inputs, batch_size))) as blocks:
         for block, x, lengths in blocks:
             yield block, [encode(x, number - 1, 0, lengths) for number in tasks]

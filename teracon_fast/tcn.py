@@ -43,7 +43,7 @@ class Request:
 
 
 class Encode(Protocol):
-    """What `FastTCN.snapshot` returns."""
+    """What `FastTCN.encoder` returns."""
 
     def __call__(self, x: Tensor, task: int, drop_last: int = 0, lengths: np.ndarray | None = None) -> Tensor: ...
 
@@ -247,11 +247,10 @@ class FastTCN(nn.Module):
         chosen = masks[:, [request.task for request in requests]]
         return self._last_states(x, [(r.users, r.drop_last) for r in requests], chosen, lengths)
 
-    def snapshot(self, s: float = 50.0) -> Encode:
+    def encoder(self, s: float = 50.0) -> Encode:
         """`encode(x, task, drop_last, lengths)` for many calls without gradient: what does not depend on x is computed once.
 
-        Arguments and result as `Encoder.encode`. It sees no later change of the parameters where an `Encoder` serves it, and may
-        see them elsewhere.
+        Arguments and result as `Encoder.encode`. Good for as long as the model's parameters stay as they are.
         """
         with torch.no_grad():
             masks = self.masks(s)

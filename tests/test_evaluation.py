@@ -80,7 +80,7 @@ def test_equal_sequences_are_encoded_once(tmp_path: Path, monkeypatch: pytest.Mo
     data = open_dataset(tmp_path / "d").tasks[1]
     model = FastTCN(num_items=open_dataset(tmp_path / "d").num_items, channels=8, labels=[10, 30], dilations=(1,))
     encoded: list[int] = []
-    real = FastTCN.snapshot
+    real = FastTCN.encoder
 
     def counted(self: FastTCN, s: float) -> Callable[..., torch.Tensor]:
         encode = real(self, s)
@@ -91,7 +91,7 @@ def test_equal_sequences_are_encoded_once(tmp_path: Path, monkeypatch: pytest.Mo
 
         return counting
 
-    monkeypatch.setattr(FastTCN, "snapshot", counted)
+    monkeypatch.setattr(FastTCN, "encoder", counted)
     seen: list[tuple[int, int]] = []
     together = target_ranks(model, data, 1, np.arange(120), batch_size=1000, progress=lambda *at: seen.append(at))
     distinct = len(np.unique(sequences, axis=0))

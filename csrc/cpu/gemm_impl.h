@@ -11,18 +11,18 @@ struct RowUnits {
   TERACON_INLINE const Word* operator()(int i, int64_t p) const { return row[i] + p; }
 };
 
-// The left operand stored as [units][R].
-template <int R>
-struct PanelUnits {
-  const Word* panel;
-  TERACON_INLINE const Word* operator()(int i, int64_t p) const { return panel + p * R + i; }
+// Columns of the left operand stored by unit: column i of unit p.
+struct ColumnUnits {
+  const Word* first;
+  int64_t stride;
+  TERACON_INLINE const Word* operator()(int i, int64_t p) const { return first + p * stride + i; }
 };
 
-// acc[i] += sum_p a(i, p) * b[p] over the units of b, [units][NR].
+// acc[i] += sum_p a(i, p) * b[p], where unit p of b is at b + p * step.
 template <class T, int R, class Left>
-static TERACON_INLINE void accumulate(V (&acc)[R][NV], const Left& a, const Word* b, int64_t units) {
+static TERACON_INLINE void accumulate(V (&acc)[R][NV], const Left& a, const Word* b, int64_t units, int64_t step) {
 #pragma GCC unroll 2
-  for (int64_t p = 0; p < units; ++p, b += NR) {
+  for (int64_t p = 0; p < units; ++p, b += step) {
     typename Units<T>::Vec row[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) row[j] = reinterpret_cast<const typename Units<T>::Vec*>(b)[j];
@@ -49,7 +49,7 @@ template <class T, int R>
 static void direct_tile(const Word* const* a, int64_t stride, int64_t segments, const Word* b, int64_t units, float* c,
                         int64_t ldc) {
   V acc[R][NV] = {};
-  for (int64_t s = 0; s < segments; ++s) accumulate<T>(acc, RowUnits<R>(a + s * stride), b + s * units * NR, units);
+  for (int64_t s = 0; s < segments; ++s) accumulate<T>(acc, RowUnits<R>(a + s * stride), b + s * units * NR, units, NR);
   for_tile<R>(acc, [&](V& v, int i, int j) { store(c + i * ldc + j, v); });
 }
 
@@ -60,20 +60,20 @@ static void filtered_tile(const Word* const* a, int64_t stride, const Word* b, i
                           int64_t ldc) {
   V acc[R][NV] = {};
   const int64_t matrix = units * NR;
-  accumulate<T>(acc, RowUnits<R>(a), b, units);
+  accumulate<T>(acc, RowUnits<R>(a), b, units, NR);
   for_tile<R>(acc, [&](V& v, int i, int j) { store(second + i * ldc + j, v), v = V{}; });
-  accumulate<T>(acc, RowUnits<R>(a + stride), b + matrix, units);
+  accumulate<T>(acc, RowUnits<R>(a + stride), b + matrix, units, NR);
   for_tile<R>(acc, [&](V& v, int i, int j) {
     const V middle = load(second + i * ldc + j);
     store(second + i * ldc + j, middle - v);
     v = middle + v;
   });
-  accumulate<T>(acc, RowUnits<R>(a + 2 * stride), b + 2 * matrix, units);
+  accumulate<T>(acc, RowUnits<R>(a + 2 * stride), b + 2 * matrix, units, NR);
   for_tile<R>(acc, [&](V& v, int i, int j) {
     store(first + i * ldc + j, v);
     v = load(second + i * ldc + j);
   });
-  accumulate<T>(acc, RowUnits<R>(a + 3 * stride), b + 3 * matrix, units);
+  accumulate<T>(acc, RowUnits<R>(a + 3 * stride), b + 3 * matrix, units, NR);
   for_tile<R>(acc, [&](V& v, int i, int j) { store(second + i * ldc + j, v); });
 }
 
@@ -92,24 +92,32 @@ static inline void cover_rows(int64_t n, const Fn& fn) {
   for (int64_t from = 0; from < n; from += size) with_size(std::min(size, n - from), from, fn);
 }
 
-// c += a^T b over the units of two panels, one tile of OR x NR.
+// What an outer product sums over: units of rows, side by side. Rows are `left_stride` and `right_stride` apart.
+struct Depth {
+  int64_t units, left_stride, right_stride;
+};
+
+// c += a^T b, one tile of OR x NR.
 template <class T>
-static void outer_tile(const Word* a, const Word* b, int64_t units, float* c, int64_t ldc) {
+static void outer_tile(const Word* a, const Word* b, const Depth& depth, float* c, int64_t ldc) {
   V acc[OR][NV];
   for_tile<OR>(acc, [&](V& v, int i, int j) { v = load(c + i * ldc + j); });
-  accumulate<T>(acc, PanelUnits<OR>{a}, b, units);
+  accumulate<T>(acc, ColumnUnits{a, depth.left_stride}, b, depth.units, depth.right_stride);
   for_tile<OR>(acc, [&](V& v, int i, int j) { store(c + i * ldc + j, v); });
 }
 
 // The transpose of F(2,3), also called F(3,2): what pairs add to the three matrices c, c + matrix, c + 2 * matrix, from four
-// products. `scratch` holds a tile. Panels of plane s are a + s * a_plane and b + s * b_plane.
+// products. `scratch` holds a tile. Plane s of the operands is at a + s * a_plane and b + s * b_plane.
 template <class T>
-static void filtered_outer_tile(const Word* a, int64_t a_plane, const Word* b, int64_t b_plane, int64_t units, float* c,
+static void filtered_outer_tile(const Word* a, int64_t a_plane, const Word* b, int64_t b_plane, const Depth& depth, float* c,
                                 int64_t ldc, int64_t matrix, float* scratch) {
   V acc[OR][NV] = {};
-  accumulate<T>(acc, PanelUnits<OR>{a}, b, units);
+  const auto add_plane = [&](int64_t plane) {
+    accumulate<T>(acc, ColumnUnits{a + plane * a_plane, depth.left_stride}, b + plane * b_plane, depth.units, depth.right_stride);
+  };
+  add_plane(0);
   for_tile<OR>(acc, [&](V& v, int i, int j) { store(scratch + i * NR + j, v), v = V{}; });
-  accumulate<T>(acc, PanelUnits<OR>{a + a_plane}, b + b_plane, units);
+  add_plane(1);
   for_tile<OR>(acc, [&](V& v, int i, int j) {
     const V other = load(scratch + i * NR + j), half = (other + v) * 0.5f;
     float* const at = c + i * ldc + j;
@@ -117,12 +125,12 @@ static void filtered_outer_tile(const Word* a, int64_t a_plane, const Word* b, i
     store(scratch + i * NR + j, half);
     v = load(at) + half;
   });
-  accumulate<T>(acc, PanelUnits<OR>{a + 2 * a_plane}, b + 2 * b_plane, units);
+  add_plane(2);
   for_tile<OR>(acc, [&](V& v, int i, int j) {
     float* const at = c + i * ldc + j;
     store(at, v);
     v = load(at + 2 * matrix) + load(scratch + i * NR + j);
   });
-  accumulate<T>(acc, PanelUnits<OR>{a + 3 * a_plane}, b + 3 * b_plane, units);
+  add_plane(3);
   for_tile<OR>(acc, [&](V& v, int i, int j) { store(c + 2 * matrix + i * ldc + j, v); });
 }

@@ -49,13 +49,20 @@ def naive(
     return per_row * F.layer_norm(z, z.shape[1:], ln_weight, ln_bias, 1e-8).relu() + residual[back.rows.long()]
 
 
-def run(values: list[Tensor], table: TapTable, back: ResidualTable, backend: str = "auto") -> Tensor:
-    return ops.masked_conv(*values[:6], table, residual=values[6], residual_table=back, backend=backend)
+def run(
+    values: list[Tensor], table: TapTable, back: ResidualTable, backend: str = "auto", algorithm: str = "auto"
+) -> Tensor:
+    return ops.masked_conv(
+        *values[:6], table, residual=values[6], residual_table=back, backend=backend, algorithm=algorithm
+    )
 
 
 # Each compiled backend that this installation has, beside plain PyTorch.
 BACKENDS = env_report()["backends"]["masked_conv"]
-FLOAT32 = [(backend, torch.float32, channels) for backend in BACKENDS for channels in (5, 16, 48, 80)]
+# (backend, algorithm), dtype, channels
+WAYS = [("torch", "auto"), *([("cpu", "direct"), ("cpu", "winograd")] if "cpu" in BACKENDS else [])]
+SIZES = [(way, torch.float32, channels) for way in WAYS for channels in (5, 16, 48, 80)]
+SIZES += [(way, torch.bfloat16, channels) for way in WAYS for channels in (5, 48)]
 
 
 @pytest.mark.parametrize("every", [False, True])
@@ -66,8 +73,10 @@ def test_gradcheck(every: bool, layer: int) -> None:
     torch.autograd.gradcheck(lambda *v: run(list(v), table, back), values)
 
 
-@pytest.mark.parametrize(("backend", "dtype", "channels"), [*FLOAT32, ("torch", torch.bfloat16, 48)])
-def test_error_is_that_of_the_same_arithmetic_in_the_same_dtype(backend: str, dtype: torch.dtype, channels: int) -> None:
+@pytest.mark.parametrize(("way", "dtype", "channels"), SIZES)
+def test_error_is_that_of_the_same_arithmetic_in_the_same_dtype(
+    way: tuple[str, str], dtype: torch.dtype, channels: int
+) -> None:
     """err(op, exact) <= 2 err(naive, exact), outputs and every gradient; exact is float64 on the same rounded inputs."""
     table, back = tables([0, 4, 9, 9, 7, 1] * 20, every=True)
     low = [v.detach().requires_grad_() for v in inputs(table, back, channels, channels, torch.float32)]
@@ -75,7 +84,7 @@ def test_error_is_that_of_the_same_arithmetic_in_the_same_dtype(backend: str, dt
     grad = torch.randn(table.taps.shape[0], channels).to(dtype)
 
     def results(values: list[Tensor], by_op: bool) -> list[Tensor]:
-        out = run(values, table, back, backend) if by_op else naive(*values, table, back)
+        out = run(values, table, back, *way) if by_op else naive(*values, table, back)
         return [out.detach(), *torch.autograd.grad(out, values, grad.to(out.dtype))]
 
     exact = results([v.detach().double().requires_grad_() for v in low], by_op=False)
@@ -177,6 +186,72 @@ def test_no_rows_and_rows_that_read_only_zeros(backend: str) -> None:
     got = ops.masked_conv(*values[:6], zeros, backend=backend)
     expected = naive(*values[:6], torch.zeros_like(values[6]), zeros, back)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel_size", [2, 4])
+def test_other_numbers_of_taps(kernel_size: int) -> None:
+    geometry = packing.geometry(11, (1, 2), kernel_size, True)
+    table = packing.pack(np.array([11, 4, 7]), [Streams(np.arange(3))], geometry).convolutions[2]
+    shapes = [(table.rows_in, 20), (20, 20, kernel_size), (20,), (20,), (20,), (1, 20)]
+    values = [torch.randn(shape).requires_grad_() for shape in shapes]
+    padded = torch.cat([values[0], values[0].new_zeros(1, 20)])
+    z = values[2] + torch.einsum("rki,oik->ro", padded[table.taps.long()], values[1])
+    expected = values[5] * F.layer_norm(z, (20,), values[3], values[4], 1e-8).relu()
+    got = ops.masked_conv(*values, table)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    grad = torch.randn_like(got)
+    for g, e in zip(torch.autograd.grad(got, values, grad), torch.autograd.grad(expected, values, grad), strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ShapeError, match=f"needs K = 3, got {kernel_size}"):
+        ops.masked_conv(*values, table, algorithm="winograd")
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="this installation has no compiled extension")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_repeat_to_the_bit(dtype: torch.dtype) -> None:
+    """On one and on several threads; what no sum over rows enters does not depend on their number either."""
+    table, back = tables([0, 4, 9, 9, 7, 1] * 40, every=True)
+    values = [v.detach().to(dtype).requires_grad_() for v in inputs(table, back, 40, 40, torch.float32)]
+    grad = torch.randn(table.taps.shape[0], 40).to(dtype)
+
+    def results() -> list[Tensor]:
+        out = run(values, table, back, "cpu", "winograd")
+        return [out.detach(), *torch.autograd.grad(out, values, grad)]
+
+    before = torch.get_num_threads()
+    found = {}
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found[threads] = results()
+            assert all(torch.equal(a, b) for a, b in zip(found[threads], results(), strict=True))
+    finally:
+        torch.set_num_threads(before)
+    for place in (0, 1, 7):  # out, d(x), d(residual)
+        assert torch.equal(found[1][place], found[3][place])
+
+
+def test_tables_that_no_packer_makes() -> None:
+    """Rows read and shared at random: pairs are only those that read as pairs, whatever `readers` says."""
+    torch.manual_seed(4)
+    taps = torch.randint(-1, 6, (40, 3), dtype=torch.int32)
+    table = TapTable(taps, torch.randint(-1, 40, (6, 3), dtype=torch.int32), torch.zeros(0, dtype=torch.int32),
+                     torch.zeros(1, dtype=torch.int32), (40,), 6)  # fmt: skip
+    values = [torch.randn(shape) for shape in ((6, 16), (16, 16, 3), (16,), (16,), (16,), (1, 16))]
+    for way in WAYS:
+        got = ops.masked_conv(*values, table, backend=way[0], algorithm=way[1])
+        padded = torch.cat([values[0], torch.zeros(1, 16)])
+        z = values[2] + torch.einsum("rki,oik->ro", padded[taps.long()], values[1])
+        expected = values[5] * F.layer_norm(z, (16,), values[3], values[4], 1e-8).relu()
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_algorithm_is_used_or_refused() -> None:
+    table, back = tables([2, 9, 5])
+    with pytest.raises(ShapeError, match="algorithm is 'fft', expected one of"):
+        run(inputs(table, back), table, back, "auto", "fft")
+    with pytest.raises(BackendError, match="'winograd' needs backend 'cpu', got 'torch'"):
+        run(inputs(table, back), table, back, "auto", "winograd")
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
