@@ -78,7 +78,7 @@ def fma_instructions() -> str:
 
 
 def cpu_isa() -> str:
-    """The instruction set of the CPU kernels: "avx512", "avx2" or "generic", or the one that TERACON_CPU_ISA names.
+    """The instruction set of the CPU kernels ("avx512_bf16", "avx512", "avx2" or "generic"), or what TERACON_CPU_ISA names.
 
     Raises:
         NativeError: there is no compiled extension. RuntimeError: TERACON_CPU_ISA names one that this machine lacks.

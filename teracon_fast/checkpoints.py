@@ -38,7 +38,9 @@ def save_model(model: FastTCN, path: str | Path, notes: Mapping[str, Any] | None
         file.write(content)
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu", backend: str = "auto") -> FastTCN:
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", backend: str = "auto", algorithm: str = "auto"
+) -> FastTCN:
     """Rebuild the model of a file that `save_model` wrote.
 
     Raises:
@@ -46,7 +48,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", backend: st
     """
     arguments = _read_header(path)["model"]
     relation = arguments.pop("relation")
-    model = _build(arguments, relation, backend)
+    model = _build(arguments, relation, backend, algorithm)
     _fill(model, _safetensors().torch.load_file(str(path)), path)
     return model.to(device)
 
@@ -137,7 +139,7 @@ def _arguments(model: FastTCN) -> dict[str, Any]:
     }
 
 
-def _build(arguments: Mapping[str, Any], relation: bool, backend: str) -> FastTCN:
+def _build(arguments: Mapping[str, Any], relation: bool, backend: str, algorithm: str = "auto") -> FastTCN:
     """A FastTCN of these shapes, without drawing from torch's random generator."""
     with torch.random.fork_rng(devices=[]):
         if relation and len(arguments["labels"]) == 1:
@@ -151,8 +153,8 @@ def _build(arguments: Mapping[str, Any], relation: bool, backend: str) -> FastTC
                 "task_embs": arguments["task_embedding_range"],
                 "num_task": 1,
             }
-            return FastTCN(published, mask=arguments["mask"], backend=backend)
-        return FastTCN(**arguments, backend=backend)
+            return FastTCN(published, mask=arguments["mask"], backend=backend, algorithm=algorithm)
+        return FastTCN(**arguments, backend=backend, algorithm=algorithm)
 
 
 def _fill(model: FastTCN, state: Mapping[str, Tensor], path: str | Path) -> None:

@@ -89,6 +89,9 @@ class RunConfig(_Section):
     ] = 0
     device: Annotated[str, Field(description="auto, cpu, cuda or cuda:N")] = "auto"
     backend: Annotated[str, Field(description="kernels: auto, torch, or one that `teracon doctor` lists")] = "auto"
+    algorithm: Annotated[
+        Literal["auto", "direct", "winograd"], Field(description="of convolutions: auto takes the faster; direct rounds less")
+    ] = "auto"
     threads: Annotated[int | None, Field(ge=1, description="CPU threads; PyTorch's choice when not given")] = None
     precision: Annotated[Literal["fp32", "bf16"], Field(description="products of training steps; evaluation is fp32")] = "fp32"
     split_by: Annotated[

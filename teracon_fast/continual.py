@@ -193,6 +193,7 @@ class _Run:
                 kernel_size=shape.kernel_size,
                 mask=self.config.mask,
                 backend=self.config.backend,
+                algorithm=self.config.algorithm,
             )
 
     def after_step(self, task: TaskTraining, users: int, event: dict[str, Any] | None) -> None:
@@ -236,7 +237,7 @@ class _Run:
 
     def load_best(self, number: int) -> FastTCN:
         """The model after a task."""
-        return load_model(self.best_file(number), self.device, self.config.backend)
+        return load_model(self.best_file(number), self.device, self.config.backend, self.config.algorithm)
 
     def best_file(self, number: int) -> Path:
         """Where the best weights of a task are."""

@@ -117,7 +117,7 @@ def open_run(
     config = load_config(path=run / "config.toml", overrides={"device": device})
     if threads is not None:
         torch.set_num_threads(threads)
-    model = load_model(run / "checkpoints" / f"task{number}.safetensors", resolved_device(config), backend)
+    model = load_model(run / "checkpoints" / f"task{number}.safetensors", resolved_device(config), backend, config.algorithm)
     dataset = read_json(run / "dataset.json")
     items = Dictionary.load(run / "items.parquet")
     tasks = []
