@@ -25,7 +25,8 @@ COMPILED = pytest.mark.skipif("cpu" not in BACKENDS, reason="this installation h
 def head(rows: int, labels: int, channels: int, count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """hidden, weight, bias that need gradients; targets and, unsorted, their rows: some have several targets, some none."""
     values = [torch.randn(rows, channels), torch.randn(labels, channels), torch.randn(labels)]
-    return [v.to(dtype).requires_grad_() for v in values] + [torch.randint(labels, (count,)), torch.randint(max(rows, 1), (count,))]
+    numbers = [torch.randint(labels, (count,)), torch.randint(max(rows, 1), (count,))]
+    return [v.to(dtype).requires_grad_() for v in values] + numbers
 
 
 def naive(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, reduction: str = "mean") -> Tensor:
