@@ -23,7 +23,7 @@ _LOG = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 
 # Names in order of preference, per operation. Reference code is the specification, not a backend.
-_NAMES: dict[str, tuple[str, ...]] = {"masked_conv": ("cpu", "torch")}
+_NAMES: dict[str, tuple[str, ...]] = {"masked_conv": ("cpu", "torch"), "linear_cross_entropy": ("cpu", "torch")}
 
 
 class BackendError(TeraconError):

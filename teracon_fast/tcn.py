@@ -307,8 +307,9 @@ class FastTCN(nn.Module):
         positions = self.encode_all(x[:, :-1], 0, s, masks, seen)
         head = self.head(0)
         return ops.linear_cross_entropy(
-            positions.hidden, head.weight, head.bias, x[:, 1:].reshape(-1), rows=positions.row_of.reshape(-1)
-        )
+            positions.hidden, head.weight, head.bias, x[:, 1:].reshape(-1), rows=positions.row_of.reshape(-1),
+            backend=self.backend,
+        )  # fmt: skip
 
     def forward(
         self, x: Tensor, s: float | Tensor, masks_list: list[Tensor] | None, task_num: int, gpu_num: Any = None,

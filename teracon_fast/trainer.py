@@ -153,7 +153,7 @@ def continual_step(
             asked = [Request(current, users[j], int(j == 0)) for j in past]
         hidden, *student = model.encode(x, [Request(current), *asked], s, masks, lengths)
         head = model.head(current)
-        class_loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, y)
+        class_loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, y, backend=model.backend)
         heads, teacher_heads = [_parameters(model, j) for j in past], [_parameters(teacher, j) for j in past]
         retention_loss = ops.retention_mse(student, heads, pseudo, teacher_heads, rates)
 

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "linear_cross_entropy.h"
 #include "masked_conv.h"
 
 namespace teracon {
@@ -15,6 +16,7 @@ struct InstructionSet {
   bool present, preferred;
   const Kernels<float>* fp32;
   const Kernels<Bf16>* bf16;
+  const HeadKernels* head;
 };
 
 const InstructionSet& choose() {
@@ -29,11 +31,11 @@ const InstructionSet& choose() {
   const bool dot_is_faster = !__builtin_cpu_is("intel");
 #endif
   static const InstructionSet sets[] = {
-      {"generic", true, true, &kGenericFloat, &kGenericBf16},
+      {"generic", true, true, &kGenericFloat, &kGenericBf16, &kGenericHead},
 #if defined(__x86_64__)
-      {"avx2", avx2, true, &kAvx2Float, &kAvx2Bf16},
-      {"avx512", avx512, true, &kAvx512Float, &kAvx512Bf16},
-      {"avx512_bf16", avx512_bf16, dot_is_faster, &kAvx512Float, &kAvx512Bf16Dot},
+      {"avx2", avx2, true, &kAvx2Float, &kAvx2Bf16, &kAvx2Head},
+      {"avx512", avx512, true, &kAvx512Float, &kAvx512Bf16, &kAvx512Head},
+      {"avx512_bf16", avx512_bf16, dot_is_faster, &kAvx512Float, &kAvx512Bf16Dot, &kAvx512Head},
 #endif
   };
   const char* given = std::getenv("TERACON_CPU_ISA");
@@ -72,6 +74,8 @@ template <>
 const Kernels<Bf16>& kernels() {
   return *chosen().bf16;
 }
+
+const HeadKernels& head_kernels() { return *chosen().head; }
 
 const char* cpu_isa() { return chosen().name; }
 

@@ -14,6 +14,7 @@
 #define TERACON_MR 6
 #define TERACON_OR 4
 #include "masked_conv_impl.h"
+#include "linear_cross_entropy_impl.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -24,6 +25,7 @@
 namespace teracon {
 constexpr Kernels<float> kAvx2Float = avx2::table<float>("avx2");
 constexpr Kernels<Bf16> kAvx2Bf16 = avx2::table<Bf16>("avx2");
+constexpr HeadKernels kAvx2Head = {avx2::head_forward, avx2::head_backward};
 }  // namespace teracon
 
 #endif

@@ -11,9 +11,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <type_traits>
 
 #include "encode.h"
+#include "linear_cross_entropy.h"
 #include "masked_conv.h"
 #include "pairs.h"
+#include "targets.h"

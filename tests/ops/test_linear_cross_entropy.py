@@ -1,0 +1,303 @@
+"""The cross-entropy of a linear head: exactness, gradients, shared rows, registration, inputs that must be refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teracon_fast import env_report, ops
+from teracon_fast.backends import BackendError
+from teracon_fast.errors import ShapeError
+from teracon_fast.ops import _cpu_linear_cross_entropy
+from teracon_fast.ops.linear_cross_entropy import Reduction, _linear_cross_entropy
+
+# Each compiled backend that this installation has, beside plain PyTorch.
+BACKENDS = env_report()["backends"]["linear_cross_entropy"]
+COMPILED = pytest.mark.skipif("cpu" not in BACKENDS, reason="this installation has no compiled extension")
+
+
+def head(rows: int, labels: int, channels: int, count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """hidden, weight, bias that need gradients; targets and, unsorted, their rows: some have several targets, some none."""
+    values = [torch.randn(rows, channels), torch.randn(labels, channels), torch.randn(labels)]
+    numbers = [torch.randint(labels, (count,)), torch.randint(max(rows, 1), (count,))]
+    return [v.to(dtype).requires_grad_() for v in values] + numbers
+
+
+def naive(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, reduction: str = "mean") -> Tensor:
+    return F.cross_entropy(F.linear(hidden[rows], weight, bias), targets, reduction=reduction)
+
+
+@pytest.fixture(params=["kept", "formed again"])
+def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward with what forward kept, and as with heads too large to keep anything."""
+    if request.param == "formed again":
+        monkeypatch.setattr(_cpu_linear_cross_entropy, "KEPT_BYTES", -1)
+
+
+# Labels: fewer than a register tile, no multiple of one, several blocks of one size and of unequal ones.
+SIZES = [(1, 1, 1, 3), (5, 7, 3, 9), (33, 14, 16, 20), (70, 253, 33, 300), (300, 1000, 64, 500), (257, 3500, 20, 257)]
+
+
+@pytest.mark.usefixtures("storage")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("rows", "labels", "channels", "count"), SIZES)
+@pytest.mark.parametrize("scale", [0.1, 1.0, 80.0])
+def test_error_is_that_of_the_same_arithmetic_in_the_same_dtype(
+    backend: str, rows: int, labels: int, channels: int, count: int, scale: float
+) -> None:
+    """err(op, exact) <= 2 err(naive, exact), losses and every gradient; exact is float64. The largest logits are +-`scale`."""
+    hidden, weight, bias, targets, row_of = head(rows, labels, channels, count)
+    with torch.no_grad():
+        largest = F.linear(hidden, weight, bias).abs().max() / scale
+        weight /= largest
+        bias /= largest
+        targets[::2] = F.linear(hidden, weight, bias).argmax(1)[row_of[::2]]  # losses near zero too
+    low = [hidden, weight, bias]
+    grad = torch.randn(count)
+
+    def results(values: list[Tensor], by_op: bool) -> list[Tensor]:
+        if by_op:
+            losses = ops.linear_cross_entropy(*values, targets, row_of, reduction="none", backend=backend)
+        else:
+            losses = naive(*values, targets, row_of, "none")
+        mean = losses.mean().detach()
+        return [losses.detach(), mean, *torch.autograd.grad(losses, values, grad.to(losses.dtype))]
+
+    exact = results([v.detach().double().requires_grad_() for v in low], by_op=False)
+    by_op, by_naive = results(low, by_op=True), results(low, by_op=False)
+    for got, plain, truth in zip(by_op, by_naive, exact, strict=True):
+        assert got.dtype == torch.float32
+        error, allowed = (got.double() - truth).norm(), (plain.double() - truth).norm()
+        assert error <= 2 * allowed + 3e-7 * truth.norm() + 1e-9
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_reductions_and_one_target_per_row(backend: str, reduction: Reduction) -> None:
+    hidden, weight, bias, targets, _ = head(40, 90, 12, 40)
+    every = torch.arange(40)
+    expected = naive(hidden, weight, bias, targets, every, reduction)
+    got = ops.linear_cross_entropy(hidden, weight, bias, targets, reduction=reduction, backend=backend)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    inputs = (hidden, weight, bias)
+    pairs = zip(torch.autograd.grad(got.sum() * 3, inputs), torch.autograd.grad(expected.sum() * 3, inputs), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_gradcheck() -> None:
+    *values, targets, rows = head(5, 11, 4, 7, torch.float64)
+    for reduction in ("mean", "sum", "none"):
+        torch.autograd.gradcheck(lambda *v: ops.linear_cross_entropy(*v, targets, rows, reduction=reduction), values)  # noqa: B023
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_the_gradients_that_are_asked_for(backend: str, needed: tuple[bool, ...]) -> None:
+    *values, targets, rows = head(20, 30, 6, 25)
+    expected = torch.autograd.grad(naive(*values, targets, rows), values)[needed.index(True)]
+    values = [v.detach().requires_grad_(n) for v, n in zip(values, needed, strict=True)]
+    ops.linear_cross_entropy(*values, targets, rows, backend=backend).backward()
+    torch.testing.assert_close(values[needed.index(True)].grad, expected, rtol=1e-4, atol=1e-6)
+    assert [v.grad is not None for v in values] == list(needed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hidden_states_in_bfloat16(backend: str) -> None:
+    hidden, weight, bias, targets, rows = head(40, 90, 12, 60)
+    low = hidden.detach().bfloat16().requires_grad_()
+    loss = ops.linear_cross_entropy(low, weight, bias, targets, rows, backend=backend)
+    gradients = torch.autograd.grad(loss, (low, weight, bias))
+    assert loss.dtype == torch.float32
+    assert [g.dtype for g in gradients] == [torch.bfloat16, torch.float32, torch.float32]
+    wide = low.detach().float().requires_grad_()
+    exact = naive(wide, weight, bias, targets, rows)
+    # The compiled kernels compute in float32: only the gradient of hidden is rounded.
+    tolerance = 1e-5 if backend == "cpu" else 2e-2
+    torch.testing.assert_close(loss, exact, rtol=tolerance, atol=tolerance)
+    for g, e in zip(gradients, torch.autograd.grad(exact, (wide, weight, bias)), strict=True):
+        assert (g.float() - e).norm() < max(tolerance, 0.01 * (g.dtype == torch.bfloat16)) * e.norm()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        auto = ops.linear_cross_entropy(hidden, weight, bias, targets, rows, backend=backend)
+    torch.testing.assert_close(auto, loss)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts_that_are_not_contiguous_give_the_same_result(backend: str) -> None:
+    *values, targets, rows = head(20, 30, 6, 25)
+    expected = torch.autograd.grad(ops.linear_cross_entropy(*values, targets, rows, backend=backend), values)
+    strided = [torch.stack([v, -v], -1)[..., 0].detach().requires_grad_() for v in values]
+    numbers = [torch.stack([n, n * 0 - 1], -1)[:, 0] for n in (targets, rows)]
+    assert not strided[0].is_contiguous() and not numbers[0].is_contiguous()
+    for g, e in zip(torch.autograd.grad(ops.linear_cross_entropy(*strided, *numbers, backend=backend), strided), expected,
+                    strict=True):  # fmt: skip
+        torch.testing.assert_close(g, e)
+    one = values[0].detach()[:1].expand(20, 6)
+    got = ops.linear_cross_entropy(one, *values[1:], targets, rows, backend=backend)
+    torch.testing.assert_close(got, naive(one, *values[1:], targets, rows))
+
+
+@pytest.mark.usefixtures("storage")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_same_bits_from_run_to_run(backend: str, threads: int) -> None:
+    *values, targets, rows = head(150, 400, 24, 300)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        runs = []
+        for _ in range(2):
+            loss = ops.linear_cross_entropy(*values, targets, rows, backend=backend)
+            runs.append([loss, *torch.autograd.grad(loss, values)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    torch.testing.assert_close(runs[0][0], naive(*values, targets, rows))
+
+
+@COMPILED
+def test_backward_need_not_have_as_many_threads_as_forward() -> None:
+    *values, targets, rows = head(150, 400, 24, 300)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        loss = ops.linear_cross_entropy(*values, targets, rows, backend="cpu")
+        torch.set_num_threads(3)
+        got = torch.autograd.grad(loss, values)
+    finally:
+        torch.set_num_threads(before)
+    for g, e in zip(got, torch.autograd.grad(naive(*values, targets, rows), values), strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("storage")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows_and_no_targets(backend: str) -> None:
+    *values, targets, rows = head(0, 30, 6, 0)
+    losses = ops.linear_cross_entropy(*values, targets, reduction="none", backend=backend)
+    assert losses.shape == (0,)
+    assert all(not g.any() and g.isfinite().all() for g in torch.autograd.grad(losses.sum(), values))
+    *values, _, _ = head(9, 30, 6, 0)
+    assert ops.linear_cross_entropy(*values, targets, rows, backend=backend).isnan()
+    losses = ops.linear_cross_entropy(*values, targets, rows, reduction="none", backend=backend)
+    assert all(not g.any() for g in torch.autograd.grad(losses.sum(), values))
+
+
+@pytest.mark.usefixtures("storage")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["a row", "a label", "the target", "all labels"])
+def test_logits_that_are_not_finite_give_what_dense_logits_give(backend: str, value: float, where: str) -> None:
+    *values, targets, rows = head(40, 200, 6, 40)
+    rows = torch.arange(40)
+    with torch.no_grad():
+        if where == "a row":
+            values[0][3] = value
+        else:
+            labels = {"a label": [150], "the target": targets[:1].tolist(), "all labels": list(range(200))}[where]
+            targets[5] = 0
+            values[2][labels] = value
+    got = ops.linear_cross_entropy(*values, targets, rows, reduction="none", backend=backend)
+    expected = naive(*values, targets, rows, "none")
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    for g, e in zip(torch.autograd.grad(got.sum(), values), torch.autograd.grad(expected.sum(), values), strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@COMPILED
+def test_what_is_held_between_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exponentials of all logits up to a limit, rows rounded up to 32; nothing without gradients or beyond the limit."""
+    *values, targets, rows = head(40, 200, 6, 50)
+
+    def kept(save: bool) -> int:
+        return sum(t.numel() for t in _linear_cross_entropy(*values, targets, rows, "cpu", save)[2:])
+
+    assert kept(False) == 0
+    assert kept(True) == 200 * 64 + 15 * 64
+    assert 4 * kept(True) < _cpu_linear_cross_entropy.KEPT_BYTES
+    monkeypatch.setattr(_cpu_linear_cross_entropy, "KEPT_BYTES", 4 * 200 * 64 - 1)
+    assert kept(True) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str) -> None:
+    *values, targets, rows = head(5, 11, 4, 7)
+    torch.library.opcheck(_linear_cross_entropy, (*values, targets, rows, backend, True))
+    torch.library.opcheck(_linear_cross_entropy, (*(v.detach() for v in values), targets, rows, backend, False))
+    torch.library.opcheck(_linear_cross_entropy, (values[0].bfloat16(), *values[1:], targets, rows, backend, True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_as_one_graph(backend: str) -> None:
+    *values, targets, rows = head(5, 11, 4, 7)
+
+    def step(*v: Tensor) -> Tensor:
+        return ops.linear_cross_entropy(*v, targets, rows, backend=backend) * 2
+
+    got = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(*values), values)
+    for g, e in zip(got, torch.autograd.grad(step(*values), values), strict=True):
+        torch.testing.assert_close(g, e)
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@COMPILED
+def test_every_instruction_set_that_this_machine_has(isa: str) -> None:
+    """The whole of this file again, in a process that is told which kernels to use."""
+    probe = "from teracon_fast import _native; print(_native.cpu_isa())"
+    environment = os.environ | {"TERACON_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        assert f"TERACON_CPU_ISA is '{isa}', expected one that this machine has" in done.stderr
+        return
+    tests = ["-k", "not instruction_set and not gradcheck and not opcheck and not compiles and not torch"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, *tests]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("far", [-1, 30, 2**40, -(2**62)])
+def test_numbers_out_of_range_are_never_read(backend: str, far: int) -> None:
+    *values, targets, rows = head(20, 30, 6, 25)
+    for name in ("targets", "rows"):
+        numbers = {"targets": targets, "rows": rows}
+        numbers[name] = numbers[name].index_fill(0, torch.tensor([7]), far)
+        with pytest.raises((IndexError, RuntimeError), match=f"{name} has {far}, which is out of range: expected 0 to"):
+            ops.linear_cross_entropy(*values, **numbers, backend=backend)
+
+
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    hidden, weight, bias, targets, rows = (t.detach() for t in head(5, 11, 4, 7))
+
+    def refused(message: str, **changes: object) -> None:
+        arguments = {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets, "rows": rows}
+        with pytest.raises(ShapeError, match=message):
+            ops.linear_cross_entropy(**arguments | changes)  # type: ignore[arg-type]
+
+    refused("weight is torch.float32 \\[11, 4\\].*expected torch.float32 \\[11, 3\\]", hidden=hidden[:, 1:])
+    refused("expected \\[R, f\\], \\[C, f\\], C at least 1", hidden=hidden[0])
+    refused("C at least 1", weight=weight[:0], bias=bias[:0])
+    refused("hidden is torch.int64, expected a floating", hidden=hidden.long())
+    refused("weight is torch.float64", weight=weight.double())
+    refused("weight is .* on meta", weight=weight.to("meta"))
+    refused("bias is torch.float32 \\[10\\]", bias=bias[1:])
+    refused("bias is torch.bfloat16", hidden=hidden.bfloat16(), bias=bias.bfloat16())
+    refused("targets is torch.int32", targets=targets.int())
+    refused("targets is torch.int64 \\[7\\].*expected torch.int64 \\[5\\]", rows=None)
+    refused("targets are \\[7, 1\\], expected \\[N\\]", targets=targets[:, None])
+    refused("rows is torch.int64 \\[6\\]", rows=rows[1:])
+    refused("reduction is 'median'", reduction="median")
+    with pytest.raises(BackendError, match="'nonsense' cannot run linear_cross_entropy"):
+        ops.linear_cross_entropy(hidden, weight, bias, targets, rows, backend="nonsense")
+
+
+@COMPILED
+def test_an_explicit_backend_is_used_or_refused() -> None:
+    with pytest.raises(BackendError, match="it runs torch.float32 and torch.bfloat16 on cpu, not torch.float64 on cpu"):
+        ops.linear_cross_entropy(*head(5, 11, 4, 7, torch.float64), backend="cpu")
