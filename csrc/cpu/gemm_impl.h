@@ -20,7 +20,7 @@ struct ColumnUnits {
 
 // acc[i] += sum_p a(i, p) * b[p], where unit p of b is at b + p * step.
 template <class T, int R, class Left>
-static TERACON_INLINE void accumulate(V (&acc)[R][NV], const Left& a, const Word* b, int64_t units, int64_t step) {
+static TERACON_INLINE void accumulate(V (&acc)[R][NV], const Left& a, const Word* b, int64_t units, int64_t step = NR) {
 #pragma GCC unroll 2
   for (int64_t p = 0; p < units; ++p, b += step) {
     typename Units<T>::Vec row[NV];
@@ -49,7 +49,7 @@ template <class T, int R>
 static void direct_tile(const Word* const* a, int64_t stride, int64_t segments, const Word* b, int64_t units, float* c,
                         int64_t ldc) {
   V acc[R][NV] = {};
-  for (int64_t s = 0; s < segments; ++s) accumulate<T>(acc, RowUnits<R>(a + s * stride), b + s * units * NR, units, NR);
+  for (int64_t s = 0; s < segments; ++s) accumulate<T>(acc, RowUnits<R>(a + s * stride), b + s * units * NR, units);
   for_tile<R>(acc, [&](V& v, int i, int j) { store(c + i * ldc + j, v); });
 }
 
@@ -60,20 +60,20 @@ static void filtered_tile(const Word* const* a, int64_t stride, const Word* b, i
                           int64_t ldc) {
   V acc[R][NV] = {};
   const int64_t matrix = units * NR;
-  accumulate<T>(acc, RowUnits<R>(a), b, units, NR);
+  accumulate<T>(acc, RowUnits<R>(a), b, units);
   for_tile<R>(acc, [&](V& v, int i, int j) { store(second + i * ldc + j, v), v = V{}; });
-  accumulate<T>(acc, RowUnits<R>(a + stride), b + matrix, units, NR);
+  accumulate<T>(acc, RowUnits<R>(a + stride), b + matrix, units);
   for_tile<R>(acc, [&](V& v, int i, int j) {
     const V middle = load(second + i * ldc + j);
     store(second + i * ldc + j, middle - v);
     v = middle + v;
   });
-  accumulate<T>(acc, RowUnits<R>(a + 2 * stride), b + 2 * matrix, units, NR);
+  accumulate<T>(acc, RowUnits<R>(a + 2 * stride), b + 2 * matrix, units);
   for_tile<R>(acc, [&](V& v, int i, int j) {
     store(first + i * ldc + j, v);
     v = load(second + i * ldc + j);
   });
-  accumulate<T>(acc, RowUnits<R>(a + 3 * stride), b + 3 * matrix, units, NR);
+  accumulate<T>(acc, RowUnits<R>(a + 3 * stride), b + 3 * matrix, units);
   for_tile<R>(acc, [&](V& v, int i, int j) { store(second + i * ldc + j, v); });
 }
 

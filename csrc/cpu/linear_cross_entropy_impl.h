@@ -68,13 +68,6 @@ struct StridedRows {
   TERACON_INLINE const Word* operator()(int i, int64_t p) const { return first + i * stride + p; }
 };
 
-// Row i of a tile is column i of a matrix whose rows are `stride` apart.
-struct StridedColumns {
-  const Word* first;
-  int64_t stride;
-  TERACON_INLINE const Word* operator()(int i, int64_t p) const { return first + p * stride + i; }
-};
-
 static TERACON_INLINE const Word* words(const float* p) { return reinterpret_cast<const Word*>(p); }
 
 // fn(size, first row) for tiles that cover n rows: as many of MR as fit, then ones that still keep the units busy.
@@ -111,7 +104,7 @@ static TERACON_INLINE void put_tile(V (&acc)[R][NV], bool add, float* to, int64_
 template <int R>
 static void hidden_tile(const float* weight, int64_t channels, const float* probability, int64_t n, bool add, float* to) {
   V acc[R][NV] = {};
-  accumulate<float>(acc, StridedColumns{words(weight), channels}, words(probability), n);
+  accumulate<float>(acc, ColumnUnits{words(weight), channels}, words(probability), n);
   put_tile<R>(acc, add, to, NR);
 }
 
