@@ -62,9 +62,8 @@ teracon::KeptLogits kept_of(const teracon::LinearCrossEntropy& op, const Tensor&
 void forward(Tensor hidden, Tensor weight, Tensor bias, Tensor targets, Tensor row_of, int64_t block, int64_t threads,
              Tensor losses, Tensor statistics, Tensor exponentials, Tensor highest) {
   const teracon::LinearCrossEntropy op = head(hidden, weight, bias, targets, row_of, block, threads);
-  const teracon::KeptLogits kept = kept_of(op, exponentials, highest);
-  if (kept.exponentials != nullptr) teracon::prefer_large_pages(kept.exponentials, 4 * exponentials.numel());
-  teracon::head_kernels().forward(op, statistics_of(op, statistics), kept, floats(losses, op.count, "losses"));
+  teracon::head_kernels().forward(op, statistics_of(op, statistics), kept_of(op, exponentials, highest),
+                                  floats(losses, op.count, "losses"));
 }
 
 void backward(Tensor hidden, Tensor weight, Tensor bias, Tensor targets, Tensor row_of, int64_t block, int64_t threads,

@@ -10,8 +10,9 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 
-# Backward is a third faster with the exponentials of all logits kept from forward, up to this size. Beyond, it forms them again.
-KEPT_BYTES = 256 << 20
+# Backward is a third faster with the exponentials of all logits kept from forward. Beyond this size it forms them again: malloc
+# gives larger memory back to the system every time, and getting it anew can cost more than the product.
+KEPT_BYTES = 32 << 20
 # Labels in a block: a multiple of what every register tile covers. Their weights, two copies, fit a second-level cache.
 _TILE, _BLOCK = 14, 126
 # As many blocks as this, where there are labels enough, give many threads nearly equal shares.

@@ -53,7 +53,7 @@ def linear_cross_entropy(
     """Cross-entropy of `hidden @ weight.T + bias` at each target.
 
     Under autocast hidden states take the autocast dtype; parameters keep theirs and are rounded where they are used: nowhere
-    in the `cpu` backend. That backend never holds more than 256 MiB of logits.
+    in the `cpu` backend. That backend never holds more than 32 MiB of logits.
 
     Args:
         hidden: floating `[R, f]`.
