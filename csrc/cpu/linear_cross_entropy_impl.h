@@ -27,38 +27,6 @@ static TERACON_INLINE V exponential(V x) {
   return x < V{} - 87.3f ? V{} : value;
 }
 
-// Element pairs of the lower and of the upper halves of two vectors, one from each in turn.
-#if TERACON_LANES == 16
-#define TERACON_LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define TERACON_UPPER 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif TERACON_LANES == 8
-#define TERACON_LOWER 0, 8, 1, 9, 2, 10, 3, 11
-#define TERACON_UPPER 4, 12, 5, 13, 6, 14, 7, 15
-#else
-#define TERACON_LOWER 0, 4, 1, 5
-#define TERACON_UPPER 2, 6, 3, 7
-#endif
-#if defined(__clang__)
-#define TERACON_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define TERACON_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, U{__VA_ARGS__})
-#endif
-
-// Rows become columns: interleaving the first half of the rows with the second, as often as W has factors of two.
-static TERACON_INLINE void transpose(V (&v)[W]) {
-#pragma GCC unroll 4
-  for (int done = 1; done < W; done *= 2) {
-    V next[W];
-#pragma GCC unroll 8
-    for (int i = 0; i < W / 2; ++i) {
-      next[2 * i] = TERACON_SHUFFLE(v[i], v[i + W / 2], TERACON_LOWER);
-      next[2 * i + 1] = TERACON_SHUFFLE(v[i], v[i + W / 2], TERACON_UPPER);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) v[i] = next[i];
-  }
-}
-
 static TERACON_INLINE V larger(V value, V than) { return value > than ? value : than; }  // `than` where value is a NaN
 
 // Row i of a tile starts i * stride units after the first.

@@ -238,15 +238,18 @@ static void backward(const MaskedConv<E>& op, const MaskedConvBackward<E>& io) {
       total(&Partial<E>::d_ln_weight, first, io.d_ln_weight + first);
       total(&Partial<E>::d_ln_bias, first, io.d_ln_bias + first);
       for (int64_t q = 0; q < op.requests; ++q) total(&Partial<E>::d_mask, q * ldz + first, io.d_mask + q * f + first);
-      const int64_t outs = std::min<int64_t>(W, f - first);
-      for (int64_t in = 0; in < op.f_in; ++in) {
-        for (int64_t k = 0; k < op.kernel_size; ++k) {
-          V value = V{};
-          for (int t = 0; t < threads; ++t) value += load(partials.get()[t]->d_kernel.at(k, in) + first);
-          float columns[W];
-          store(columns, value);
-          for (int64_t j = 0; j < outs; ++j) io.d_weight[((first + j) * op.f_in + in) * op.kernel_size + k] = columns[j];
+      // [f_in * kernel_size] sums of W outputs at a time, W of them transposed at once.
+      const int64_t pitch = op.f_in * op.kernel_size;
+      for (int64_t q = 0; q < pitch; q += W) {
+        V v[W];
+        for (int i = 0; i < W; ++i) {
+          v[i] = V{};
+          for (int t = 0; t < threads && q + i < pitch; ++t) {
+            v[i] += load(partials.get()[t]->d_kernel.at((q + i) % op.kernel_size, (q + i) / op.kernel_size) + first);
+          }
         }
+        transpose(v);
+        for (int j = 0; j < W && first + j < f; ++j) store_part(io.d_weight + (first + j) * pitch + q, v[j], pitch - q);
       }
     }
   }

@@ -92,6 +92,38 @@ static TERACON_INLINE float sum(V v) {
   return part[0];
 }
 
+// Element pairs of the lower and of the upper halves of two vectors, one from each in turn.
+#if TERACON_LANES == 16
+#define TERACON_LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define TERACON_UPPER 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif TERACON_LANES == 8
+#define TERACON_LOWER 0, 8, 1, 9, 2, 10, 3, 11
+#define TERACON_UPPER 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define TERACON_LOWER 0, 4, 1, 5
+#define TERACON_UPPER 2, 6, 3, 7
+#endif
+#if defined(__clang__)
+#define TERACON_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define TERACON_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, U{__VA_ARGS__})
+#endif
+
+// Rows become columns: interleaving the first half of the rows with the second, as often as W has factors of two.
+static TERACON_INLINE void transpose(V (&v)[W]) {
+#pragma GCC unroll 4
+  for (int done = 1; done < W; done *= 2) {
+    V next[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = TERACON_SHUFFLE(v[i], v[i + W / 2], TERACON_LOWER);
+      next[2 * i + 1] = TERACON_SHUFFLE(v[i], v[i + W / 2], TERACON_UPPER);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) v[i] = next[i];
+  }
+}
+
 // A NaN fails the comparison and comes through.
 static TERACON_INLINE V relu(V a) { return a < V{} ? V{} : a; }
 
@@ -110,11 +142,6 @@ struct Units<float> {
   }
   static TERACON_INLINE V multiply_add(V sum, V a, V b) { return sum + a * b; }
   static TERACON_INLINE U join(const V* rows) { return reinterpret_cast<const U&>(rows[0]); }
-  static inline uint32_t join(const float* rows) {
-    uint32_t word;
-    std::memcpy(&word, rows, 4);
-    return word;
-  }
 };
 
 #if defined(TERACON_DOT)
@@ -125,12 +152,6 @@ struct Units<Bf16> {
   static TERACON_INLINE U broadcast(const Word* p) { return *reinterpret_cast<const AnyWord*>(p) - U{}; }
   static TERACON_INLINE V multiply_add(V sum, U a, U b) { return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
   static TERACON_INLINE U join(const V* rows) { return (upper_half(rows[0]) >> 16) | upper_half(rows[1]); }
-  static inline uint32_t join(const float* rows) {
-    Bf16 low, high;
-    from_float(rows[0], &low);
-    from_float(rows[1], &high);
-    return low.bits | uint32_t{high.bits} << 16;
-  }
 };
 template <class E>
 using Operand = E;

@@ -31,43 +31,70 @@ class Packer {
   void run() const {
     const int64_t depth = transposed_ ? op_.f_out : op_.f_in, columns = transposed_ ? op_.f_in : op_.f_out;
     const Panels<T> shape(depth, columns, op_.kernel_size, direct_, filtered_);
-#pragma omp parallel for num_threads(op_.threads) schedule(static)
-    for (int64_t first = 0; first < shape.ldc; first += NR) {
-      for (int64_t u = 0; u < shape.units; ++u) {
-        for (int64_t j = 0; j < NR; ++j) {
-          const float* g[Units<T>::kDepth];
-          for (int s = 0; s < Units<T>::kDepth; ++s) {
-            const int64_t row = u * Units<T>::kDepth + s, column = first + j;
-            const int64_t out = transposed_ ? row : column, in = transposed_ ? column : row;
-            g[s] = row < depth && column < columns ? op_.weight + (out * op_.f_in + in) * op_.kernel_size : nullptr;
-          }
-          put(g, shape.units, first, u * NR + j);
+#pragma omp parallel num_threads(op_.threads)
+    {
+      Array<float> taps(W * W * op_.kernel_size);
+#pragma omp for schedule(static)
+      for (int64_t column = 0; column < shape.ldc; column += W) {
+        for (int64_t row = 0; row < depth; row += W) {
+          read(column, row, taps.get());
+          write(shape, column, row, std::min<int64_t>(W, depth - row), taps.get());
         }
       }
     }
   }
 
  private:
-  void put(const float* const* g, int64_t units, int64_t first, int64_t at) const {
+  // W rows of W columns of every tap, [W][kernel_size][W], zero where the matrices end.
+  void read(int64_t column, int64_t row, float* taps) const {
+    const int64_t out = transposed_ ? row : column, in = transposed_ ? column : row, pitch = op_.f_in * op_.kernel_size;
+    const int64_t outs = op_.f_out - out, count = std::min<int64_t>(W, op_.f_in - in) * op_.kernel_size;
+    const float* from = op_.weight + out * pitch + in * op_.kernel_size;
+    if (transposed_) {
+      std::memset(taps, 0, sizeof(float) * W * W * op_.kernel_size);
+      for (int64_t i = 0; i < outs && i < W; ++i) {
+        for (int64_t k = 0; k < op_.kernel_size; ++k) {
+          float* to = taps + (i * op_.kernel_size + k) * W;
+          for (int64_t j = 0; j * op_.kernel_size < count; ++j) to[j] = from[i * pitch + j * op_.kernel_size + k];
+        }
+      }
+      return;
+    }
+    for (int64_t q = 0; q < W * op_.kernel_size; q += W) {
+      V v[W];
+      for (int i = 0; i < W; ++i) v[i] = i < outs && q < count ? load_part(from + i * pitch + q, count - q) : V{};
+      transpose(v);
+      for (int i = 0; i < W; ++i) store(taps + (q + i) * W, v[i]);
+    }
+  }
+
+  // Puts `rows` of those rows where they belong.
+  void write(const Panels<T>& shape, int64_t column, int64_t row, int64_t rows, const float* taps) const {
     constexpr int kDepth = Units<T>::kDepth;
-    float values[kDepth];
-    for (int64_t k = 0; direct_ != nullptr && k < op_.kernel_size; ++k) {
-      for (int s = 0; s < kDepth; ++s) values[s] = g[s] == nullptr ? 0.0f : g[s][k];
-      direct_[first * units * op_.kernel_size + k * units * NR + at] = Units<T>::join(values);
+    static_assert(W % kDepth == 0, "whole units are read at once");
+    const int64_t first = column / NR * NR, matrix = shape.units * NR;
+    for (int64_t r = 0; r < rows; r += kDepth) {
+      const int64_t at = (row + r) / kDepth * NR + column % NR;
+      V g[kDepth], four[kPlanes][kDepth];
+      for (int64_t k = 0; k < op_.kernel_size; ++k) {
+        for (int s = 0; s < kDepth; ++s) g[s] = load(taps + ((r + s) * op_.kernel_size + k) * W);
+        if (direct_ != nullptr) put(direct_ + first * shape.units * op_.kernel_size + k * matrix + at, g);
+      }
+      if (filtered_ == nullptr) continue;
+      for (int s = 0; s < kDepth; ++s) {
+        const float* tap = taps + (r + s) * op_.kernel_size * W;
+        const V middle = load(tap + W), outer = load(tap) + load(tap + 2 * W);
+        four[kSum][s] = (outer + middle) * 0.5f;
+        four[kDifference][s] = (outer - middle) * 0.5f;
+        four[kFirst][s] = load(tap);
+        four[kSecond][s] = load(tap + 2 * W);
+      }
+      for (int p = 0; p < kPlanes; ++p) put(filtered_ + first * shape.units * kPlanes + p * matrix + at, four[p]);
     }
-    if (filtered_ == nullptr) return;
-    float four[kPlanes][kDepth] = {};
-    for (int s = 0; s < kDepth; ++s) {
-      if (g[s] == nullptr) continue;
-      const float outer = g[s][0] + g[s][2];
-      four[kSum][s] = (outer + g[s][1]) * 0.5f;
-      four[kDifference][s] = (outer - g[s][1]) * 0.5f;
-      four[kFirst][s] = g[s][0];
-      four[kSecond][s] = g[s][2];
-    }
-    for (int plane = 0; plane < kPlanes; ++plane) {
-      filtered_[first * units * kPlanes + plane * units * NR + at] = Units<T>::join(four[plane]);
-    }
+  }
+  static void put(Word* to, const V* rows) {
+    const U words = Units<T>::join(rows);
+    std::memcpy(to, &words, sizeof words);
   }
 
   Convolution op_;
