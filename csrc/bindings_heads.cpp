@@ -67,14 +67,15 @@ void forward(Tensor hidden, Tensor weight, Tensor bias, Tensor targets, Tensor r
 }
 
 void backward(Tensor hidden, Tensor weight, Tensor bias, Tensor targets, Tensor row_of, int64_t block, int64_t threads,
-              Tensor statistics, Tensor exponentials, Tensor highest, Tensor grad, Tensor d_hidden, Tensor d_weight,
+              Tensor statistics, Tensor exponentials, Tensor highest, Tensor grad, bool add, Tensor d_hidden, Tensor d_weight,
               Tensor d_bias) {
   const teracon::LinearCrossEntropy op = head(hidden, weight, bias, targets, row_of, block, threads);
   teracon::LinearCrossEntropyBackward io{};
   io.grad = floats(grad, op.count, "grad");
   if (d_hidden.numel() != 0) io.d_hidden = floats(d_hidden, op.rows * op.channels, "d_hidden");
   if (d_weight.numel() != 0) io.d_weight = floats(d_weight, op.labels * op.channels, "d_weight");
-  if (io.d_weight != nullptr) teracon::prefer_large_pages(io.d_weight, 4 * d_weight.numel());
+  io.add = add;
+  if (io.d_weight != nullptr && !add) teracon::prefer_large_pages(io.d_weight, 4 * d_weight.numel());
   io.d_bias = floats(d_bias, op.labels, "d_bias");
   teracon::head_kernels().backward(op, statistics_of(op, statistics), kept_of(op, exponentials, highest), io);
 }
@@ -87,7 +88,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(teracon_fast, m) {
       "int threads, Tensor(a!) losses, Tensor(b!) statistics, Tensor(c!) exponentials, Tensor(d!) highest) -> ()");
   m.def(
       "linear_cross_entropy_cpu_backward(Tensor hidden, Tensor weight, Tensor bias, Tensor targets, Tensor row_of, int block, "
-      "int threads, Tensor statistics, Tensor exponentials, Tensor highest, Tensor grad, Tensor(a!) d_hidden, "
+      "int threads, Tensor statistics, Tensor exponentials, Tensor highest, Tensor grad, bool add, Tensor(a!) d_hidden, "
       "Tensor(b!) d_weight, Tensor(c!) d_bias) -> ()");
 }
 

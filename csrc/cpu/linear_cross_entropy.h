@@ -39,6 +39,7 @@ struct LinearCrossEntropyBackward {
   float* d_hidden;    // [rows, channels], null when not needed
   float* d_weight;    // [labels, channels], null when not needed
   float* d_bias;      // [labels]
+  bool add;           // to what d_weight and d_bias hold
 };
 
 // One instruction set's kernels.

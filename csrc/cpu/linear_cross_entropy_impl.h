@@ -339,11 +339,14 @@ static void head_backward(const LinearCrossEntropy& op, const HeadStatistics& st
         }
       }
       for (int64_t label = 0; label < n; ++label) {
-        io.d_bias[begin + label] = sum(load(d_bias.get() + label * W));
+        io.d_bias[begin + label] = sum(load(d_bias.get() + label * W)) + (io.add ? io.d_bias[begin + label] : 0.0f);
         if (io.d_weight == nullptr) continue;
         const float* from = plan.panels == 0 ? nullptr : d_weight.get() + label * plan.width;
         float* to = io.d_weight + (begin + label) * f;
-        for (int64_t c = 0; c < f; c += W) store_part(to + c, from == nullptr ? V{} : load(from + c), f - c);
+        for (int64_t c = 0; c < f; c += W) {
+          const V own = from == nullptr ? V{} : load(from + c);
+          store_part(to + c, io.add ? load_part(to + c, f - c) + own : own, f - c);
+        }
       }
     }
     if (io.d_hidden != nullptr) {

@@ -78,6 +78,12 @@ def linear_cross_entropy(
     if rows is None:
         rows = torch.arange(hidden.shape[0], device=hidden.device)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, weight, bias))
+    if save and reduction != "none" and targets.shape[0] and not torch.compiler.is_compiling():
+        implementation, sizes = _implementation(backend, hidden), (hidden.shape[0], weight.shape[0])
+        if implementation is _cpu_linear_cross_entropy and _cpu_linear_cross_entropy.rows_at_once(*sizes):
+            scale = 1.0 / targets.shape[0] if reduction == "mean" else 1.0
+            total: Tensor = _linear_cross_entropy_reduced(hidden, weight, bias, targets, rows, scale)[0]
+            return total
     losses: Tensor = _linear_cross_entropy(hidden, weight, bias, targets, rows, backend, save)[0]
     return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
 
@@ -169,12 +175,45 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     return (*(g if needed else None for g, needed in zip(gradients, need[:3], strict=True)), None, None, None, None)
 
 
+def _reduced(
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _cpu_linear_cross_entropy.reduced(hidden, weight, bias, targets, rows, scale)
+
+
+def _reduced_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_hidden, d_weight, d_bias = (t.new_empty(t.shape) for t in (hidden, weight, bias))
+    return hidden.new_empty((), dtype=sums_dtype(hidden.dtype)), d_hidden, d_weight, d_bias
+
+
+def _reduced_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _reduced_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    gradients = ctx.saved_tensors
+    # A loss that is not scaled further, the usual case, needs no pass over d(weight).
+    if torch.compiler.is_compiling() or float(grad) != 1.0:
+        gradients = [gradient * grad.to(gradient.dtype) for gradient in gradients]
+    return (*(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[:3], strict=True)), None, None, None)
+
+
 _FORWARD, _BACKWARD = "teracon_fast::linear_cross_entropy", "teracon_fast::linear_cross_entropy_backward"
-for _name, _function, _fake in ((_FORWARD, _forward, _forward_fake), (_BACKWARD, _backward, _backward_fake)):
+_REDUCED = "teracon_fast::linear_cross_entropy_reduced"
+for _name, _function, _fake in (
+    (_FORWARD, _forward, _forward_fake), (_BACKWARD, _backward, _backward_fake), (_REDUCED, _reduced, _reduced_fake)
+):  # fmt: skip
     # define + impl rather than custom_op, as in masked_conv.
     torch.library.define(_name, torch.library.infer_schema(_function, mutates_args=()))
     torch.library.impl(_name, "default", _function)
     torch.library.register_fake(_name, _fake)
 torch.library.register_autograd(_FORWARD, _autograd, setup_context=_setup_context)
+torch.library.register_autograd(_REDUCED, _reduced_autograd, setup_context=_reduced_setup)
 _linear_cross_entropy = torch.ops.teracon_fast.linear_cross_entropy.default
 _linear_cross_entropy_backward = torch.ops.teracon_fast.linear_cross_entropy_backward.default
+_linear_cross_entropy_reduced = torch.ops.teracon_fast.linear_cross_entropy_reduced.default

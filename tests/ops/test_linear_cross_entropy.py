@@ -15,7 +15,7 @@ from teracon_fast import env_report, ops
 from teracon_fast.backends import BackendError
 from teracon_fast.errors import ShapeError
 from teracon_fast.ops import _cpu_linear_cross_entropy
-from teracon_fast.ops.linear_cross_entropy import Reduction, _linear_cross_entropy
+from teracon_fast.ops.linear_cross_entropy import Reduction, _linear_cross_entropy, _linear_cross_entropy_reduced
 
 # Each compiled backend that this installation has, beside plain PyTorch.
 BACKENDS = env_report()["backends"]["linear_cross_entropy"]
@@ -33,9 +33,11 @@ def naive(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: T
     return F.cross_entropy(F.linear(hidden[rows], weight, bias), targets, reduction=reduction)
 
 
-@pytest.fixture(params=["kept", "formed again"])
+@pytest.fixture(params=["kept", "formed again", "with its gradients"])
 def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backward with what forward kept, and as with heads too large to keep anything."""
+    """Backward with what forward kept, as with heads too large to keep anything, and a loss formed with its gradients."""
+    if request.param == "with its gradients":
+        monkeypatch.setattr(_cpu_linear_cross_entropy, "rows_at_once", lambda rows, labels: 32 if rows > 32 else None)
     if request.param == "formed again":
         monkeypatch.setattr(_cpu_linear_cross_entropy, "KEPT_BYTES", -1)
 
@@ -223,6 +225,23 @@ def test_what_is_held_between_forward_and_backward(monkeypatch: pytest.MonkeyPat
     assert 4 * kept(True) < _cpu_linear_cross_entropy.KEPT_BYTES
     monkeypatch.setattr(_cpu_linear_cross_entropy, "KEPT_BYTES", 4 * 200 * 64 - 1)
     assert kept(True) == 0
+
+
+@COMPILED
+def test_when_a_loss_is_formed_with_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all exponentials are too many to keep, but those of enough rows are not; a loss that is scaled scales them."""
+    assert _cpu_linear_cross_entropy.rows_at_once(1600, 20_000) == 416
+    assert _cpu_linear_cross_entropy.rows_at_once(400, 20_000) is None
+    assert _cpu_linear_cross_entropy.rows_at_once(1600, 640_000) is None
+    *values, targets, rows = head(70, 30, 6, 100)
+    expected = torch.autograd.grad(2.5 * naive(*values, targets, rows), values)
+    monkeypatch.setattr(_cpu_linear_cross_entropy, "rows_at_once", lambda rows, labels: 32)
+    for g, e in zip(torch.autograd.grad(2.5 * ops.linear_cross_entropy(*values, targets, rows), values), expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-6)
+    values[1].requires_grad_(False)
+    ops.linear_cross_entropy(*values, targets, rows).backward()
+    assert values[1].grad is None and values[0].grad is not None
+    torch.library.opcheck(_linear_cross_entropy_reduced, (*values, targets, rows, 0.5))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
