@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from teracon_fast import backends
 from teracon_fast.errors import ShapeError
@@ -198,7 +199,7 @@ def _reduced_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | 
         return (None,) * 6
     gradients = ctx.saved_tensors
     # A loss that is not scaled further, the usual case, needs no pass over d(weight).
-    if torch.compiler.is_compiling() or float(grad) != 1.0:
+    if torch.compiler.is_compiling() or is_fake(grad) or float(grad) != 1.0:
         gradients = [gradient * grad.to(gradient.dtype) for gradient in gradients]
     return (*(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[:3], strict=True)), None, None, None)
 
