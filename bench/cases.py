@@ -1,9 +1,10 @@
 """What is measured: four calls at the TTL shape, each by four sides that start from the same weights.
 
-Sides: `eager`, the reference, which runs one dense pass for every (users, task) as the published program does; `compile`,
-torch.compile of the same; `torch`, ours on plain PyTorch operations, which shows what packing alone brings; `ours`, what
-`teracon_fast` runs for its users, on the fastest backend of the machine. A side is a function without arguments; what it
-returns is compared between the sides before anything is timed.
+Sides: `eager`, the reference, which runs one dense pass for every (users, task) as the published program does; `eager-bf16`, the
+same under autocast; `compile`, torch.compile of it; `torch`, ours on plain PyTorch operations, which shows what packing alone
+brings; `ours`, what `teracon_fast` runs for its users, on the fastest backend of the machine; `ours-direct`, the same without
+minimal filtering; `ours-bf16`, the same in bf16. A side is a function without arguments; what it returns is compared between the
+sides before anything is timed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,8 +27,18 @@ from teracon_fast.packing import Streams
 from teracon_fast.reference import ReferenceTCN, clamp_task_embeddings, continual_step, t1_step, target_rank
 from teracon_fast.reference import step as reference_step
 
-SIDES = ("eager", "compile", "torch", "ours")
-BACKENDS = {"torch": "torch", "ours": "auto"}
+
+@dataclass(frozen=True)
+class Own:
+    """How a side of ours runs."""
+
+    backend: str = "auto"
+    algorithm: Literal["auto", "direct"] = "auto"
+    precision: trainer.Precision = "fp32"
+
+
+OWN = {"torch": Own("torch"), "ours": Own(), "ours-direct": Own(algorithm="direct"), "ours-bf16": Own(precision="bf16")}
+SIDES = ("eager", "eager-bf16", "compile", *OWN)
 S_MAX = 50.0
 S_TRAINING = 25.0  # half way through an epoch
 ALPHA, RHO = 0.7, 0.02  # 5 of 256 users for each past task: rho's usual place, near its floor
@@ -35,6 +46,20 @@ ALPHA, RHO = 0.7, 0.02  # 5 of 256 users for each past task: rho's usual place, 
 REAL_LENGTHS = (46, 12, 100, 43, 100, 27, 100, 100, 37, 62, 26, 90, 30, 21, 45, 13, 13, 49, 20, 14)
 
 Run = Callable[[], Tensor]
+
+
+class NotMeasured(Exception):
+    """A side that a case does not have; says why."""
+
+
+def bf16(run: Run) -> Run:
+    """The same under autocast."""
+
+    def cast() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return run().float()
+
+    return cast
 
 
 @dataclass(frozen=True)
@@ -117,7 +142,7 @@ class Case(ABC):
         return ReferenceTCN(self.shape.model_para(tasks))
 
     def fast(self, tasks: int, side: str) -> FastTCN:
-        model = FastTCN(self.shape.model_para(tasks), backend=BACKENDS[side])
+        model = FastTCN(self.shape.model_para(tasks), backend=OWN[side].backend, algorithm=OWN[side].algorithm)
         model.load_state_dict(self.reference(tasks).state_dict())
         return model
 
@@ -146,7 +171,7 @@ class Forward(Case):
 
     def side(self, side: str) -> Run:
         x = self.shape.items(self.users)
-        model: Callable[..., Any] = self.fast(3, side) if side in BACKENDS else self.reference(3)
+        model: Callable[..., Any] = self.fast(3, side) if side in OWN else self.reference(3)
         model = self.compiled(model) if side == "compile" else model
 
         @torch.no_grad()
@@ -154,7 +179,7 @@ class Forward(Case):
             logits: Tensor = model(x, S_MAX, [], 2, onecall=True, new_task=2)[0]
             return logits
 
-        return run
+        return bf16(run) if side.endswith("bf16") else run
 
 
 class ContinualStep(Case):
@@ -198,12 +223,14 @@ class ContinualStep(Case):
         x, users, rho = self.shape.items(self.users), self.drawn(), [RHO] * self.past
         tasks = self.past + 1
         y = torch.randint(self.shape.task_labels(tasks)[-1], (self.users,), generator=torch.Generator().manual_seed(1))
-        if side in BACKENDS:
+        if side in OWN:
             fast, fast_teacher = self.fast(tasks, side), self.fast(self.past, side).requires_grad_(False)
             optimizer = trainer.make_optimizer(fast, 1e-4)
 
             def run_ours() -> Tensor:
-                result = trainer.continual_step(fast, fast_teacher, optimizer, x, y, users, rho, S_TRAINING, ALPHA)
+                result = trainer.continual_step(
+                    fast, fast_teacher, optimizer, x, y, users, rho, S_TRAINING, ALPHA, precision=OWN[side].precision
+                )
                 assert result.retention_loss is not None and result.next_rho is not None
                 return torch.tensor([result.class_loss, result.retention_loss, *result.next_rho.tolist()])
 
@@ -221,7 +248,7 @@ class ContinualStep(Case):
             result = continual_step(model, teacher, adam, x, y, users, rho, S_TRAINING, ALPHA)
             return torch.tensor([result.class_loss, result.retention_loss, *result.next_rho])
 
-        return run
+        return bf16(run) if side == "eager-bf16" else run
 
 
 class FirstStep(Case):
@@ -247,15 +274,20 @@ class FirstStep(Case):
 
     def side(self, side: str) -> Run:
         x = self.shape.items(self.users)
-        if side in BACKENDS:
+        if side in OWN:
             fast = self.fast(1, side)
             optimizer = trainer.make_optimizer(fast, 1e-3)
-            return lambda: trainer.t1_step(fast, optimizer, x, S_TRAINING).class_loss.reshape(1)
+            precision = OWN[side].precision
+            return lambda: trainer.t1_step(fast, optimizer, x, S_TRAINING, precision).class_loss.reshape(1)
 
         model = self.reference(1)
         adam = torch.optim.Adam(model.parameters(), lr=1e-3)
-        if side == "eager":
-            return lambda: torch.tensor([t1_step(model, adam, x, S_TRAINING)])
+        if side != "compile":
+
+            def run() -> Tensor:
+                return torch.tensor([t1_step(model, adam, x, S_TRAINING)])
+
+            return bf16(run) if side == "eager-bf16" else run
         compiled = self.compiled(reference_step.next_item_loss)
 
         def run_compiled() -> Tensor:
@@ -292,8 +324,10 @@ class Evaluation(Case):
         return total
 
     def side(self, side: str) -> Run:
+        if side.endswith("bf16"):
+            raise NotMeasured("evaluation is fp32")
         x, batch = self.shape.items(self.users), self.shape.batch
-        if side in BACKENDS:
+        if side in OWN:
             fast, rows = self.fast(3, side), np.arange(self.users, dtype=np.int32)
             samples = np.stack([rows, x[:, -1].numpy().astype(np.int32)], axis=1)
             sequences, lengths = x.numpy().astype(np.int32), self.shape.lengths(self.users).astype(np.int32)

@@ -23,7 +23,7 @@ from teracon_fast.files import atomic_write
 
 FORMAT_VERSION = 1
 COLUMNS = ("side", "median", "x eager", "users/s", "useful GFLOP/s", "of peak", "dense GFLOP/s", "memory")
-WIDTHS = (9, 12, 9, 10, 16, 9, 15, 12)
+WIDTHS = (12, 12, 9, 10, 16, 9, 15, 12)
 
 
 def table(cases: Sequence[Measured]) -> list[str]:
@@ -41,6 +41,7 @@ def table(cases: Sequence[Measured]) -> list[str]:
         threads, kind = torch.get_num_threads(), _native.fma_instructions()
         lines.append(f"fp32 FMA peak, {threads} threads, {kind}: {min(rates):.4g} to {max(rates):.4g} GFLOP/s between the cases")
     lines += [
+        "of peak: of the fp32 FMA peak, for every side; useful operations are counted as direct ones.",
         "useful: operations that the results need (cone, pads once); dense: those of a dense network, at this speed.",
         "memory: highest resident memory above a process that has only imported everything, in a process of its own.",
     ]
