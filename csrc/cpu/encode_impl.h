@@ -177,10 +177,9 @@ static void encode(const Encode<E>& op) {
     most_users = std::max(most_users, u + 1 - begins.get()[blocks - 1]);
   }
   begins.get()[blocks] = op.users;
-#pragma omp parallel num_threads(op.threads)
-  {
+  in_parallel(op.threads, [&] {
     UserBlock<E> work(op, pads.get(), partners.get(), most_rows, most_users);
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < blocks; ++b) work.run(begins.get()[b], begins.get()[b + 1]);
-  }
+  });
 }

@@ -187,8 +187,7 @@ static void head_forward(const LinearCrossEntropy& op, const HeadStatistics& sta
   Array<float> transposed(plan.padded * op.channels);
   Array<float> logarithm(plan.padded);
   Array<RunningSums*> partials(op.threads);
-#pragma omp parallel num_threads(op.threads)
-  {
+  in_parallel(op.threads, [&] {
     const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
     RunningSums own(plan.padded);
     partials.get()[thread] = &own;
@@ -241,7 +240,7 @@ static void head_forward(const LinearCrossEntropy& op, const HeadStatistics& sta
       const int64_t row = op.row_of[n];
       losses[n] = (statistics.maximum[row] - losses[n]) + logarithm.get()[row];
     }
-  }
+  });
 }
 
 // What each row's exponentials are multiplied by, and the maximum that they refer to: 0 and infinity for rows that are not there.
@@ -271,8 +270,7 @@ static void head_backward(const LinearCrossEntropy& op, const HeadStatistics& st
   Array<float> transposed(recompute ? plan.padded * f : 0);
   Array<float> columns(io.d_weight == nullptr ? 0 : plan.padded * plan.width);
   Array<const float*> partials(op.threads);
-#pragma omp parallel num_threads(op.threads)
-  {
+  in_parallel(op.threads, [&] {
     const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
     int64_t low, high;
     share(op.blocks(), threads, thread, &low, &high);
@@ -361,7 +359,7 @@ static void head_backward(const LinearCrossEntropy& op, const HeadStatistics& st
 #pragma omp for schedule(static)
       for (int64_t panel = 0; panel < plan.panels; ++panel) plan.from_panels(panel, present.get(), count, io.d_hidden);
     }
-  }
+  });
 }
 
 }  // namespace TERACON_ISA

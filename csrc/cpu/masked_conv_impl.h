@@ -111,15 +111,14 @@ static void forward(const MaskedConv<E>& op, const MaskedConvForward<E>& io) {
   Array<E> zeros(op.f_in, true);
   const RowSource<E> source{op.x, op.f_in, op.f_in, zeros.get()};
   RequestOf request_of(op);
-#pragma omp parallel num_threads(op.threads)
-  {
+  in_parallel(op.threads, [&] {
     BlockBuffers<E> buffers(*weights);
 #pragma omp for schedule(dynamic)
     for (int64_t block = 0; block < plan->blocks(); ++block) {
       run_block(*plan, block, *weights, source, &buffers,
                 [&](int64_t row, float* z) { finish_row(op, io, row, request_of(row), z); });
     }
-  }
+  });
 }
 
 // What one thread sums up in backward.
@@ -181,8 +180,7 @@ static void backward(const MaskedConv<E>& op, const MaskedConvBackward<E>& io) {
   RequestOf request_of(op);
   // One per thread; each lives in its thread's scope, which ends after the sums over threads.
   Array<Partial<E>*> partials(op.threads);
-#pragma omp parallel num_threads(op.threads)
-  {
+  in_parallel(op.threads, [&] {
     const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
     int64_t low, high;
     Partial<E> own(op, ldz);
@@ -252,7 +250,7 @@ static void backward(const MaskedConv<E>& op, const MaskedConvBackward<E>& io) {
         for (int j = 0; j < W && first + j < f; ++j) store_part(io.d_weight + (first + j) * pitch + q, v[j], pitch - q);
       }
     }
-  }
+  });
 }
 
 #include "encode_impl.h"

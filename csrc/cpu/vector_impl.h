@@ -178,4 +178,12 @@ class Array {
   T* data_;
 };
 
+// Calls fn in every thread of a team. Work stands in a function of its own, since some compilers build the body of a parallel region
+// for the machine that the file is built for, not for this instruction set.
+template <class Fn>
+static inline void in_parallel(int threads, const Fn& fn) {
+#pragma omp parallel num_threads(threads)
+  fn();
+}
+
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

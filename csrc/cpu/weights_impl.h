@@ -31,8 +31,7 @@ class Packer {
   void run() const {
     const int64_t depth = transposed_ ? op_.f_out : op_.f_in, columns = transposed_ ? op_.f_in : op_.f_out;
     const Panels<T> shape(depth, columns, op_.kernel_size, direct_, filtered_);
-#pragma omp parallel num_threads(op_.threads)
-    {
+    in_parallel(op_.threads, [&] {
       Array<float> taps(W * W * op_.kernel_size);
 #pragma omp for schedule(static)
       for (int64_t column = 0; column < shape.ldc; column += W) {
@@ -41,7 +40,7 @@ class Packer {
           write(shape, column, row, std::min<int64_t>(W, depth - row), taps.get());
         }
       }
-    }
+    });
   }
 
  private:
