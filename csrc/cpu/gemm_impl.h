@@ -25,7 +25,7 @@ static TERACON_INLINE void accumulate(V (&acc)[R][NV], const Left& a, const Word
   for (int64_t p = 0; p < units; ++p, b += step) {
     typename Units<T>::Vec row[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) row[j] = reinterpret_cast<const typename Units<T>::Vec*>(b)[j];
+    for (int j = 0; j < NV; ++j) row[j] = Units<T>::load(b + j * W);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
       const auto left = Units<T>::broadcast(a(i, p));

@@ -13,9 +13,14 @@ constexpr int NR = W * NV;
 constexpr int MR = TERACON_MR;
 constexpr int OR = TERACON_OR;
 
-typedef float V __attribute__((vector_size(4 * TERACON_LANES), aligned(4), may_alias));
-typedef uint32_t U __attribute__((vector_size(4 * TERACON_LANES), aligned(2), may_alias));
-typedef uint16_t H __attribute__((vector_size(2 * TERACON_LANES), aligned(2), may_alias));
+// Values. The names beside them are the same where they lie in memory, at any address that their elements may have: an alignment
+// that is part of V itself would be lost where compilers take references to it.
+typedef float V __attribute__((vector_size(4 * TERACON_LANES), may_alias));
+typedef float StoredV __attribute__((vector_size(4 * TERACON_LANES), aligned(4), may_alias));
+typedef uint32_t U __attribute__((vector_size(4 * TERACON_LANES), may_alias));
+typedef uint32_t StoredU __attribute__((vector_size(4 * TERACON_LANES), aligned(2), may_alias));
+typedef uint16_t H __attribute__((vector_size(2 * TERACON_LANES), may_alias));
+typedef uint16_t StoredH __attribute__((vector_size(2 * TERACON_LANES), aligned(2), may_alias));
 typedef uint32_t Word;
 typedef uint32_t AnyWord __attribute__((aligned(2), may_alias));  // wherever two bf16 lie
 
@@ -24,8 +29,8 @@ typedef uint32_t AnyWord __attribute__((aligned(2), may_alias));  // wherever tw
 // v - 0 is v for every v, v + 0 is not (-0): only this form compiles to a plain broadcast.
 static TERACON_INLINE V splat(float v) { return v - V{}; }
 
-static TERACON_INLINE V load(const float* p) { return *reinterpret_cast<const V*>(p); }
-static TERACON_INLINE void store(float* p, V v) { *reinterpret_cast<V*>(p) = v; }
+static TERACON_INLINE V load(const float* p) { return *reinterpret_cast<const StoredV*>(p); }
+static TERACON_INLINE void store(float* p, V v) { *reinterpret_cast<StoredV*>(p) = v; }
 
 // Rounds to nearest, ties to even; a NaN stays one.
 static TERACON_INLINE U upper_half(V v) {
@@ -44,8 +49,8 @@ static TERACON_INLINE V widen(H half) {
   U bits = __builtin_convertvector(half, U) << 16;
   return reinterpret_cast<V&>(bits);
 }
-static TERACON_INLINE V load(const Bf16* p) { return widen(*reinterpret_cast<const H*>(p)); }
-static TERACON_INLINE void store(Bf16* p, V v) { *reinterpret_cast<H*>(p) = narrow(v); }
+static TERACON_INLINE V load(const Bf16* p) { return widen(*reinterpret_cast<const StoredH*>(p)); }
+static TERACON_INLINE void store(Bf16* p, V v) { *reinterpret_cast<StoredH*>(p) = narrow(v); }
 
 static inline float to_float(float v) { return v; }
 static inline float to_float(Bf16 v) {
@@ -135,6 +140,7 @@ template <>
 struct Units<float> {
   static constexpr int kDepth = 1;
   typedef V Vec;
+  static TERACON_INLINE V load(const Word* p) { return *reinterpret_cast<const StoredV*>(p); }
   static TERACON_INLINE V broadcast(const Word* p) {
     float value;
     std::memcpy(&value, p, 4);
@@ -149,6 +155,7 @@ template <>
 struct Units<Bf16> {
   static constexpr int kDepth = 2;
   typedef U Vec;
+  static TERACON_INLINE U load(const Word* p) { return *reinterpret_cast<const StoredU*>(p); }
   static TERACON_INLINE U broadcast(const Word* p) { return *reinterpret_cast<const AnyWord*>(p) - U{}; }
   static TERACON_INLINE V multiply_add(V sum, U a, U b) { return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
   static TERACON_INLINE U join(const V* rows) { return (upper_half(rows[0]) >> 16) | upper_half(rows[1]); }
