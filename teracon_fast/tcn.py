@@ -14,7 +14,6 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teracon_fast import backends, masks, ops, packing
@@ -119,9 +118,16 @@ class FastTCN(nn.Module):
 
     With one task the native form has no relation weights and uses the plain mask (Eq. 6), like the published task-1 network.
 
+    Attributes:
+        sparse_embedding_grad: whether the item embedding's gradient is sparse, see `ops.embedding_rows`. False until
+            `trainer.make_optimizer` sets it: most optimisers and `DistributedDataParallel` take only dense gradients. So
+            copies of a model, which have no optimiser yet, begin with False too.
+
     Raises:
         ConfigError: for a missing or invalid argument.
     """
+
+    sparse_embedding_grad: bool = False
 
     def __init__(
         self,
@@ -175,6 +181,11 @@ class FastTCN(nn.Module):
         self.task_classifier = nn.ModuleList(nn.Linear(self.channels, count) for count in self.labels)
         for task in range(self.num_tasks):
             _init_linear(self.head(task))
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(cast("dict[str, Any]", super().__getstate__()))
+        state.pop("sparse_embedding_grad", None)
+        return state
 
     @property
     def num_tasks(self) -> int:
@@ -363,7 +374,8 @@ class FastTCN(nn.Module):
         device = self.embeding.weight.device
         if device.type != "cpu":
             packed = packed.to(device)
-        hidden = F.embedding(x.to(device).reshape(-1)[packed.cells], self.embeding.weight)
+        items = x.to(device).reshape(-1)[packed.cells]
+        hidden = ops.embedding_rows(self.embeding.weight, items, self.sparse_embedding_grad)
         for rows in self.layers(hidden, chosen, packed):
             hidden = rows
         return hidden, packed

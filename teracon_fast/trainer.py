@@ -17,12 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teracon_fast import ops, packing
+from teracon_fast import _native, ops, packing
 from teracon_fast.data import ahead, epoch_batches, fetch
 from teracon_fast.errors import TeraconError
 from teracon_fast.masks import Parity, annealed_scale
 from teracon_fast.masks import rho as sampling_rates
 from teracon_fast.metrics import selection_value
+from teracon_fast.optim import Adam
 from teracon_fast.tcn import FastTCN, Request
 
 if TYPE_CHECKING:
@@ -70,10 +71,17 @@ class StepResult:
     next_rho: HostCopy | None = None
 
 
-def make_optimizer(model: torch.nn.Module, lr: float) -> torch.optim.Adam:
-    """Adam with default betas over all parameters, without weight decay, in one fused kernel where PyTorch has one."""
+def make_optimizer(model: torch.nn.Module, lr: float) -> Adam:
+    """Adam with default betas over all parameters, without weight decay, in one fused kernel where PyTorch has one.
+
+    From here on the item embedding's gradient is sparse where a kernel is there to take it: float32 on the CPU.
+    """
+    if isinstance(model, FastTCN):
+        weight = model.embeding.weight
+        served = weight.device.type == "cpu" and weight.dtype == torch.float32 and _native.available()
+        model.sparse_embedding_grad = served
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in model.parameters())
-    return torch.optim.Adam(model.parameters(), lr=lr, fused=fused or None)
+    return Adam(model.parameters(), lr=lr, fused=fused or None)
 
 
 def _forward(model: FastTCN, precision: Precision) -> torch.autocast:

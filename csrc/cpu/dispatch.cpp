@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "adam.h"
 #include "linear_cross_entropy.h"
 #include "masked_conv.h"
 
@@ -17,6 +18,7 @@ struct InstructionSet {
   const Kernels<float>* fp32;
   const Kernels<Bf16>* bf16;
   const HeadKernels* head;
+  const AdamKernels* adam;
 };
 
 const InstructionSet& choose() {
@@ -31,11 +33,11 @@ const InstructionSet& choose() {
   const bool dot_is_faster = !__builtin_cpu_is("intel");
 #endif
   static const InstructionSet sets[] = {
-      {"generic", true, true, &kGenericFloat, &kGenericBf16, &kGenericHead},
+      {"generic", true, true, &kGenericFloat, &kGenericBf16, &kGenericHead, &kGenericAdam},
 #if defined(__x86_64__)
-      {"avx2", avx2, true, &kAvx2Float, &kAvx2Bf16, &kAvx2Head},
-      {"avx512", avx512, true, &kAvx512Float, &kAvx512Bf16, &kAvx512Head},
-      {"avx512_bf16", avx512_bf16, dot_is_faster, &kAvx512Float, &kAvx512Bf16Dot, &kAvx512Head},
+      {"avx2", avx2, true, &kAvx2Float, &kAvx2Bf16, &kAvx2Head, &kAvx2Adam},
+      {"avx512", avx512, true, &kAvx512Float, &kAvx512Bf16, &kAvx512Head, &kAvx512Adam},
+      {"avx512_bf16", avx512_bf16, dot_is_faster, &kAvx512Float, &kAvx512Bf16Dot, &kAvx512Head, &kAvx512Adam},
 #endif
   };
   const char* given = std::getenv("TERACON_CPU_ISA");
@@ -76,6 +78,8 @@ const Kernels<Bf16>& kernels() {
 }
 
 const HeadKernels& head_kernels() { return *chosen().head; }
+
+const AdamKernels& adam_kernels() { return *chosen().adam; }
 
 const char* cpu_isa() { return chosen().name; }
 

@@ -15,6 +15,7 @@
 #include <new>
 #include <type_traits>
 
+#include "adam.h"
 #include "encode.h"
 #include "linear_cross_entropy.h"
 #include "masked_conv.h"

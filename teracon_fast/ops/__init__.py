@@ -1,5 +1,6 @@
 """Operations of the fast path. Each checks its input, is differentiable, and dispatches to a backend."""
 
+from teracon_fast.ops.embedding_rows import embedding_rows
 from teracon_fast.ops.gather_rows import gather_rows
 from teracon_fast.ops.linear_cross_entropy import linear_cross_entropy
 from teracon_fast.ops.linear_rank import linear_rank, linear_topk
@@ -8,6 +9,7 @@ from teracon_fast.ops.retention_mse import retention_mse
 
 __all__ = [
     "ALGORITHMS",
+    "embedding_rows",
     "gather_rows",
     "linear_cross_entropy",
     "linear_rank",

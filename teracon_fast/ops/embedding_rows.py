@@ -1,0 +1,78 @@
+"""Rows of an embedding, with a gradient that may be sparse: no dense matrix for the few rows that a batch reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from teracon_fast.errors import ShapeError
+
+
+def embedding_rows(weight: Tensor, items: Tensor, sparse: bool = False) -> Tensor:
+    """`weight[items]`, differentiable with respect to `weight`.
+
+    With `sparse` the gradient is a `torch.sparse_coo` tensor: the items of the batch, each once and ascending, with the sums
+    of their rows in the order of occurrence. These are the bits of the dense gradient on the CPU, in every run. Optimisers that
+    take it: `teracon_fast.optim.Adam`, torch's SGD, Adagrad and SparseAdam. `DistributedDataParallel` does not. PyTorch drops
+    the mark "coalesced" when it puts the gradient into `.grad`; the rows there are still unique and ascending.
+
+    `torch.compile` traces no sparse gradients: in compiled code the gradient is dense whatever `sparse` says.
+
+    Args:
+        weight: `[V, f]`, floating. The gradient has its dtype; in less than float32, sums are taken in float32.
+        items: int64 or int32 `[n]`, rows of `weight`.
+        sparse: whether the gradient is sparse.
+
+    Returns:
+        `[n, f]`.
+
+    Raises:
+        ShapeError: for other shapes or dtypes. IndexError: an item is not in 0..V-1.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ShapeError(f"embedding_rows: weight is {weight.dtype} {list(weight.shape)}, expected a floating [V, f]")
+    if items.dim() != 1 or items.dtype not in (torch.int64, torch.int32):
+        raise ShapeError(f"embedding_rows: items are {items.dtype} {list(items.shape)}, expected int64 [n]")
+    if sparse and not torch.compiler.is_compiling():
+        rows: Tensor = _RowsWithSparseGradient.apply(weight, items)
+        return rows
+    return F.embedding(items, weight)
+
+
+def sum_rows(items: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the rows of each item, in the order of occurrence.
+
+    Args:
+        items: int64 `[n]`, in any order.
+        rows: `[n, f]`, floating, of any layout.
+
+    Returns:
+        The different items, ascending, int64 `[m]`; the sums `[m, f]` in the dtype of `rows`, taken in float32 at least.
+    """
+    ordered, order = torch.sort(items, stable=True)
+    different, counts = torch.unique_consecutive(ordered, return_counts=True)
+    exact = rows if rows.dtype == torch.float64 else rows.float()
+    # Adds the rows of a bag one by one, in the order given, and shares bags among threads.
+    sums = F.embedding_bag(order, exact.contiguous(), counts.cumsum(0) - counts, mode="sum")
+    return different, sums.to(rows.dtype)
+
+
+class _RowsWithSparseGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, items: Tensor) -> Tensor:
+        ctx.save_for_backward(items)
+        ctx.shape = weight.shape
+        return F.embedding(items, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (items,) = ctx.saved_tensors
+        different, sums = sum_rows(items.long(), grad)
+        # Checking that rows are in range would read the device; forward has read them.
+        gradient = torch.sparse_coo_tensor(different[None], sums, ctx.shape, check_invariants=False, is_coalesced=True)
+        return gradient, None
