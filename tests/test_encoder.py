@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
+from instruction_sets import INSTRUCTION_SETS, passes_under
 from torch import Tensor
 
 from teracon_fast import FastTCN, Request, env_report, tcn
@@ -163,15 +160,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set_that_this_machine_has(isa: str) -> None:
     """The whole of this file again, in a process that is told which kernels to use."""
-    environment = os.environ | {"TERACON_CPU_ISA": isa}
-    probe = "from teracon_fast import _native; print(_native.cpu_isa())"
-    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        assert f"TERACON_CPU_ISA is '{isa}', expected one that this machine has" in done.stderr
-        return
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not instruction_set"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    passes_under(isa, __file__, "not instruction_set")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+from instruction_sets import INSTRUCTION_SETS, passes_under
 from torch import Tensor, nn
 
 from teracon_fast import FastTCN, _native, optim
@@ -316,19 +314,11 @@ def test_the_kernel_refuses_tensors_that_do_not_fit() -> None:
             call(**wrong_call)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @COMPILED
 def test_every_instruction_set_that_this_machine_has(isa: str) -> None:
     """The compiled kernel's tests again, in a process that is told which instructions to use."""
-    probe = "from teracon_fast import _native; print(_native.cpu_isa())"
-    environment = os.environ | {"TERACON_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        assert f"TERACON_CPU_ISA is '{isa}', expected one that this machine has" in done.stderr
-        return
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "compiled or kernel"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    passes_under(isa, __file__, "compiled or kernel")
 
 
 def small_model() -> FastTCN:

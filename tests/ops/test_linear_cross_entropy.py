@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import INSTRUCTION_SETS, passes_under
 from torch import Tensor
 
 from teracon_fast import env_report, ops
@@ -264,20 +261,11 @@ def test_compiles_as_one_graph(backend: str) -> None:
         torch.testing.assert_close(g, e)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @COMPILED
 def test_every_instruction_set_that_this_machine_has(isa: str) -> None:
     """The whole of this file again, in a process that is told which kernels to use."""
-    probe = "from teracon_fast import _native; print(_native.cpu_isa())"
-    environment = os.environ | {"TERACON_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        assert f"TERACON_CPU_ISA is '{isa}', expected one that this machine has" in done.stderr
-        return
-    tests = ["-k", "not instruction_set and not gradcheck and not opcheck and not compiles and not torch"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, *tests]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    passes_under(isa, __file__, "not instruction_set and not gradcheck and not opcheck and not compiles and not torch")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import INSTRUCTION_SETS, passes_under
 from torch import Tensor
 
 from teracon_fast import env_report, ops, packing
@@ -254,22 +252,12 @@ def test_an_algorithm_is_used_or_refused() -> None:
         run(inputs(table, back), table, back, "auto", "winograd")
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set_that_this_machine_has(isa: str) -> None:
     """The whole of this file again, in a process that is told which kernels to use."""
     if "cpu" not in BACKENDS:
         pytest.skip("this installation has no compiled extension")
-    probe = "from teracon_fast import _native; print(_native.cpu_isa())"
-    environment = os.environ | {"TERACON_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        assert f"TERACON_CPU_ISA is '{isa}', expected one that this machine has" in done.stderr
-        return
-    assert done.stdout.strip() == isa
-    tests = ["--threads", str(torch.get_num_threads()), "--capture", "sys", "-k", "not instruction_set and not gradcheck"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, *tests]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:3000]
+    passes_under(isa, __file__, "not instruction_set and not gradcheck")
 
 
 def test_nan_stays_where_it_belongs() -> None:
