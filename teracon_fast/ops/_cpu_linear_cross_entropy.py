@@ -5,6 +5,8 @@ Labels are taken in blocks: the logits of some rows under a block stay in the ca
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,13 +41,21 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `_torch_linear_cross_entropy.forward`."""
     labels = weight.shape[0]
-    losses, statistics = torch.empty(targets.shape[0]), torch.empty(2, hidden.shape[0])
     exponentials, highest = (torch.empty(shape) for shape in kept_shapes(hidden.shape[0], labels, save))
+    wide, wide_weight, wide_bias = _dense(hidden, weight, bias)
+    losses, statistics = _forward_into(wide, wide_weight, wide_bias, targets, rows, exponentials, highest)
+    return losses, statistics, exponentials, highest
+
+
+def _forward_into(
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, exponentials: Tensor, highest: Tensor
+) -> tuple[Tensor, Tensor]:
+    losses, statistics = torch.empty(targets.shape[0]), torch.empty(2, hidden.shape[0])
     torch.ops.teracon_fast.linear_cross_entropy_cpu_forward(
-        *_dense(hidden, weight, bias), targets.contiguous(), rows.contiguous(), _block(labels), torch.get_num_threads(),
+        hidden, weight, bias, targets.contiguous(), rows.contiguous(), _block(weight.shape[0]), torch.get_num_threads(),
         losses, statistics, exponentials, highest,
     )  # fmt: skip
-    return losses, statistics, exponentials, highest
+    return losses, statistics
 
 
 def backward(
@@ -89,9 +99,13 @@ def reduced(
     begins = range(0, hidden.shape[0], at_once)
     ends = torch.searchsorted(rows, torch.tensor([begin + at_once for begin in begins])).tolist()
     total, from_target = torch.zeros((), dtype=torch.float64), 0
+    # One array for all turns: fresh memory costs a good part of what keeping the exponentials saves.
+    room = [torch.empty(math.prod(shape)) for shape in kept_shapes(at_once, weight.shape[0], True)]
     for begin, end in zip(begins, ends, strict=True):
         part, own, row_of = wide[begin : begin + at_once], targets[from_target:end], rows[from_target:end] - begin
-        losses, statistics, exponentials, highest = forward(part, wide_weight, wide_bias, own, row_of, True)
+        shapes = kept_shapes(part.shape[0], weight.shape[0], True)
+        exponentials, highest = (array[: math.prod(shape)] for array, shape in zip(room, shapes, strict=True))
+        losses, statistics = _forward_into(part, wide_weight, wide_bias, own, row_of, exponentials, highest)
         torch.ops.teracon_fast.linear_cross_entropy_cpu_backward(
             part, wide_weight, wide_bias, own, row_of, _block(weight.shape[0]), torch.get_num_threads(), statistics,
             exponentials, highest, torch.full_like(losses, scale), begin > 0, d_hidden[begin : begin + at_once], d_weight, d_bias,
