@@ -7,7 +7,7 @@
 namespace teracon {
 
 // The whole encoder of one task for the last position, without gradient: see teracon_fast/encoder.py. Blocks of users go
-// through all layers while their rows stay in a core's second-level cache. E: what rows are stored as on the way.
+// through all layers, each thread its own. E: what rows are stored as on the way.
 template <class E>
 struct Encode {
   int64_t users, length, items, f, kernel_size, convolutions;
