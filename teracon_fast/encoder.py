@@ -2,7 +2,8 @@
 
 The compiled kernels take blocks of users through all layers, every thread its own, in memory of a few MiB. A layer holds only
 the rows that the layers above read, in one of three buffers that take turns (a block's input, its inner activations, its
-output). What does not depend on users is ready before: weights in the order of the register tiles, masks folded into the LayerNorm's scale and shift (`m * relu(a) = relu(m * a)` for m >= 0), and the states of the left pads.
+output). What does not depend on users is ready before: weights in the order of the register tiles, masks folded into the
+LayerNorm's scale and shift (`m * relu(a) = relu(m * a)` for m >= 0), and the states of the left pads.
 """
 
 from __future__ import annotations
