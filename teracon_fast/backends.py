@@ -23,7 +23,12 @@ _LOG = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 
 # Names in order of preference, per operation. Reference code is the specification, not a backend.
-_NAMES: dict[str, tuple[str, ...]] = {"masked_conv": ("cpu", "torch"), "linear_cross_entropy": ("cpu", "torch")}
+_NAMES: dict[str, tuple[str, ...]] = {
+    "masked_conv": ("cpu", "torch"),
+    "linear_cross_entropy": ("cpu", "triton", "torch"),
+    "retention_mse": ("cpu", "triton", "torch"),
+    "linear_rank": ("cpu", "triton", "torch"),
+}
 
 
 class BackendError(TeraconError):
@@ -34,9 +39,26 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None if the backend runs inputs of this device and dtype here, else the reason."""
     if name == "torch":
         return None
+    if name == "triton":
+        return _why_not_triton(device, dtype)
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return f"it runs torch.float32 and torch.bfloat16 on cpu, not {dtype} on {device}"
     return _native.missing_reason()
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    # The interpreter runs the kernels on the CPU, for tests.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and device.type == "cpu"
+    if (device.type != "cuda" and not interpreted) or dtype not in (torch.float32, torch.bfloat16):
+        return f"it runs torch.float32 and torch.bfloat16 on cuda, not {dtype} on {device}"
+    return None
+
+
+def _serves(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a backend is good for more than tests."""
+    return _why_not(name, device, dtype) is None and (name != "triton" or device.type == "cuda")
 
 
 @lru_cache(maxsize=256)
@@ -55,7 +77,7 @@ def resolve(
     """
     names = _NAMES[operation]
     if backend == "auto":
-        choice = next(name for name in names if _why_not(name, device, dtype) is None)
+        choice = next(name for name in names if _serves(name, device, dtype))
         _LOG.debug("backend auto: %s of %s on %s runs on %s", operation, dtype, device, choice)
         return choice
     if backend not in names:
@@ -85,7 +107,7 @@ def env_report() -> dict[str, Any]:
         "compiler": shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"),
         "cpu_isa": _native.cpu_isa() if _native.available() else None,
         "backends": {
-            operation: [name for name in names if _why_not(name, _CPU, torch.float32) is None]
+            operation: [name for name in names if _serves(name, _CPU, torch.float32)]
             for operation, names in _NAMES.items()
         },
         "auto": {operation: resolve("auto", operation) for operation in _NAMES},

@@ -148,7 +148,6 @@ def continual_step(
     current, past = model.num_tasks - 1, range(teacher.num_tasks)
     lengths = packing.real_lengths(x) if lengths is None else lengths  # as in `t1_step`
     x, y = to_device(x, model), to_device(y, model)
-    rates = torch.tensor(rho, dtype=torch.float64)  # shares rounded once, as the published program's floats are
     with _forward(model, precision):
         masks = model.masks(s)
         with torch.no_grad():
@@ -162,14 +161,20 @@ def continual_step(
         hidden, *student = model.encode(x, [Request(current), *asked], s, masks, lengths)
         head = model.head(current)
         class_loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, y, backend=model.backend)
-        heads, teacher_heads = [_parameters(model, j) for j in past], [_parameters(teacher, j) for j in past]
-        retention_loss = ops.retention_mse(student, heads, pseudo, teacher_heads, rates)
+        heads, teacher_heads = [model.head(j) for j in past], [teacher.head(j) for j in past]
+        # alpha is part of the loss: it is formed with its gradients.
+        retention_loss = ops.retention_mse(
+            student, [head.weight for head in heads], [head.bias for head in heads],
+            pseudo, [head.weight for head in teacher_heads], [head.bias for head in teacher_heads],
+            rho, scale=alpha or 1.0, backend=model.backend,
+        )  # fmt: skip
+        loss = class_loss + retention_loss if alpha else class_loss
 
     optimizer.zero_grad(set_to_none=True)
-    (class_loss + alpha * retention_loss).backward()  # type: ignore[no-untyped-call]
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     model.clamp_task_embeddings()
-    return StepResult(class_loss.detach(), retention_loss.detach(), next_rho)
+    return StepResult(class_loss.detach(), retention_loss.detach() / (alpha or 1.0), next_rho)
 
 
 def to_device(tensor: Tensor, model: FastTCN) -> Tensor:
@@ -178,11 +183,6 @@ def to_device(tensor: Tensor, model: FastTCN) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
-
-
-def _parameters(model: FastTCN, task: int) -> tuple[Tensor, Tensor]:
-    head = model.head(task)
-    return head.weight, head.bias
 
 
 def drawing_rates(rho: Sequence[float], sampling: Sampling) -> list[float]:

@@ -5,7 +5,6 @@
 #include <string>
 
 #include "adam.h"
-#include "linear_cross_entropy.h"
 #include "masked_conv.h"
 
 namespace teracon {
@@ -17,7 +16,6 @@ struct InstructionSet {
   bool present, preferred;
   const Kernels<float>* fp32;
   const Kernels<Bf16>* bf16;
-  const HeadKernels* head;
   const AdamKernels* adam;
 };
 
@@ -33,11 +31,11 @@ const InstructionSet& choose() {
   const bool dot_is_faster = !__builtin_cpu_is("intel");
 #endif
   static const InstructionSet sets[] = {
-      {"generic", true, true, &kGenericFloat, &kGenericBf16, &kGenericHead, &kGenericAdam},
+      {"generic", true, true, &kGenericFloat, &kGenericBf16, &kGenericAdam},
 #if defined(__x86_64__)
-      {"avx2", avx2, true, &kAvx2Float, &kAvx2Bf16, &kAvx2Head, &kAvx2Adam},
-      {"avx512", avx512, true, &kAvx512Float, &kAvx512Bf16, &kAvx512Head, &kAvx512Adam},
-      {"avx512_bf16", avx512_bf16, dot_is_faster, &kAvx512Float, &kAvx512Bf16Dot, &kAvx512Head, &kAvx512Adam},
+      {"avx2", avx2, true, &kAvx2Float, &kAvx2Bf16, &kAvx2Adam},
+      {"avx512", avx512, true, &kAvx512Float, &kAvx512Bf16, &kAvx512Adam},
+      {"avx512_bf16", avx512_bf16, dot_is_faster, &kAvx512Float, &kAvx512Bf16Dot, &kAvx512Adam},
 #endif
   };
   const char* given = std::getenv("TERACON_CPU_ISA");
@@ -77,7 +75,15 @@ const Kernels<Bf16>& kernels() {
   return *chosen().bf16;
 }
 
-const HeadKernels& head_kernels() { return *chosen().head; }
+template <>
+const HeadKernels<float>& head_kernels() {
+  return kernels<float>().head;
+}
+
+template <>
+const HeadKernels<Bf16>& head_kernels() {
+  return kernels<Bf16>().head;
+}
 
 const AdamKernels& adam_kernels() { return *chosen().adam; }
 

@@ -13,8 +13,7 @@
 #define TERACON_NV 2
 #define TERACON_MR 6
 #define TERACON_OR 4
-#include "masked_conv_impl.h"
-#include "linear_cross_entropy_impl.h"
+#include "kernels_impl.h"
 #include "adam_impl.h"
 
 #if defined(__clang__)
@@ -26,7 +25,6 @@
 namespace teracon {
 constexpr Kernels<float> kAvx2Float = avx2::table<float>("avx2");
 constexpr Kernels<Bf16> kAvx2Bf16 = avx2::table<Bf16>("avx2");
-constexpr HeadKernels kAvx2Head = {avx2::head_forward, avx2::head_backward};
 constexpr AdamKernels kAvx2Adam = {avx2::adam_with_gradient, avx2::adam_without_gradient};
 }  // namespace teracon
 

@@ -13,8 +13,7 @@
 #define TERACON_NV 2
 #define TERACON_MR 14
 #define TERACON_OR 8
-#include "masked_conv_impl.h"
-#include "linear_cross_entropy_impl.h"
+#include "kernels_impl.h"
 #include "adam_impl.h"
 
 #if defined(__clang__)
@@ -26,7 +25,6 @@
 namespace teracon {
 constexpr Kernels<float> kAvx512Float = avx512::table<float>("avx512");
 constexpr Kernels<Bf16> kAvx512Bf16 = avx512::table<Bf16>("avx512");
-constexpr HeadKernels kAvx512Head = {avx512::head_forward, avx512::head_backward};
 constexpr AdamKernels kAvx512Adam = {avx512::adam_with_gradient, avx512::adam_without_gradient};
 }  // namespace teracon
 

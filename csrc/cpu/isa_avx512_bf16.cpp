@@ -14,7 +14,7 @@
 #define TERACON_MR 14
 #define TERACON_OR 8
 #define TERACON_DOT
-#include "masked_conv_impl.h"
+#include "kernels_impl.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -17,7 +17,7 @@
 
 #include "adam.h"
 #include "encode.h"
-#include "linear_cross_entropy.h"
+#include "head_kernels.h"
 #include "masked_conv.h"
 #include "pairs.h"
 #include "targets.h"

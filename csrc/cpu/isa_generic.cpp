@@ -4,13 +4,11 @@
 #define TERACON_NV 2
 #define TERACON_MR 6
 #define TERACON_OR 4
-#include "masked_conv_impl.h"
-#include "linear_cross_entropy_impl.h"
+#include "kernels_impl.h"
 #include "adam_impl.h"
 
 namespace teracon {
 constexpr Kernels<float> kGenericFloat = generic::table<float>("generic");
 constexpr Kernels<Bf16> kGenericBf16 = generic::table<Bf16>("generic");
-constexpr HeadKernels kGenericHead = {generic::head_forward, generic::head_backward};
 constexpr AdamKernels kGenericAdam = {generic::adam_with_gradient, generic::adam_without_gradient};
 }  // namespace teracon

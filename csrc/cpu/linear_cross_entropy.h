@@ -1,25 +1,10 @@
 #pragma once
 
-#include <cstdint>
+#include "head.h"
 
 namespace teracon {
 
-// Cross-entropy of a linear head; see teracon_fast/ops/linear_cross_entropy.py for the mathematics. All arrays are dense and
-// row-major. Labels are taken in blocks, so no array of [rows, labels] is needed.
-struct LinearCrossEntropy {
-  int64_t rows, labels, channels, count;
-  const float* hidden;    // [rows, channels]
-  const float* weight;    // [labels, channels]
-  const float* bias;      // [labels]
-  const int64_t* targets; // [count], labels
-  const int64_t* row_of;  // [count], row of each target
-  int64_t block;          // labels in a block
-  int threads;
-
-  int64_t blocks() const { return (labels + block - 1) / block; }
-  // Rows as they are stored: a whole number of register tiles of every instruction set.
-  int64_t padded_rows() const { return (rows + 31) / 32 * 32; }
-};
+// Cross-entropy of a linear head; see teracon_fast/ops/linear_cross_entropy.py for the mathematics.
 
 // Each row's softmax is exp(logit - maximum) / sum.
 struct HeadStatistics {
@@ -34,28 +19,16 @@ struct KeptLogits {
   float* highest;       // [blocks, padded_rows]
 };
 
+// What the logits say of the labels, null when not wanted. Ranks as linear_rank.h.
+struct Predictions {
+  int64_t* best;  // [rows], the lowest of the labels with the highest logit
+  int64_t* rank;  // [count]
+};
+
 struct LinearCrossEntropyBackward {
   const float* grad;  // [count], gradient of each target's loss
-  float* d_hidden;    // [rows, channels], null when not needed
-  float* d_weight;    // [labels, channels], null when not needed
-  float* d_bias;      // [labels]
-  bool add;           // to what d_weight and d_bias hold
+  float negligible;   // tiles of probabilities below it are left out; 0: none are
+  HeadGradients gradients;
 };
-
-// One instruction set's kernels.
-struct HeadKernels {
-  // Fills losses [count] and the statistics.
-  void (*forward)(const LinearCrossEntropy&, const HeadStatistics&, const KeptLogits&, float* losses);
-  void (*backward)(const LinearCrossEntropy&, const HeadStatistics&, const KeptLogits&, const LinearCrossEntropyBackward&);
-};
-
-extern const HeadKernels kGenericHead;
-#if defined(__x86_64__)
-extern const HeadKernels kAvx2Head;
-extern const HeadKernels kAvx512Head;
-#endif
-
-// As kernels() of masked_conv.h.
-const HeadKernels& head_kernels();
 
 }  // namespace teracon

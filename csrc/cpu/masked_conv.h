@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "element.h"
+#include "head_kernels.h"
 
 namespace teracon {
 
@@ -76,6 +77,7 @@ struct Kernels {
   int64_t (*encoder_words)(int64_t f, int64_t kernel_size);
   void (*encoder_pack)(const Convolution&, int32_t* words);
   void (*encode)(const Encode<E>&);
+  HeadKernels<E> head;
 };
 
 extern const Kernels<float> kGenericFloat;

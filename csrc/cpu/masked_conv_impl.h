@@ -255,10 +255,5 @@ static void backward(const MaskedConv<E>& op, const MaskedConvBackward<E>& io) {
 
 #include "encode_impl.h"
 
-template <class E>
-static constexpr Kernels<E> table(const char* name) {
-  return {name, forward<E>, backward<E>, encoder_words<E>, encoder_pack<E>, encode<E>};
-}
-
 }  // namespace TERACON_ISA
 }  // namespace teracon

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "linear_cross_entropy.h"
-
 namespace teracon {
 namespace {
 
@@ -20,13 +18,14 @@ void sort_by(int64_t groups, int64_t count, At at, Group group, int64_t* offsets
 
 }  // namespace
 
-TargetOrder::TargetOrder(const LinearCrossEntropy& op)
-    : row_offsets(new int64_t[op.rows + 1 + op.blocks() + 1 + 2 * op.count]),
-      by_row(row_offsets + op.rows + 1),
-      block_offsets(by_row + op.count),
-      by_block(block_offsets + op.blocks() + 1) {
-  sort_by(op.rows, op.count, [](int64_t i) { return i; }, [&](int64_t n) { return op.row_of[n]; }, row_offsets, by_row);
-  sort_by(op.blocks(), op.count, [&](int64_t i) { return by_row[i]; }, [&](int64_t n) { return op.targets[n] / op.block; },
+TargetOrder::TargetOrder(const Targets& targets, int64_t rows, int64_t blocks, int64_t block)
+    : row_offsets(new int64_t[rows + 1 + blocks + 1 + 2 * targets.count]),
+      by_row(row_offsets + rows + 1),
+      block_offsets(by_row + targets.count),
+      by_block(block_offsets + blocks + 1) {
+  const int64_t count = targets.count;
+  sort_by(rows, count, [](int64_t i) { return i; }, [&](int64_t n) { return targets.row_of[n]; }, row_offsets, by_row);
+  sort_by(blocks, count, [&](int64_t i) { return by_row[i]; }, [&](int64_t n) { return targets.labels[n] / block; },
           block_offsets, by_block);
 }
 

@@ -2,14 +2,14 @@
 
 #include <cstdint>
 
-namespace teracon {
+#include "head.h"
 
-struct LinearCrossEntropy;
+namespace teracon {
 
 // Targets of a head grouped by their row, and by the block of labels that they lie in.
 class TargetOrder {
  public:
-  explicit TargetOrder(const LinearCrossEntropy& op);
+  TargetOrder(const Targets& targets, int64_t rows, int64_t blocks, int64_t block);
   TargetOrder(const TargetOrder&) = delete;
   TargetOrder& operator=(const TargetOrder&) = delete;
   ~TargetOrder();

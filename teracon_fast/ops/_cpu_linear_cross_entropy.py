@@ -1,6 +1,7 @@
 """`linear_cross_entropy` by the compiled C++ kernels: float32 and bfloat16 hidden states on the CPU. The `cpu` backend.
 
-Labels are taken in blocks: the logits of some rows under a block stay in the cache. Arithmetic is float32 throughout.
+Labels are taken in blocks: the logits of some rows under a block stay in the cache. With hidden states in bfloat16, matrix
+products are of bfloat16 where the processor multiplies pairs of them, else of float32; everything else is float32.
 """
 
 from __future__ import annotations
@@ -10,110 +11,120 @@ import math
 import torch
 from torch import Tensor
 
-Shape = tuple[int, ...]
+from teracon_fast.ops._cpu_heads import block_of, dense_head, schedule
+from teracon_fast.ops._torch_linear_cross_entropy import Forward, Shape
 
 # Backward is a third faster with the exponentials of all logits kept from forward. Beyond this size it forms them again: malloc
 # gives larger memory back to the system every time, and getting it anew can cost more than the product.
 KEPT_BYTES = 32 << 20
-# Fewer rows than this at once do not pay for reading and writing d(weight) once more.
-_FEWEST_ROWS = 128
-# Labels in a block: a multiple of what every register tile covers. Their weights, two copies, fit a second-level cache.
-_TILE, _BLOCK = 14, 126
-# As many blocks as this, where there are labels enough, give many threads nearly equal shares.
-_FEWEST_BLOCKS = 24
+# A loss that is formed with its gradients keeps exponentials for a turn only, in one array for all turns: as many rows as
+# KEPT_BYTES allow, or, of many labels, as many as pay for walking over d(weight) once more.
+TURN_BYTES = 160 << 20
+_FEWEST_ROWS, _ROWS = 128, 384
 
 
-def _block(labels: int) -> int:
-    """Never depends on the number of threads: forward and backward need not run with the same one."""
-    return min(_BLOCK, -(-labels // (_FEWEST_BLOCKS * _TILE)) * _TILE)
+def _kept_shapes(rows: int, labels: int) -> tuple[Shape, Shape]:
+    padded = (rows + 31) // 32 * 32
+    return (labels * padded,), (-(-labels // block_of(labels)), padded)
 
 
 def kept_shapes(rows: int, labels: int, save: bool) -> tuple[Shape, Shape]:
     """Shapes of what forward keeps for backward: exponentials, and the maxima that they refer to; see csrc/cpu."""
-    padded = (rows + 31) // 32 * 32
-    if not save or 4 * labels * padded > KEPT_BYTES:
-        return (0,), (0,)
-    return (labels * padded,), (-(-labels // _block(labels)), padded)
+    shapes = _kept_shapes(rows, labels)
+    return shapes if save and 4 * shapes[0][0] <= KEPT_BYTES else ((0,), (0,))
 
 
 def forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, save: bool, predict: bool
+) -> Forward:
     """As `_torch_linear_cross_entropy.forward`."""
-    labels = weight.shape[0]
-    exponentials, highest = (torch.empty(shape) for shape in kept_shapes(hidden.shape[0], labels, save))
-    wide, wide_weight, wide_bias = _dense(hidden, weight, bias)
-    losses, statistics = _forward_into(wide, wide_weight, wide_bias, targets, rows, exponentials, highest)
-    return losses, statistics, exponentials, highest
+    kept = [torch.empty(shape) for shape in kept_shapes(hidden.shape[0], weight.shape[0], save)]
+    return _forward_into(*dense_head(hidden, weight, bias), targets, rows, kept, predict)
 
 
 def _forward_into(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, exponentials: Tensor, highest: Tensor
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, kept: list[Tensor], predict: bool
+) -> Forward:
     losses, statistics = torch.empty(targets.shape[0]), torch.empty(2, hidden.shape[0])
+    best = torch.empty(hidden.shape[0] if predict else 0, dtype=torch.int64)
+    rank = torch.empty(targets.shape[0] if predict else 0, dtype=torch.int64)
     torch.ops.teracon_fast.linear_cross_entropy_cpu_forward(
-        hidden, weight, bias, targets.contiguous(), rows.contiguous(), _block(weight.shape[0]), torch.get_num_threads(),
-        losses, statistics, exponentials, highest,
+        hidden, weight, bias, targets.contiguous(), rows.contiguous(), *schedule(weight.shape[0]), losses, statistics, *kept,
+        best, rank,
     )  # fmt: skip
-    return losses, statistics
+    return losses, statistics, kept[0], kept[1], best, rank
 
 
 def backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, statistics: Tensor,
-    exponentials: Tensor, highest: Tensor, need_hidden: bool, need_weight: bool,
+    exponentials: Tensor, highest: Tensor, filter_eps: float, need_hidden: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `_torch_linear_cross_entropy.backward`."""
     d_hidden = torch.empty(hidden.shape if need_hidden else 0)
-    d_weight = torch.empty(weight.shape if need_weight else 0)
+    d_weight = torch.empty(weight.shape if need_weight else 0, dtype=weight.dtype)
     d_bias = torch.empty(bias.shape)
     torch.ops.teracon_fast.linear_cross_entropy_cpu_backward(
-        *_dense(hidden, weight, bias), targets.contiguous(), rows.contiguous(), _block(weight.shape[0]),
-        torch.get_num_threads(), statistics, exponentials, highest, grad.contiguous(), False, d_hidden, d_weight, d_bias,
+        *dense_head(hidden, weight, bias), targets.contiguous(), rows.contiguous(), *schedule(weight.shape[0]), statistics,
+        exponentials, highest, grad.float().contiguous(), False, filter_eps, d_hidden, d_weight, d_bias,
     )  # fmt: skip
-    return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), d_bias.to(bias.dtype)
+    return d_hidden.to(hidden.dtype), d_weight, d_bias.to(bias.dtype)
 
 
-def rows_at_once(rows: int, labels: int) -> int | None:
+def rows_at_once(rows: int, labels: int, dtype: torch.dtype = torch.float32) -> int | None:
     """Rows whose loss and gradients `reduced` forms together; None where something else is faster.
 
     All rows at once, where their exponentials may be kept, need no second walk over d(weight). A few rows at a time would
     walk over it too often.
+
+    Args:
+        rows, labels: R, C.
+        dtype: of the weight. Turns add to d(weight), which only float32 is good for.
     """
-    at_once = KEPT_BYTES // (4 * labels) // 32 * 32
-    return at_once if _FEWEST_ROWS <= at_once < rows else None
+    if rows == 0 or kept_shapes(rows, labels, True)[0][0] > 0:
+        return None
+    at_once = max(KEPT_BYTES // (4 * labels), min(_ROWS, TURN_BYTES // (4 * labels))) // 32 * 32
+    if at_once >= rows:
+        return rows
+    return at_once if at_once >= _FEWEST_ROWS and dtype == torch.float32 else None
 
 
 def reduced(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`scale` times the sum of the losses, and its gradients: exponentials of some rows serve both, and are gone.
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, scales: Tensor, filter_eps: float,
+    predict: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Sum of the losses, each times its scale, and its gradients: exponentials of some rows serve both, and are gone.
 
     So the logits are formed once, without an array of all rows and labels.
+
+    Returns:
+        The sum, gradients of hidden, weight and bias, and the predictions (empty unless wanted).
     """
-    at_once = rows_at_once(hidden.shape[0], weight.shape[0])
+    count, labels = hidden.shape[0], weight.shape[0]
+    at_once = rows_at_once(count, labels, weight.dtype)
     assert at_once is not None
-    wide, wide_weight, wide_bias = _dense(hidden, weight, bias)
-    d_hidden, d_weight, d_bias = torch.empty(hidden.shape), torch.empty(weight.shape), torch.empty(bias.shape)
+    states, wide_weight, wide_bias = dense_head(hidden, weight, bias)
+    d_hidden, d_weight, d_bias = torch.empty(hidden.shape), torch.empty(weight.shape, dtype=weight.dtype), torch.empty(bias.shape)
+    best = torch.empty(count if predict else 0, dtype=torch.int64)
+    rank = torch.empty(targets.shape[0] if predict else 0, dtype=torch.int64)
     rows, order = rows.sort(stable=True)
-    targets = targets[order]
-    begins = range(0, hidden.shape[0], at_once)
+    targets, scales = targets[order], scales[order].float()
+    begins = range(0, count, at_once)
     ends = torch.searchsorted(rows, torch.tensor([begin + at_once for begin in begins])).tolist()
     total, from_target = torch.zeros((), dtype=torch.float64), 0
     # One array for all turns: fresh memory costs a good part of what keeping the exponentials saves.
-    room = [torch.empty(math.prod(shape)) for shape in kept_shapes(at_once, weight.shape[0], True)]
+    room = [torch.empty(math.prod(shape)) for shape in _kept_shapes(at_once, labels)]
     for begin, end in zip(begins, ends, strict=True):
-        part, own, row_of = wide[begin : begin + at_once], targets[from_target:end], rows[from_target:end] - begin
-        shapes = kept_shapes(part.shape[0], weight.shape[0], True)
-        exponentials, highest = (array[: math.prod(shape)] for array, shape in zip(room, shapes, strict=True))
-        losses, statistics = _forward_into(part, wide_weight, wide_bias, own, row_of, exponentials, highest)
+        turn, own, row_of = slice(begin, begin + at_once), targets[from_target:end], rows[from_target:end] - begin
+        part, scale = states[turn], scales[from_target:end]
+        kept = [array[: math.prod(shape)] for array, shape in zip(room, _kept_shapes(part.shape[0], labels), strict=True)]
+        losses, statistics, *_, own_best, own_rank = _forward_into(part, wide_weight, wide_bias, own, row_of, kept, predict)
         torch.ops.teracon_fast.linear_cross_entropy_cpu_backward(
-            part, wide_weight, wide_bias, own, row_of, _block(weight.shape[0]), torch.get_num_threads(), statistics,
-            exponentials, highest, torch.full_like(losses, scale), begin > 0, d_hidden[begin : begin + at_once], d_weight, d_bias,
+            part, wide_weight, wide_bias, own, row_of, *schedule(labels), statistics, *kept, scale, begin > 0, filter_eps,
+            d_hidden[turn], d_weight, d_bias,
         )  # fmt: skip
-        total += losses.sum(dtype=torch.float64)
+        total += torch.dot(losses.double(), scale.double())
+        if predict:
+            best[turn] = own_best
+            rank[order[from_target:end]] = own_rank
         from_target = end
-    return (total * scale).float(), d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), d_bias.to(bias.dtype)
-
-
-def _dense(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.float().contiguous() for tensor in tensors]
+    return total.float(), d_hidden.to(hidden.dtype), d_weight, d_bias.to(bias.dtype), best, rank

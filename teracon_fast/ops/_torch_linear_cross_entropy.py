@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from teracon_fast.ops._heads import require_range, sums_dtype
+from teracon_fast.ops._torch_linear_rank import ranks_among
+
 Shape = tuple[int, ...]
-
-
-def sums_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of losses and statistics: float32 for half precisions, else that of the hidden states."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def kept_shapes(rows: int, labels: int, save: bool) -> tuple[Shape, Shape]:
@@ -20,11 +19,12 @@ def kept_shapes(rows: int, labels: int, save: bool) -> tuple[Shape, Shape]:
 
 
 def forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses `[N]`, each row's maximum and sum of `exp(logit - maximum)` `[2, R]`, and what backward needs."""
-    _require_range(targets, weight.shape[0], "targets")
-    _require_range(rows, hidden.shape[0], "rows")
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, save: bool, predict: bool
+) -> Forward:
+    """Losses `[N]`, each row's maximum and sum of `exp(logit - maximum)` `[2, R]`, two tensors that backward needs, and the
+    predictions: each row's best label `[R]` and each target's rank `[N]`, empty unless wanted."""
+    require_range("linear_cross_entropy", targets, weight.shape[0], "targets")
+    require_range("linear_cross_entropy", rows, hidden.shape[0], "rows")
     logits = F.linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
     wide = logits.to(sums_dtype(hidden.dtype))
     # A finite bound, because -inf less itself would be NaN.
@@ -32,14 +32,20 @@ def forward(
     total = (wide - maximum[:, None]).exp_().sum(1)
     # Differences first: the loss of a certain label is far below its logit.
     losses = (maximum[rows] - wide[rows, targets]) + total.log()[rows]
-    return losses, torch.stack([maximum, total]), logits if save else hidden.new_empty(0), wide.new_empty(0)
+    best = wide.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argmax(1) if predict else targets.new_empty(0)
+    rank = ranks_among(wide, targets, rows) if predict else targets.new_empty(0)
+    kept = logits if save else hidden.new_empty(0)
+    return losses, torch.stack([maximum, total]), kept, wide.new_empty(0), best, rank
 
 
 def backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, statistics: Tensor,
-    logits: Tensor, _: Tensor, need_hidden: bool, need_weight: bool,
+    logits: Tensor, _: Tensor, filter_eps: float, need_hidden: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden, weight (both empty where not needed) and bias: one dense gradient of the logits, written once."""
+    """Gradients of hidden, weight (both empty where not needed) and bias: one dense gradient of the logits, written once.
+
+    `filter_eps` changes nothing here: there are no tiles to leave out.
+    """
     maximum, total = statistics
     scale = grad.new_zeros(hidden.shape[0]).index_add_(0, rows, grad) / total
     d_logits = (logits - maximum[:, None]).exp_().mul_(scale[:, None])
@@ -49,15 +55,3 @@ def backward(
     d_hidden = d_logits @ weight.to(hidden.dtype) if need_hidden else hidden.new_empty(0)
     d_weight = (d_logits.t() @ hidden).to(weight.dtype) if need_weight else weight.new_empty(0)
     return d_hidden, d_weight, d_bias
-
-
-def _require_range(values: Tensor, limit: int, name: str) -> None:
-    """Numbers in 0..limit-1: indexing itself would take negative ones from the end."""
-    if values.device.type != "cpu":
-        torch._assert_async(((values >= 0) & (values < limit)).all())
-    elif values.numel():
-        low, high = (int(value) for value in values.aminmax())
-        if low < 0 or high >= limit:
-            raise IndexError(
-                f"linear_cross_entropy: {name} has {low if low < 0 else high}, which is out of range: expected 0 to {limit - 1}"
-            )

@@ -1,94 +1,133 @@
-"""Ranking with a linear head: exact ranks and exact top-k, holding the logits of one block of rows at a time."""
+"""Ranking with a linear head: exact ranks and exact top-k. The compiled kernels never hold a [rows, labels] matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from teracon_fast import backends
 from teracon_fast.errors import ShapeError
+from teracon_fast.ops import _cpu_linear_rank, _torch_linear_rank, _triton_linear_rank
+from teracon_fast.ops._heads import autocast_hidden, check_head, check_targets, expect, sums_dtype
 
-_BLOCK_BYTES = 64 << 20
+
+class _Implementation(Protocol):
+    """What a backend's module offers: see `_torch_linear_rank` for the meaning of the arguments."""
+
+    def rank(self, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor) -> Tensor: ...
+
+    def topk(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor, k: int, excluded: Tensor, offsets: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
 
 
-def _blocks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    step = max(1, _BLOCK_BYTES // (weight.shape[0] * hidden.element_size()))
-    for low in range(0, hidden.shape[0], step):
-        yield slice(low, min(low + step, hidden.shape[0]))
+_IMPLEMENTATIONS: dict[str, _Implementation] = {
+    "cpu": _cpu_linear_rank, "torch": _torch_linear_rank, "triton": _triton_linear_rank
+}  # fmt: skip
 
 
 @torch.no_grad()
-def linear_rank(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+def linear_rank(
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
     """Rank of each target among all labels, 0 the best: labels with a higher score, plus equal ones at a lower index.
 
+    Scores are `hidden @ weight.T + bias`. With hidden states in bfloat16, weights are rounded to it where they are used.
+
     Args:
-        hidden: `[N, f]`. weight: `[C, f]`. bias: `[C]`. targets: int64 `[N]`.
+        hidden: floating `[R, f]`.
+        weight: `[C, f]`, of the dtype of `hidden`, or float32 where that is a half precision. bias: `[C]`, as `weight`.
+        targets: int64 `[N]`, labels in 0..C-1.
+        rows: int64 `[N]`, row of `hidden` that each target belongs to, any number per row: several labels of one user share the
+            pass. None when N = R and target n belongs to row n.
+        backend: "auto", "torch", or another that `teracon_fast.env_report()` lists as available.
 
     Returns:
         int64 `[N]`.
+
+    Raises:
+        ShapeError: when shapes, dtypes or devices do not fit.
+        BackendError: when an explicitly requested backend is not available for this input.
+        IndexError or RuntimeError: when a target or a row number is out of range.
+        TeraconError: a score is NaN, so that no rank exists.
     """
-    if targets.shape != hidden.shape[:1]:
-        raise ShapeError(f"linear_rank: targets are {list(targets.shape)}, expected [{hidden.shape[0]}]")
-    ranks = torch.empty_like(targets)
-    labels = torch.arange(weight.shape[0], device=hidden.device)
-    for part in _blocks(hidden, weight):
-        scores = F.linear(hidden[part], weight, bias)
-        target = targets[part, None]
-        own = scores.gather(1, target)
-        above = (scores > own).sum(1)
-        ties = scores == own
-        # Ties besides the target itself are rare; only then does their order matter.
-        if bool((ties.sum(1) > 1).any()):
-            above += (ties & (labels < target)).sum(1)
-        ranks[part] = above
+    hidden = autocast_hidden(hidden)
+    check_head("linear_rank", hidden, weight, bias)
+    check_targets("linear_rank", hidden, targets, rows)
+    rows = torch.arange(hidden.shape[0], device=hidden.device) if rows is None else rows
+    ranks: Tensor = _linear_rank(hidden, weight, bias, targets, rows, backend)
     return ranks
 
 
 @torch.no_grad()
 def linear_topk(
-    hidden: Tensor, weight: Tensor, bias: Tensor, k: int, exclude: Sequence[Tensor] | None = None
+    hidden: Tensor, weight: Tensor, bias: Tensor, k: int, exclude: Sequence[Tensor] | None = None, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """The k best labels of each row, best first; among equal scores the lower label comes first.
 
     Args:
-        hidden: `[N, f]`. weight: `[C, f]`. bias: `[C]`.
+        hidden, weight, bias, backend: as `linear_rank`.
         k: 1..C.
         exclude: per row an int64 tensor of labels that must not be returned (such as items already seen), or None. Where
             fewer than k labels remain, the rest have score -inf and label -1.
 
     Returns:
-        scores `[N, k]` and labels int64 `[N, k]`.
+        scores `[R, k]`, float32 where `hidden` is a half precision, else of its dtype; and labels int64 `[R, k]`.
+
+    Raises:
+        As `linear_rank`.
     """
+    hidden = autocast_hidden(hidden)
+    check_head("linear_topk", hidden, weight, bias)
     if not 1 <= k <= weight.shape[0]:
         raise ShapeError(f"linear_topk: k is {k}, expected 1..{weight.shape[0]}")
-    if exclude is not None and len(exclude) != hidden.shape[0]:
-        raise ShapeError(f"linear_topk: exclude has {len(exclude)} rows, expected {hidden.shape[0]}")
-    all_scores = hidden.new_empty(hidden.shape[0], k)
-    all_labels = torch.empty(hidden.shape[0], k, dtype=torch.int64, device=hidden.device)
-    for part in _blocks(hidden, weight):
-        scores = F.linear(hidden[part], weight, bias)
-        if exclude is not None:
-            for row, labels in enumerate(exclude[part]):
-                scores[row, labels] = -torch.inf
-        best, chosen = _stable_topk(scores, k)
-        all_scores[part] = best
-        all_labels[part] = torch.where(torch.isneginf(best), -1, chosen)
-    return all_scores, all_labels
+    excluded = offsets = torch.empty(0, dtype=torch.int64, device=hidden.device)
+    if exclude is not None:
+        if len(exclude) != hidden.shape[0]:
+            raise ShapeError(f"linear_topk: exclude has {len(exclude)} rows, expected {hidden.shape[0]}")
+        for row, labels in enumerate(exclude):
+            expect("linear_topk", f"exclude of row {row}", labels, (labels.numel(),), hidden, (torch.int64,))
+        counts = torch.tensor([0, *(len(labels) for labels in exclude)], device=hidden.device)
+        offsets = counts.cumsum(0)
+        excluded = torch.cat([labels.sort().values for labels in exclude]) if len(exclude) else excluded
+    scores, labels = _linear_topk(hidden, weight, bias, k, excluded, offsets, backend)
+    return scores, labels
 
 
-def _stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """topk promises no order among equal scores, so rows where a tie reaches the k-th place are sorted in full."""
-    wider = min(k + 1, scores.shape[1])
-    best, labels = scores.topk(wider, dim=1)
-    order = labels.argsort(dim=1, stable=True)
-    best, labels = best.gather(1, order), labels.gather(1, order)
-    best, order = best.sort(dim=1, descending=True, stable=True)
-    labels = labels.gather(1, order)
-    if wider > k:
-        tied = best[:, k - 1] == best[:, k]
-        if bool(tied.any()):
-            full, order = scores[tied].sort(dim=1, descending=True, stable=True)
-            best[tied], labels[tied] = full[:, :wider], order[:, :wider]
-    return best[:, :k], labels[:, :k]
+def _implementation(backend: str, hidden: Tensor) -> _Implementation:
+    return _IMPLEMENTATIONS[backends.resolve(backend, "linear_rank", hidden.device, hidden.dtype)]
+
+
+def _rank(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, backend: str) -> Tensor:
+    return _implementation(backend, hidden).rank(hidden, weight, bias, targets, rows)
+
+
+def _rank_fake(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, backend: str) -> Tensor:
+    return torch.empty_like(targets)
+
+
+def _topk(
+    hidden: Tensor, weight: Tensor, bias: Tensor, k: int, excluded: Tensor, offsets: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    scores, labels = _implementation(backend, hidden).topk(hidden, weight, bias, k, excluded, offsets)
+    return scores.to(sums_dtype(hidden.dtype)), labels
+
+
+def _topk_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor, k: int, excluded: Tensor, offsets: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    shape = (hidden.shape[0], k)
+    return hidden.new_empty(shape, dtype=sums_dtype(hidden.dtype)), excluded.new_empty(shape)
+
+
+for _name, _function, _fake in (
+    ("teracon_fast::linear_rank", _rank, _rank_fake), ("teracon_fast::linear_topk", _topk, _topk_fake)
+):  # fmt: skip
+    torch.library.define(_name, torch.library.infer_schema(_function, mutates_args=()))
+    torch.library.impl(_name, "default", _function)
+    torch.library.register_fake(_name, _fake)
+_linear_rank = torch.ops.teracon_fast.linear_rank.default
+_linear_topk = torch.ops.teracon_fast.linear_topk.default

@@ -1,52 +1,154 @@
-"""Knowledge retention: squared distance between the student's and the teacher's logits of every past task."""
+"""Knowledge retention: squared distance between the student's and the teacher's logits of every past task.
+
+`sum_j rho_j / sum(rho) * mean((student logits_j - teacher logits_j)^2)`, mean over users and labels (Eq. 16 of the paper).
+
+The teacher's forward pass of the heads is part of the operation, and loss and gradients come from the same pass over the labels,
+so no [users, labels] matrix is ever held.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from teracon_fast import backends
 from teracon_fast.errors import ShapeError
+from teracon_fast.ops import _cpu_retention_mse, _torch_retention_mse, _triton_retention_mse
+from teracon_fast.ops._heads import autocast_hidden, check_head, scaled, sums_dtype
+from teracon_fast.ops._torch_retention_mse import Needs, Result
 
-Head = tuple[Tensor, Tensor]
+FORMS = ("auto", "direct", "gram")
+
+
+class _Implementation(Protocol):
+    """What a backend's module offers: see `_torch_retention_mse` for the meaning of the arguments."""
+
+    def distance(
+        self, student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
+        teacher_bias: Tensor, coefficient: float, form: str, needs: Needs,
+    ) -> Result: ...  # fmt: skip
+
+
+_IMPLEMENTATIONS: dict[str, _Implementation] = {
+    "cpu": _cpu_retention_mse, "torch": _torch_retention_mse, "triton": _triton_retention_mse
+}  # fmt: skip
+
+OneOrMore = Tensor | Sequence[Tensor]
 
 
 def retention_mse(
-    student_hidden: Sequence[Tensor],
-    student_heads: Sequence[Head],
-    teacher_hidden: Sequence[Tensor],
-    teacher_heads: Sequence[Head],
-    rho: Tensor | Sequence[float],
-) -> Tensor:
-    """`sum_j rho_j / sum(rho) * mean((student logits_j - teacher logits_j)^2)`, mean over rows and labels (Eq. 16).
+    student_hidden: OneOrMore, weight: OneOrMore, bias: OneOrMore, teacher_hidden: OneOrMore, teacher_weight: OneOrMore,
+    teacher_bias: OneOrMore, rho: Sequence[float] | Tensor | None = None, *, scale: float = 1.0, form: str = "auto",
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Retention loss of one past task, or of several with their own heads and users.
+
+    Every tensor argument is one tensor, or a sequence with one for each past task. Under autocast hidden states take the autocast
+    dtype; parameters keep theirs and are rounded where they are used.
 
     Args:
-        student_hidden, teacher_hidden: per past task `[n_j, f]`, the same users in the same order; n_j at least 1.
-        student_heads, teacher_heads: per past task (weight `[C_j, f]`, bias `[C_j]`).
-        rho: per past task, the rates that the users were drawn with.
+        student_hidden, teacher_hidden: floating `[n_j, f]`, the same users in the same order; n_j at least 1.
+        weight: the student's heads `[C_j, f]`, of the dtype of the hidden states, or float32 where that is a half precision.
+            bias: `[C_j]`, as the weight.
+        teacher_weight, teacher_bias: the teacher's heads, as the student's.
+        rho: per past task, the rate that its users were drawn with; None for equal ones. Read on the host.
+        scale: what the loss is multiplied by (alpha of Eq. 18). Gradients are formed with the loss, so a factor here costs
+            nothing, while one outside costs a pass over every gradient.
+        form: "direct", or "gram", whose cost does not depend on the number of users (`cpu` backend only), or "auto": what
+            measures faster.
+        backend: "auto", "torch", or another that `teracon_fast.env_report()` lists as available.
 
     Returns:
-        Scalar; differentiable with respect to the student's tensors. The teacher's logits carry no gradient.
+        Scalar, float32 where hidden states are a half precision, else of their dtype; differentiable once with respect to the
+        student's tensors. The teacher's carry no gradient.
 
     Raises:
-        ShapeError: when the numbers of tasks or the shapes differ, or a task has no users.
+        ShapeError: when the numbers of tasks, shapes, dtypes or devices do not fit, a task has no users, or the form is unknown.
+        BackendError: when an explicitly requested backend or form is not available for this input.
     """
-    counts = [len(part) for part in (student_hidden, student_heads, teacher_hidden, teacher_heads, rho)]
+    parts = [_sequence(part) for part in (student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)]
+    rates = [1.0] * len(parts[0]) if rho is None else [float(rate) for rate in rho]
+    counts = [len(part) for part in (*parts, rates)]
     if len(set(counts)) != 1 or not counts[0]:
         raise ShapeError(f"retention_mse: got {counts} past tasks, expected the same positive number of each argument")
-    rates = torch.as_tensor(rho, device=student_hidden[0].device)
-    shares = rates / rates.sum()
-    total = student_hidden[0].new_zeros((), dtype=torch.promote_types(student_hidden[0].dtype, torch.float32))
-    for j, (student, teacher) in enumerate(zip(student_hidden, teacher_hidden, strict=True)):
-        if student.shape != teacher.shape or not len(student):
-            raise ShapeError(
-                f"retention_mse: past task {j} has student rows {list(student.shape)} and teacher rows "
-                f"{list(teacher.shape)}, expected equal shapes with at least one row"
-            )
-        with torch.no_grad():
-            target = F.linear(teacher, *teacher_heads[j])
-        distance = F.mse_loss(F.linear(student, *student_heads[j]).to(total.dtype), target.to(total.dtype))
-        total = total + shares[j].to(total.dtype) * distance
-    return total
+    if form not in FORMS:
+        raise ShapeError(f"retention_mse: form is {form!r}, expected one of {list(FORMS)}")
+    terms = []
+    for j, (student, own_weight, own_bias, teacher, its_weight, its_bias) in enumerate(zip(*parts, strict=True)):
+        student, teacher = autocast_hidden(student), autocast_hidden(teacher).detach()
+        _check(j, student, own_weight, own_bias, teacher, its_weight, its_bias)
+        coefficient = scale * rates[j] / sum(rates) / (student.shape[0] * own_weight.shape[0])
+        grad = torch.is_grad_enabled()
+        needs = [grad and tensor.requires_grad for tensor in (student, own_weight, own_bias)]
+        terms.append(_retention_mse(
+            student, own_weight, own_bias, teacher, its_weight.detach(), its_bias.detach(), coefficient, form, backend, *needs
+        )[0])  # fmt: skip
+    return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+
+
+def _sequence(part: OneOrMore) -> Sequence[Tensor]:
+    return (part,) if isinstance(part, Tensor) else part
+
+
+def _check(
+    task: int, student: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor, teacher_weight: Tensor, teacher_bias: Tensor
+) -> None:
+    name = f"retention_mse, past task {task}"
+    if student.shape != teacher.shape or student.dtype != teacher.dtype or not len(student):
+        raise ShapeError(
+            f"{name}: got student rows {student.dtype} {list(student.shape)} and teacher rows {teacher.dtype} "
+            f"{list(teacher.shape)}, expected equal shapes with at least one row, and equal dtypes"
+        )
+    check_head(name, student, weight, bias)
+    check_head(f"{name}, teacher", teacher, teacher_weight, teacher_bias)
+    if teacher_weight.shape != weight.shape or teacher.device != student.device:
+        raise ShapeError(
+            f"{name}: the teacher's weight is {list(teacher_weight.shape)} on {teacher_weight.device}, "
+            f"expected as the student's, {list(weight.shape)} on {weight.device}"
+        )
+
+
+def _distance(
+    student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor,
+    coefficient: float, form: str, backend: str, need_hidden: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    chosen = backends.resolve(backend, "retention_mse", student_hidden.device, student_hidden.dtype)
+    if form == "gram" and chosen != "cpu":
+        raise backends.BackendError(f"retention_mse: backend {chosen!r} has no form 'gram', expected 'auto' or 'direct'")
+    return _IMPLEMENTATIONS[chosen].distance(
+        student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, coefficient, form,
+        (need_hidden, need_weight, need_bias),
+    )  # fmt: skip
+
+
+def _distance_fake(
+    student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor,
+    coefficient: float, form: str, backend: str, need_hidden: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs, needs = (student_hidden, weight, bias), (need_hidden, need_weight, need_bias)
+    d_hidden, d_weight, d_bias = (t.new_empty(t.shape if need else (0,)) for t, need in zip(inputs, needs, strict=True))
+    return student_hidden.new_empty((), dtype=sums_dtype(student_hidden.dtype)), d_hidden, d_weight, d_bias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 12
+    gradients = scaled(ctx.saved_tensors, grad)
+    return (*(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[:3], strict=True)), *(None,) * 9)
+
+
+_NAME = "teracon_fast::retention_mse"
+# define + impl rather than custom_op, as in masked_conv.
+torch.library.define(_NAME, torch.library.infer_schema(_distance, mutates_args=()))
+torch.library.impl(_NAME, "default", _distance)
+torch.library.register_fake(_NAME, _distance_fake)
+torch.library.register_autograd(_NAME, _autograd, setup_context=_setup_context)
+_retention_mse = torch.ops.teracon_fast.retention_mse.default
