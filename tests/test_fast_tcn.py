@@ -353,3 +353,7 @@ def test_zeros_inside_a_sequence_are_items_like_any_other() -> None:
         torch.testing.assert_close(got, expected[:, -1], rtol=1e-10, atol=1e-10)
         everything = fast.encode_all(seen, task, s=3.0)
         torch.testing.assert_close(everything.hidden[everything.row_of], expected, rtol=1e-10, atol=1e-10)
+    many, single = x.repeat(16, 1), dense.float()
+    with torch.no_grad():  # so many users without gradient go through the encoder
+        (got,) = fast.float().encode(many, [Request(1)], s=3.0)
+        torch.testing.assert_close(got, single.hidden(many, single.all_masks(3.0)[:, 1])[:, -1], rtol=1e-4, atol=1e-5)
