@@ -237,6 +237,65 @@ def test_a_run_of_one_task_split_by_sample(folders: Folders, tmp_path: Path) -> 
     assert len(after.R) == 2 and load_model(tmp_path / "grown/checkpoints/task2.safetensors").labels == [35, 26]
 
 
+def walking(folder: Path, items: int, extend: Path | None = None) -> TaskSequence:
+    """A next-item task that can be learnt: item after item, in a circle; and two segments."""
+    random = np.random.default_rng(items)
+    sequences = (random.integers(0, items, (240, 1)) + np.arange(LENGTH)) % items + 1
+    with DatasetWriter(folder, "walks", LENGTH, extend=extend) as writer:
+        writer.add_task("next", "next_item", sequences)
+        writer.add_task("segment", "label", sequences, labels=sequences[:, -1] % 2)
+    return open_dataset(folder)
+
+
+def test_fitting_new_rows_learns_new_items_and_changes_nothing_else(tmp_path: Path) -> None:
+    settings = {"num_tasks": 2, "split_by": "user", "first__epochs": 10, "first__batch_size": 16, "model__channels": 32}
+    walking(tmp_path / "old", 24)
+    train(tiny_config(tmp_path / "old", tmp_path / "run", **settings))
+    walking(tmp_path / "new", 30, extend=tmp_path / "run")
+    seen, again = Recorder(), Recorder()
+    plain = grow(tmp_path / "run", tmp_path / "new", tmp_path / "plain")
+    fitted = grow(tmp_path / "run", tmp_path / "new", tmp_path / "fitted", seen, epochs=15)
+    assert len(fitted.losses) == 15 and fitted.losses[-1] < 0.7 * fitted.losses[0]
+    [event] = events(tmp_path / "fitted", "grown")
+    assert event["fit_losses"] == fitted.losses and plain.losses == []
+    assert sum("new rows, epoch" in text for text in seen.messages) == 15
+    assert len(seen.steps) == 15 * seen.steps[0].num_batches
+    # The last task's network is what the rows are fitted to; nobody else's rows, and no weight, has moved.
+    assert fitted.results.R[1][0] > plain.results.R[1][0] + 0.05
+    for task in (1, 2):
+        before, after, initial = (weights(tmp_path / name, task) for name in ("run", "fitted", "plain"))
+        for name, value in before.items():
+            assert torch.equal(after[name][: len(value)], value), name
+        for name in ("embeding.weight", "task_classifier.0.weight", "task_classifier.0.bias"):
+            assert torch.equal(after[name][25:], weights(tmp_path / "fitted", 1)[name][25:])
+            assert not bool((after[name][25:] == initial[name][25:]).any()), name
+    assert trained_labels(tmp_path / "plain") == {1: 25} and trained_labels(tmp_path / "fitted") == {}
+    run = open_run(tmp_path / "fitted", device="cpu")
+    source, output = csv(tmp_path / "u.csv", [list(range(start, start + 7)) for start in range(19, 24)]), tmp_path / "out.parquet"
+    recommend(run, Inputs(source, run.items, run.length), output, 1, 5)
+    found = parquet.read_table(output)["items"].to_pylist()
+    assert sum(str(start + 7) in row for start, row in zip(range(19, 24), found, strict=True)) >= 4, found
+    csv(source, [list(range(start, start + 7)) for start in range(1, 17)])
+    recommend(run, Inputs(source, run.items, run.length), output, 1, 3)
+    found = parquet.read_table(output)["items"].to_pylist()
+    assert all(int(item) <= 24 for row in found for item in row), "where an old item follows, no new one is in the way"
+    grow(tmp_path / "run", tmp_path / "new", tmp_path / "again", again, epochs=15)
+    assert_same_run(tmp_path / "again", tmp_path / "fitted", 2)
+
+
+def test_a_fit_needs_sequences_with_new_items(folders: Folders, tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "same", "shop", LENGTH, extend=folders.run) as writer:
+        sequences = OLD[np.random.default_rng(3).integers(0, 30, (60, LENGTH))]
+        writer.add_task("next", "next_item", sequences)
+        for name, label in (("click", 300), ("segment", "a")):
+            writer.add_task(name, "label", sequences, labels=np.array([label] * 60))
+    with pytest.raises(ConfigError, match="got no training sequence with a new item"):
+        grow(folders.run, tmp_path / "same", tmp_path / "out", epochs=1)
+    found = grow(folders.run, tmp_path / "same", tmp_path / "out")
+    assert found.items == (31, 31) and trained_labels(tmp_path / "out") == {}, "more events of the same catalogue"
+    assert weights(tmp_path / "out", 3).keys() == weights(folders.run, 3).keys()
+
+
 def rewritten(folders: Folders, target: Path, name: str, change: Any) -> Path:
     shutil.copytree(folders.new, target)
     ids = Dictionary.load(target / name).ids.tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,11 +202,8 @@ def test_evaluation_on_data_with_strangers(unseen: Any, run: TrainedRun, home: P
         kept = target >= 0
         assert 0 < kept.sum() < len(kept) or (number, unseen) == (1, "bucket")
         own = open_dataset(home / "data").tasks[number - 1]
-        from dataclasses import replace
-
-        by_hand = replace(
-            own, sequences=index[kept].astype(np.int32), samples=np.stack([np.arange(kept.sum()), target[kept]], 1).astype(np.int32)
-        )
+        samples = np.stack([np.arange(kept.sum()), target[kept]], 1).astype(np.int32)
+        by_hand = replace(own, sequences=index[kept].astype(np.int32), samples=samples)
         metrics = evaluate(run.model, by_hand, number - 1, np.arange(int(kept.sum())), run.s)
         assert found[number] == pytest.approx(metrics, rel=1e-6)
         places = (~np.isin(sequences[np.unique(chosen[kept, 0])], COMMON)).sum()
@@ -235,7 +233,8 @@ def test_from_the_command_line(home: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["embed", str(home / "run"), "-i", str(source), "-o", str(output)])
     assert result.exit_code == 2 and "item '901'" in result.stderr
     log = tmp_path / "log.csv"
-    rows = [f"{user},{item},{step},{'ab'[user % 2]}" for user in range(30) for step, item in enumerate([201, 202 + user % 4, 203])]
+    steps = [(user, step, item) for user in range(30) for step, item in enumerate([201, 202 + user % 4, 203])]
+    rows = [f"{user},{item},{step},{'ab'[user % 2]}" for user, step, item in steps]
     log.write_text("\n".join(["user,item,time,colour", *rows, "0,777,9,a", "1,778,9,b"]) + "\n")
     data = ["prepare", "events", str(log), "-o", str(tmp_path / "d"), "--extend", str(home / "run"), "--min-count", "2"]
     result = CliRunner().invoke(app, [*data, "--labels", "colour"])

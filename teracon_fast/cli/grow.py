@@ -14,6 +14,9 @@ def grow(
     run: Annotated[Path, typer.Argument(help="Run folder; it stays as it is.", show_default=False)],
     data: Annotated[Path, typer.Option(help="Data prepared with --extend RUN.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder to make.", show_default=False)],
+    epochs: Annotated[
+        int, typer.Option(min=0, help="Passes over task 1's training sequences that fit the rows of new items, and nothing else.")
+    ] = 0,
 ) -> None:
     """Give a trained run rows for the new items and labels of a larger data set, in a new run folder.
 
@@ -24,7 +27,7 @@ def grow(
     from teracon_fast.report import load_run, summary_rows
 
     with ConsoleObserver(console(stderr=True)) as observer:
-        grown = growth.grow(run, data, output, observer)
+        grown = growth.grow(run, data, output, observer, epochs)
     table(f"Test metrics on {data}", *summary_rows(load_run(output)))
     say(f"items: {grown.items[0]:,} -> {grown.items[1]:,}")
     for number, (before, after) in grown.labels.items():

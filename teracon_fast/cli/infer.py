@@ -162,8 +162,8 @@ def _inputs(
 def _write(name: str, inputs: Inputs, output: Path, work: Callable[[Callable[[int], None]], int]) -> None:
     with counting(name, inputs.total()) as advance:
         users = work(advance)
+    say(f"wrote {output}: {users:,} users, {output.stat().st_size / 2**20:.1f} MiB")
     if inputs.unseen_places:
         fate = {"pad": "became the pad", "drop": "were dropped", "bucket": "became buckets"}[inputs.unseen]
         places, strangers = inputs.unseen_places, inputs.unseen_users
         say(f"{places:,} items that the run has not seen, of {strangers:,} users, {fate}")
-    say(f"wrote {output}: {users:,} users, {output.stat().st_size / 2**20:.1f} MiB")
