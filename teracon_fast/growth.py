@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import Parameter
 
 from teracon_fast.checkpoints import load_model, load_state, read_notes, save_model, save_state
 from teracon_fast.config import RunConfig, load_config
@@ -210,9 +211,9 @@ class _Growing:
     def fit(self, epochs: int, trained: int, observer: Observer) -> list[float]:
         """Fit the new rows of task 1 to the network after the last task; returns the mean loss of each epoch."""
         model, config, data = self.model(len(self._labels)), self._config.for_task(1), self._dataset.tasks[0]
-        firsts = self._labels[1][0], trained, trained
+        firsts, s = (self._labels[1][0], trained, trained), self._config.for_task(len(self._labels)).s_max
         losses = fit_new_rows(
-            model, data, self._splits[0].train, firsts[0], firsts[1], epochs, config.lr, config.batch_size, config.s_max,
+            model, data, self._splits[0].train, firsts[0], firsts[1], epochs, config.lr, config.batch_size, s,
             derived_seed(self._config.seed, len(self._labels), "fit"), observer,
         )  # fmt: skip
         self._fitted = [own.detach()[first:] for own, first in zip(_rows_of_task_1(model), firsts, strict=True)]
@@ -265,19 +266,21 @@ def fit_new_rows(
     if not any((part >= min(first_item, first_label)).any() for part in parts):
         raise ConfigError(f"{data.path}: got no training sequence with a new item, expected some to fit their rows on")
     model.requires_grad_(False)
-    tensors, firsts, losses = _rows_of_task_1(model), (first_item, first_label, first_label), []
     masks = model.masks(s)
-    optimizer = torch.optim.Adam([tensor.requires_grad_() for tensor in tensors], lr=lr)
+    tensors, firsts, losses = _rows_of_task_1(model), (first_item, first_label, first_label), []
+    # The optimiser has only the new rows, which share the tensors' memory: no other row can move.
+    rows = [Parameter(tensor.requires_grad_().data[first:]) for tensor, first in zip(tensors, firsts, strict=True)]
+    optimizer = torch.optim.Adam(rows, lr=lr)
     for epoch in range(epochs):
         total, batches = 0.0, epoch_batches(samples, batch_size, seed, epoch)
         for number, batch in enumerate(batches):
             x = to_device(fetch(data, batch)[0], model)
-            optimizer.zero_grad()
+            model.zero_grad()
             loss = model.next_item_loss(x, s, masks)
             loss.backward()  # type: ignore[no-untyped-call]
-            for tensor, start in zip(tensors, firsts, strict=True):
+            for own, tensor, first in zip(rows, tensors, firsts, strict=True):
                 assert tensor.grad is not None
-                tensor.grad[:start] = 0.0  # Adam does not move a row that never had a gradient
+                own.grad = tensor.grad[first:]
             optimizer.step()
             value = loss.item()
             if not math.isfinite(value):

@@ -209,6 +209,13 @@ def test_inference_knows_new_items_and_leaves_out_untrained_labels(finished: Pat
     assert {str(number): metrics for number, metrics in measure(run).items()} == final
 
 
+def test_a_dictionary_that_is_not_the_models_is_refused(folders: Folders, tmp_path: Path) -> None:
+    shutil.copytree(folders.grown, tmp_path / "run")
+    shutil.copy(folders.old / "items.parquet", tmp_path / "run" / "items.parquet")
+    with pytest.raises(ConfigError, match="the item dictionary has 31 items, the model 35"):
+        open_run(tmp_path / "run", device="cpu")
+
+
 def test_a_run_grows_again(finished: Path, folders: Folders, tmp_path: Path) -> None:
     """Labels of the first growth stay untrained, labels of a task trained in between count as trained."""
     with DatasetWriter(tmp_path / "newer", "shop", LENGTH, extend=folders.new) as writer:
@@ -220,6 +227,23 @@ def test_a_run_grows_again(finished: Path, folders: Folders, tmp_path: Path) -> 
     assert found.items == (35, 36) and found.labels == {1: (35, 36), 2: (26, 26), 3: (4, 4), 4: (2, 3)}
     assert trained_labels(tmp_path / "grown") == {1: 31, 2: 24, 3: 3, 4: 2}
     assert len(events(tmp_path / "grown", "grown")) == 2
+    # The labels of both growths are fitted, and of the items, of which task 4 has trained the earlier ones, the new one.
+    grow(finished, tmp_path / "newer", tmp_path / "fitted", epochs=1)
+    assert trained_labels(tmp_path / "fitted") == {2: 24, 3: 3, 4: 2}
+    assert_moved(tmp_path, first_item=35, first_label=31)
+    grow(finished, folders.new, tmp_path / "none", epochs=1)  # no new item, but labels that are untrained
+    before, after, bias = weights(finished, 4), weights(tmp_path / "none", 4), "task_classifier.0.bias"
+    assert torch.equal(after["embeding.weight"], before["embeding.weight"]) and not torch.equal(after[bias], before[bias])
+    assert trained_labels(tmp_path / "none") == {2: 24, 3: 3}
+
+
+def assert_moved(home: Path, first_item: int, first_label: int) -> None:
+    """Of fitted against grown, exactly the rows from the first ones on."""
+    before, after = weights(home / "grown", 4), weights(home / "fitted", 4)
+    firsts = {"embeding.weight": first_item} | {f"task_classifier.0.{kind}": first_label for kind in ("weight", "bias")}
+    for name, value in before.items():
+        moved = (after[name] != value).reshape(len(value), -1).any(1)
+        assert moved.nonzero().flatten().tolist() == list(range(firsts.get(name, len(value)), len(value))), name
 
 
 def test_fresh_training_forgets_the_growth(folders: Folders, tmp_path: Path) -> None:
@@ -354,7 +378,7 @@ def test_from_the_command_line(folders: Folders, tmp_path: Path) -> None:
     output = tmp_path / "grown"
     result = CliRunner().invoke(app, ["grow", str(folders.run), "--data", str(folders.new), "-o", str(output)])
     assert result.exit_code == 0, result.output
-    assert "items: 31 -> 35" in result.stdout and "labels of task 2: 24 -> 26" in result.stdout
+    assert "items, with the pad: 31 -> 35" in result.stdout and "labels of task 2: 24 -> 26" in result.stdout
     line = next(line for line in result.stdout.splitlines() if "teracon train" in line)
     arguments = [*line.partition("teracon ")[2].split(), "--no-report", "--num-tasks", "3"]
     again = CliRunner().invoke(app, arguments)

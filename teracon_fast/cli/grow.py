@@ -29,7 +29,7 @@ def grow(
     with ConsoleObserver(console(stderr=True)) as observer:
         grown = growth.grow(run, data, output, observer, epochs)
     table(f"Test metrics on {data}", *summary_rows(load_run(output)))
-    say(f"items: {grown.items[0]:,} -> {grown.items[1]:,}")
+    say(f"items, with the pad: {grown.items[0]:,} -> {grown.items[1]:,}")
     for number, (before, after) in grown.labels.items():
         if number > 1 and after > before:
             say(f"labels of task {number}: {before:,} -> {after:,}")
