@@ -159,6 +159,9 @@ def _build(arguments: Mapping[str, Any], relation: bool, backend: str, algorithm
 
 def _fill(model: FastTCN, state: Mapping[str, Tensor], path: str | Path) -> None:
     dtype = state["embeding.weight"].dtype if "embeding.weight" in state else torch.float32
+    if "embeding.weight" in state and len(state["embeding.weight"]) != model.num_items:
+        rows = len(state["embeding.weight"])
+        raise CheckpointError(f"{path}: got the weights of {rows} items, expected those of {model.num_items}")
     try:
         model.to(dtype).load_state_dict(state)
     except RuntimeError as error:

@@ -6,6 +6,7 @@
         checkpoints/task{i}.safetensors                          best weights of task i, with all tasks before it
         checkpoints/resume.pt                                    where an interrupted run goes on
         results.json                                             R, BWT
+        grown.json                                               of a run made by `teracon_fast.growth`
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from teracon_fast.tcn import FastTCN
 from teracon_fast.trainer import FIRST_RHO, Losses, Position, TaskTraining, make_optimizer, train_task
 
 if TYPE_CHECKING:
-    from teracon_fast.data import Split, TaskData
+    from teracon_fast.data import Split, TaskData, TaskSequence
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,16 @@ def train(config: RunConfig, observer: Observer | None = None, fresh: bool = Fal
         finally:
             torch.set_num_threads(threads)
             run.log_file.close()
+
+
+def results_of(dataset: TaskSequence, tests: list[list[dict[str, float]]]) -> Results:
+    """R and BWT of the test metrics of each task after each task."""
+    tasks = dataset.tasks[: len(tests)]
+    metric = [headline(data.num_labels) for data in tasks]
+    matrix = [[metrics[metric[i]] for i, metrics in enumerate(row)] for row in tests]
+    bwt = [None if math.isnan(value) else value for value in backward_transfer(result_matrix(matrix)).tolist()]
+    final = {str(number): metrics for number, metrics in enumerate(tests[-1], 1)}
+    return Results(metric, [data.name for data in tasks], matrix, bwt, final)
 
 
 def task_split(config: RunConfig, data: TaskData) -> Split:
@@ -302,9 +313,4 @@ class _Run:
 
     def results(self) -> Results:
         """R and BWT of the tasks tested so far."""
-        tasks = self.dataset.tasks[: len(self.tests)]
-        metric = [headline(data.num_labels) for data in tasks]
-        matrix = [[metrics[metric[i]] for i, metrics in enumerate(tests)] for tests in self.tests]
-        bwt = [None if math.isnan(value) else value for value in backward_transfer(result_matrix(matrix)).tolist()]
-        final = {str(number): metrics for number, metrics in enumerate(self.tests[-1], 1)}
-        return Results(metric, [data.name for data in tasks], matrix, bwt, final)
+        return results_of(self.dataset, self.tests)

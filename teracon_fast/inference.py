@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,19 +18,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import linear
 
 from teracon_fast.checkpoints import load_model
 from teracon_fast.data import Dictionary, TaskSequence, ahead, open_dataset
 from teracon_fast.errors import ConfigError, TeraconError
 from teracon_fast.evaluation import evaluate
 from teracon_fast.files import atomic_write
-from teracon_fast.inputs import InputBlock, Inputs
+from teracon_fast.inputs import InputBlock, Inputs, Unseen, check_unseen, encode_items, fit
 from teracon_fast.ops import linear_topk
 from teracon_fast.packing import real_lengths
 from teracon_fast.tcn import FastTCN
 
 if TYPE_CHECKING:
     from teracon_fast.config import RunConfig
+    from teracon_fast.data import TaskData
 
 Progress = Callable[[int], None]
 MAX_PREDICTED = 100  # labels that `predict` gives a column each
@@ -39,11 +41,12 @@ ROW_GROUP_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class TrainedTask:
-    """A task of a run: `labels` are the items for a next_item task."""
+    """A task of a run: `labels` are the items for a next_item task. Of a grown run only the first `trained` are trained."""
 
     name: str
     kind: str
     labels: Dictionary
+    trained: int
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def open_run(
     """
     from teracon_fast.config import load_config
     from teracon_fast.report import read_json
-    from teracon_fast.runfolder import resolved_device
+    from teracon_fast.runfolder import resolved_device, trained_labels
 
     run = Path(run)
     if not (run / "config.toml").is_file():
@@ -120,12 +123,13 @@ def open_run(
     model = load_model(run / "checkpoints" / f"task{number}.safetensors", resolved_device(config), backend, config.algorithm)
     dataset = read_json(run / "dataset.json")
     items = Dictionary.load(run / "items.parquet")
-    tasks = []
+    if len(items) != model.num_items:
+        raise ConfigError(f"{run}: the item dictionary has {len(items)} items, the model {model.num_items}")
+    tasks, trained = [], trained_labels(run)
     for index, meta in enumerate(dataset["tasks"][:number], 1):
         own = run / f"task{index}" / "labels.parquet"
-        tasks.append(
-            TrainedTask(meta["name"], meta["kind"], items if meta["kind"] == "next_item" else Dictionary.load(own))
-        )
+        labels = items if meta["kind"] == "next_item" else Dictionary.load(own)
+        tasks.append(TrainedTask(meta["name"], meta["kind"], labels, trained.get(index, len(labels))))
         if len(tasks[-1].labels) != model.labels[index - 1]:
             got = f"{len(tasks[-1].labels)} labels, the model {model.labels[index - 1]}"
             raise ConfigError(f"{run}: the dictionary of task {index} has {got}")
@@ -139,43 +143,89 @@ def measure(
     split: str = "test",
     batch_size: int = 1024,
     progress: Callable[[int, str, int, int], None] | None = None,
+    unseen: Unseen = "error",
+    say: Callable[[str], None] | None = None,
 ) -> dict[int, dict[str, float]]:
     """Metrics of every task that the model has learnt: a row of R with all its metrics.
 
     Args:
         run: a trained run.
-        data: prepared folder; None: the one that the run was trained from. Its dictionaries must be those of the run.
+        data: prepared folder; None: the one that the run was trained from.
         split: "test", "valid" or "train", cut as in training.
         batch_size: sequences encoded at a time.
         progress: called with (task, split, samples done, samples in all).
+        unseen: as `Inputs`, for data with other dictionaries than the run's, which are then read by raw id; "error" refuses
+            them. Samples whose label the model does not have (a bucket is one of task 1) are left out.
+        say: told how many unseen items there were, and how many samples were left out.
 
     Returns:
         task number (from 1) -> metrics.
 
     Raises:
-        ConfigError: another split, or data that are not those of the run.
+        ConfigError: another split, data that are not those of the run, no buckets, or no samples left.
     """
     from teracon_fast.continual import task_split
 
     if split not in ("test", "valid", "train"):
         raise ConfigError(f"split: got {split!r}, expected test, valid or train")
     dataset = open_dataset(run.config.data if data is None else data)
-    _require_same_labels(run, dataset)
+    strangers = _Strangers(run, dataset, unseen) if unseen != "error" else None
+    if strangers is None:
+        _require_same_labels(run, dataset)
     found = {}
     for number in range(1, len(run.tasks) + 1):
         task = dataset.tasks[number - 1]
         samples = getattr(task_split(run.config, task), split)
+        if strangers is not None:
+            task, note = strangers.read(number, task, samples)
+            samples = np.arange(len(task.samples))
+            if say is not None and note:
+                say(note)
         show = None if progress is None else partial(progress, number, split)
         found[number] = evaluate(run.model, task, number - 1, samples, run.s, batch_size, show)
     return found
 
 
-def _require_same_labels(run: TrainedRun, dataset: TaskSequence) -> None:
-    """The indices in a prepared folder mean something only under the dictionaries they were made with."""
+class _Strangers:
+    """Samples of a data set with other dictionaries than the run's, read by raw id."""
+
+    def __init__(self, run: TrainedRun, dataset: TaskSequence, unseen: Unseen) -> None:
+        check_unseen(unseen, run.items)
+        _require_tasks(run, dataset)
+        self._run, self._unseen = run, unseen
+        self._codes = encode_items(run.items, unseen, dataset.item_ids())
+
+    def read(self, number: int, task: TaskData, samples: NDArray[np.int64]) -> tuple[TaskData, str]:
+        """The samples of task `number` by the indices of the run, and what was unseen of them, in words."""
+        chosen = np.asarray(task.samples[samples])
+        if task.kind == "next_item":
+            label_of = np.where(self._codes < -1, -1 - self._codes, self._codes)
+        else:
+            label_of = self._run.task(number).labels.encode(task.label_ids())
+        labels = label_of[chosen[:, 1]]
+        kept = labels >= 0
+        rows, row = np.unique(chosen[kept, 0], return_inverse=True)
+        codes = self._codes[task.sequences[rows]]
+        sequences = fit(codes, self._unseen, self._run.length)
+        read = replace(
+            task, num_labels=len(self._run.task(number).labels), sequences=sequences,
+            samples=np.stack([row, labels[kept]], 1).astype(np.int32),
+        )  # fmt: skip
+        places, left_out = int((codes < 0).sum()), int((~kept).sum())
+        told = f"T{number} {task.name}: {places:,} items unseen by the run, {left_out:,} samples left out for their labels"
+        return read, told if places or left_out else ""
+
+
+def _require_tasks(run: TrainedRun, dataset: TaskSequence) -> None:
     if len(dataset.tasks) < len(run.tasks):
         raise ConfigError(
             f"{dataset.path}: got {len(dataset.tasks)} tasks, expected the {len(run.tasks)} of {run.path}"
         )
+
+
+def _require_same_labels(run: TrainedRun, dataset: TaskSequence) -> None:
+    """The indices in a prepared folder mean something only under the dictionaries they were made with."""
+    _require_tasks(run, dataset)
     pairs = [("items", dataset.item_ids(), run.items)]
     for number, (data, task) in enumerate(zip(dataset.tasks, run.tasks, strict=False), 1):
         if task.kind == "label":
@@ -183,7 +233,8 @@ def _require_same_labels(run: TrainedRun, dataset: TaskSequence) -> None:
     for what, got, expected in pairs:
         if not np.array_equal(got, expected.ids):
             raise ConfigError(
-                f"{dataset.path}: its {what} are not those of {run.path}, expected the data it was trained from"
+                f"{dataset.path}: its {what} are not those of {run.path}, expected the data it was trained from; "
+                "--unseen pad, drop or bucket reads others by raw id"
             )
 
 
@@ -265,8 +316,8 @@ def recommend(
     """Write the k best labels of a task for each user, best first, by raw id, with their scores (logits).
 
     Columns: the key columns of the input, then `items` list<string> and `scores` list<float32>; with `long`, one row a
-    recommendation: `rank` (from 1), `item`, `score`. The pad is never recommended. Where fewer than k are left, the list is
-    shorter.
+    recommendation: `rank` (from 1), `item`, `score`. Never recommended are the pad, buckets, and labels that came by growth
+    and so are untrained. Where fewer than k are left, the list is shorter.
 
     Args:
         run, inputs, output, batch_size, progress: as `embed`.
@@ -282,15 +333,13 @@ def recommend(
     import pyarrow as pa
 
     found, label_of_item = run.task(task), None
-    if not 1 <= k <= len(found.labels):
-        raise ConfigError(
-            f"top-k: got {k}, expected 1 to {len(found.labels)}, the labels of task {task} ({found.name})"
-        )
+    if not 1 <= k <= found.trained:
+        raise ConfigError(f"top-k: got {k}, expected 1 to {found.trained}, the labels of task {task} ({found.name})")
     if exclude_seen:
         label_of_item = _label_of_item(run, task)
     names = np.asarray(found.labels.ids)
-    pad = [0] if found.kind == "next_item" else []
-    head = run.model.head(task - 1)
+    never = list(range(1 + run.items.buckets)) if found.kind == "next_item" else []
+    weight, bias = _trained_head(run, task)
     if long:
         columns = [("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())]
     else:
@@ -299,8 +348,8 @@ def recommend(
     encoded = encode_blocks(run, inputs, [task], batch_size, progress)
     with _parquet(output, _schema(run, inputs, columns)) as write, closing(encoded) as blocks:
         for block, (hidden,) in blocks:
-            exclude = _exclusions(block.x, label_of_item, pad, hidden.device)
-            scores, labels = (part.cpu().numpy() for part in linear_topk(hidden, head.weight, head.bias, k, exclude))
+            exclude = _exclusions(block.x, label_of_item, never, hidden.device)
+            scores, labels = (part.cpu().numpy() for part in linear_topk(hidden, weight, bias, k, exclude))
             kept = labels >= 0
             items, values = (
                 pa.array(names[labels[kept]].tolist(), pa.string()),
@@ -326,6 +375,8 @@ def predict(
 ) -> int:
     """Write the probability of every label of a task with few labels: the key columns, `label`, `probability`, `p_<label>`...
 
+    Labels that came by growth, and so are untrained, are left out: the probabilities are those of the others.
+
     Returns:
         number of users.
 
@@ -335,20 +386,20 @@ def predict(
     import pyarrow as pa
 
     found = run.task(task)
-    if len(found.labels) > MAX_PREDICTED:
+    if found.trained > MAX_PREDICTED:
         raise ConfigError(
-            f"task {task} ({found.name}) has {len(found.labels)} labels, expected at most {MAX_PREDICTED}: "
+            f"task {task} ({found.name}) has {found.trained} labels, expected at most {MAX_PREDICTED}: "
             "for more, ask for the best ones with `teracon recommend`"
         )
-    names = np.asarray(found.labels.ids)
-    head = run.model.head(task - 1)
+    names = np.asarray(found.labels.ids[: found.trained])
+    weight, bias = _trained_head(run, task)
     columns = [("label", pa.string()), ("probability", pa.float32()), *((f"p_{name}", pa.float32()) for name in names)]
     users = 0
     encoded = encode_blocks(run, inputs, [task], batch_size, progress)
     with _parquet(output, _schema(run, inputs, columns)) as write, closing(encoded) as blocks:
         for block, (hidden,) in blocks:
             with torch.no_grad():
-                chances = torch.softmax(head(hidden).float(), dim=1).cpu().numpy()
+                chances = torch.softmax(linear(hidden, weight, bias).float(), dim=1).cpu().numpy()
             best = chances.argmax(1)
             parts = [pa.array(names[best].tolist(), pa.string()), pa.array(chances[np.arange(len(best)), best])]
             write([*parts, *(pa.array(np.ascontiguousarray(column)) for column in chances.T)], block)
@@ -356,17 +407,23 @@ def predict(
     return users
 
 
+def _trained_head(run: TrainedRun, task: int) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the labels of a task that are trained."""
+    head, count = run.model.head(task - 1), run.task(task).trained
+    return head.weight[:count], head.bias[:count]
+
+
 def _label_of_item(run: TrainedRun, task: int) -> NDArray[np.int64]:
-    """[V] label index of each item, -1 where the task has no such label."""
+    """[V] index of each item among the trained labels, -1 where it has none. A label in a bucket is no item's label."""
     found = run.task(task)
     if found.kind == "next_item":
-        return np.arange(len(run.items))
-    item = run.items.encode(found.labels.ids)
-    if (item < 0).any():
+        return np.where(np.arange(len(run.items)) < found.trained, np.arange(len(run.items)), -1)
+    item = run.items.encode(found.labels.ids[: found.trained])
+    if (item < 0).all() or ((item < 0).any() and not run.items.buckets):
         stranger = found.labels.ids[int((item < 0).argmax())]
         raise ConfigError(f"exclude-seen: the labels of task {task} ({found.name}) are not items; {stranger!r} is none")
     table = np.full(len(run.items), -1, dtype=np.int64)
-    table[item] = np.arange(len(item))
+    table[item[item >= 0]] = np.flatnonzero(item >= 0)
     return table
 
 

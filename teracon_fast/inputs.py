@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from teracon_fast.data import Dictionary, open_dataset, pad_left, read_sequences_csv
 from teracon_fast.errors import ConfigError, DataError
 
-Unseen = Literal["error", "pad", "drop"]
-UNSEEN = ("error", "pad", "drop")
+Unseen = Literal["error", "pad", "drop", "bucket"]
+UNSEEN = ("error", "pad", "drop", "bucket")
+Encode = Callable[[NDArray[Any]], NDArray[np.int32]]
 USER_COLUMNS = ("user", "user_id", "household", "household_id")
 ITEM_COLUMNS = ("items", "sequence", "item_ids", "history")
 
@@ -30,8 +31,8 @@ class InputBlock:
 
 @dataclass(frozen=True)
 class _Found:
-    """Rows as they were read: `codes` int32 `[n, m]`, -1 where an item is unseen; `raw(row, column)` names an item; row r
-    comes from line or row `first_line + r`."""
+    """Rows as they were read: `codes` int32 `[n, m]`, below 0 where an item is unseen (-1 - b for one that goes to index b);
+    `raw(row, column)` names an item; row r comes from line or row `first_line + r`."""
 
     codes: NDArray[np.int32]
     keys: list[Any]
@@ -46,16 +47,21 @@ class Inputs:
         path: .csv or .txt file (`id,id,...` a line; labels after `,,` are ignored), .parquet file, or prepared folder.
         items: item dictionary of the run.
         length: L of the run. Shorter rows are padded on the left, longer ones keep their most recent items.
-        unseen: an item that the run has not seen is refused ("error"), becomes the pad ("pad"), or is taken out and the
-            sequence closed up ("drop"); only the L most recent items count.
+        unseen: an item that the run has not seen is refused ("error"), becomes the pad 0 in its place ("pad"), is taken out and
+            the sequence closed up ("drop"), or becomes the bucket that a hash of its raw id names ("bucket", of a run whose
+            data were prepared with buckets); only the L most recent items count.
         task: of a prepared folder, whose sequences to read (from 1).
         user_column: of a Parquet file; None: the first of USER_COLUMNS that it has, if any.
         items_column: of a Parquet file, a list column; None: the first of ITEM_COLUMNS that it has.
 
+    Attributes:
+        unseen_places: how many such items the blocks read so far held. unseen_users: in the sequences of how many users.
+
     Key columns: `line` (CSV, from 1); the user column, else `row` (Parquet, from 0); `row` and `group` (prepared folder).
 
     Raises:
-        ConfigError: the kind of file is not known. DataError: file missing, columns missing or of another type.
+        ConfigError: the kind of file is not known, or there are no buckets. DataError: file missing, columns missing or of
+            another type.
     """
 
     def __init__(
@@ -69,17 +75,18 @@ class Inputs:
         items_column: str | None = None,
     ) -> None:
         self.path, self.length, self.unseen = Path(path), length, unseen
-        if unseen not in UNSEEN:
-            raise ConfigError(f"unseen: got {unseen!r}, expected one of {', '.join(UNSEEN)}")
+        self.unseen_places = self.unseen_users = 0
+        check_unseen(unseen, items)
         if not self.path.exists():
             raise DataError(self.path, "no such file or folder")
+        encode = partial(encode_items, items, unseen)
         self._source: _Csv | _Parquet | _Prepared
         if self.path.is_dir():
-            self._source = _Prepared(self.path, items, task)
+            self._source = _Prepared(self.path, encode, task)
         elif self.path.suffix == ".parquet":
-            self._source = _Parquet(self.path, items, length, user_column, items_column)
+            self._source = _Parquet(self.path, encode, length, user_column, items_column)
         elif self.path.suffix in (".csv", ".txt"):
-            self._source = _Csv(self.path, items, length)
+            self._source = _Csv(self.path, encode, length)
         else:
             raise ConfigError(f"input: got {str(path)!r}, expected a .csv, .txt or .parquet file or a prepared folder")
 
@@ -103,20 +110,52 @@ class Inputs:
     def _fitted(self, found: _Found) -> NDArray[np.int32]:
         codes = found.codes[:, max(0, found.codes.shape[1] - self.length) :]
         strange = codes < 0
+        self.unseen_places += int(strange.sum())
+        self.unseen_users += int(strange.any(1).sum())
         if strange.any() and self.unseen == "error":
             row, column = (int(part[0]) for part in np.nonzero(strange))
             item = found.raw(row, column + found.codes.shape[1] - codes.shape[1])
-            reason = f"item {str(item)!r} is not in the run's item dictionary; --unseen pad or drop accepts it"
+            reason = f"item {str(item)!r} is not in the run's item dictionary; --unseen pad, drop or bucket accepts it"
             raise DataError(self.path, reason, found.first_line + row)
-        kept = ~strange if self.unseen == "drop" else np.ones_like(strange)
-        offsets = np.concatenate([[0], np.cumsum(kept.sum(1))])
-        fitted: NDArray[np.int32] = pad_left(np.maximum(codes, 0)[kept], offsets, self.length)
-        return fitted
+        return fit(codes, self.unseen, self.length)
+
+
+def check_unseen(unseen: Unseen, items: Dictionary) -> None:
+    """Refuse a policy that is none, or that the item dictionary of a run does not allow.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if unseen not in UNSEEN:
+        raise ConfigError(f"unseen: got {unseen!r}, expected one of {', '.join(UNSEEN)}")
+    if unseen == "bucket" and not items.buckets:
+        raise ConfigError(
+            "unseen: got 'bucket', but the run's item dictionary has no buckets, expected error, pad or drop; data prepared "
+            "with `teracon prepare ... --min-count M --buckets K` have buckets"
+        )
+
+
+def encode_items(items: Dictionary, unseen: Unseen, values: NDArray[Any]) -> NDArray[np.int32]:
+    """Item indices of raw ids, int32 of their shape; for an unseen one `-1 - b`, b being its bucket ("bucket") or 0."""
+    codes = items.encode(values)
+    strange = codes < 0
+    if unseen == "bucket" and strange.any():
+        codes[strange] = -1 - items.bucket_of(values[strange])
+    return codes
+
+
+def fit(codes: NDArray[np.int32], unseen: Unseen, length: int) -> NDArray[np.int32]:
+    """int32 `[n, length]`, left-padded, of rows that `encode_items` made; unseen items become what the policy says."""
+    strange = codes < 0
+    kept = ~strange if unseen == "drop" else np.ones_like(strange)
+    offsets = np.concatenate([[0], np.cumsum(kept.sum(1))])
+    fitted: NDArray[np.int32] = pad_left(np.where(strange, -1 - codes, codes)[kept], offsets, length)
+    return fitted
 
 
 class _Csv:
-    def __init__(self, path: Path, items: Dictionary, length: int) -> None:
-        self._path, self._items, self._length = path, items, length
+    def __init__(self, path: Path, encode: Encode, length: int) -> None:
+        self._path, self._encode, self._length = path, encode, length
         with path.open("rb") as file:
             self._labels = b",," in file.readline()
 
@@ -137,7 +176,7 @@ class _Csv:
 
         reader = read_sequences_csv(self._path, self._labels, length=self._length, pad="left", empty_labels="skip")
         for block in reader:
-            codes = self._items.encode(block.items)
+            codes = self._encode(block.items)
             for low in range(0, len(codes), size):
                 part, first = codes[low : low + size], block.first_line + low
                 keys = [pa.array(np.arange(first, first + len(part)))]
@@ -153,12 +192,12 @@ def _coded_cell(ids: NDArray[Any], codes: NDArray[Any], row: int, column: int) -
 
 
 class _Prepared:
-    def __init__(self, path: Path, items: Dictionary, task: int) -> None:
+    def __init__(self, path: Path, encode: Encode, task: int) -> None:
         dataset = open_dataset(path)
         if not 1 <= task <= len(dataset.tasks):
             raise ConfigError(f"{path}: got task {task}, expected 1 to {len(dataset.tasks)}")
         self._task, self._ids = dataset.tasks[task - 1], dataset.item_ids()
-        self._codes = items.encode(self._ids)
+        self._codes = encode(self._ids)
 
     def keys(self) -> list[tuple[str, Any]]:
         import pyarrow as pa
@@ -179,11 +218,11 @@ class _Prepared:
 
 
 class _Parquet:
-    def __init__(self, path: Path, items: Dictionary, length: int, user: str | None, column: str | None) -> None:
+    def __init__(self, path: Path, encode: Encode, length: int, user: str | None, column: str | None) -> None:
         import pyarrow as pa
         from pyarrow import parquet
 
-        self._path, self._dictionary, self._length = path, items, length
+        self._path, self._encode, self._length = path, encode, length
         try:
             self._file = parquet.ParquetFile(path)
         except (pa.ArrowException, OSError) as error:
@@ -231,7 +270,7 @@ class _Parquet:
                 line = row + int(np.searchsorted(offsets, at, side="right")) - 1
                 raise DataError(self._path, f"column {self._items!r}: got a null item, expected an id", line)
             raw = values.to_numpy(zero_copy_only=False)
-            codes = pad_left(self._dictionary.encode(raw), offsets, self._length)
+            codes = pad_left(self._encode(raw), offsets, self._length)
             key = pa.array(np.arange(row, row + len(batch))) if self._user is None else batch.column(self._user)
             yield _Found(codes, [key], partial(_ragged_cell, raw, offsets, self._length), row)
             row += len(batch)

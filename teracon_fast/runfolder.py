@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 # What may differ between the beginning of a run and its continuation: nothing of it changes the arithmetic.
 _FREE = {"data", "run", "num_tasks", "log_every", "checkpoint_every_seconds", "checkpoint_every_steps", "tensorboard"}
+
+
+GROWN = "grown.json"
 
 
 class RunStopped(TeraconError):
@@ -142,6 +146,8 @@ def require_same(now: Mapping[str, Any], begun: Mapping[str, Any], folder: Path)
     different = [name for name in {**begun, **now} if now.get(name) != begun.get(name)]
     if different:
         lines = [f"{name}: got {now.get(name)!r}, expected {begun.get(name)!r}" for name in different]
+        if any(name.startswith("data.") for name in different):
+            lines.append("a run goes on with another data set, one whose catalogue has grown, after `teracon grow`")
         raise ConfigError("\n  ".join([f"{folder} began with other settings, expected the same ones:", *lines]))
 
 
@@ -171,10 +177,23 @@ def delete_old_run(folder: Path) -> None:
     entries = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     if entries and "config.toml" not in entries:
         raise ConfigError(f"{folder}: got a folder with other files in it, expected a new, empty or run folder")
-    for name in ("results.json", "metrics.jsonl"):
+    for name in ("results.json", "metrics.jsonl", GROWN):
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def trained_labels(folder: Path) -> dict[int, int]:
+    """For each task (from 1) of a grown run with labels that came by growth: how many labels, the first ones, are trained."""
+    if not (folder / GROWN).exists():
+        return {}
+    return {int(number): count for number, count in json.loads((folder / GROWN).read_text())["trained_labels"].items()}
+
+
+def write_trained_labels(folder: Path, counts: Mapping[int, int]) -> None:
+    """Write what `trained_labels` reads."""
+    with atomic_write(folder / GROWN, "w") as file:
+        file.write(json.dumps({"trained_labels": counts}) + "\n")
 
 
 def keep_dictionaries(dataset: TaskSequence, folder: Path, tasks_begun: int) -> None:

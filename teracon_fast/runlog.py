@@ -7,6 +7,8 @@ Events of metrics.jsonl (one JSON object a line; tasks count from 1, epochs and 
   also retention_loss.
 - task_end: task, epochs, best_epoch, seconds, test ({"1": metrics, ...}), similarity ([S][T][T], cosines of the masks).
 - run_end: task (the last one), R, bwt, seconds.
+- grown: task (the last finished one), run (whose weights grew), items ([before, after]), labels ({"1": [before, after], ...}),
+  fit_losses (of each epoch in which the new rows were fitted); the task_end events before it hold tests of the grown weights.
 
 Fields named in TIME_FIELDS hold times; all others are the same in every run of one configuration on one machine.
 """

@@ -98,6 +98,10 @@ def _init_linear(linear: nn.Linear) -> None:
     nn.init.constant_(linear.bias, 0.1)
 
 
+def _with_rows(old: Tensor, rows: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.cat([old.detach(), rows.to(old)]), requires_grad=old.requires_grad)
+
+
 class FastTCN(nn.Module):
     """TERACON's user encoder with one head per task.
 
@@ -432,6 +436,50 @@ class FastTCN(nn.Module):
         model.load_state_dict(kept, strict=False)
         parameter = self.embeding.weight
         return model.to(device=parameter.device, dtype=parameter.dtype)
+
+    def grown(
+        self, num_items: int, labels: Sequence[int] | None = None, generator: torch.Generator | None = None
+    ) -> FastTCN:
+        """A new model with more items, and more labels in the heads of its tasks: the same form, ids of old ones unchanged.
+
+        New rows are initialised as those of a new model: items U(-sqrt(1/V), sqrt(1/V)) with V = num_items, labels N(0, 0.01)
+        with bias 0.1. All else is copied, bit by bit.
+
+        Args:
+            num_items: V of the new model.
+            labels: labels of each task; None: a task-1 head over all items grows with them, the others stay.
+            generator: CPU generator that seeds the new rows; None draws from torch's global one. Models of one sequence of
+                tasks get the same rows from the same seed, whatever their number of tasks.
+
+        Raises:
+            ConfigError: fewer items or labels than there are, or a task-1 head that would no longer cover the items.
+        """
+        covers = self.labels[0] == self.num_items
+        labels = [num_items if covers else self.labels[0], *self.labels[1:]] if labels is None else list(labels)
+        if num_items < self.num_items:
+            raise ConfigError(f"num_items is {num_items}, expected at least the {self.num_items} that there are")
+        if len(labels) != self.num_tasks or any(new < old for new, old in zip(labels, self.labels, strict=True)):
+            raise ConfigError(f"labels are {labels}, expected one count a task, at least {self.labels}")
+        if covers and labels[0] != num_items:
+            raise ConfigError(f"labels of task 1 are {labels[0]}, expected {num_items}: its head covers the items")
+        model = copy.deepcopy(self)
+        bound = math.sqrt(1.0 / num_items)
+        rows = torch.empty(num_items - self.num_items, self.channels).uniform_(-bound, bound, generator=generator)
+        model.embeding.weight = _with_rows(self.embeding.weight, rows)
+        for task, count in enumerate(labels):
+            head, added = model.head(task), count - self.labels[task]
+            rows = torch.empty(added, self.channels).normal_(0.0, 0.01, generator=generator)
+            head.weight = _with_rows(head.weight, rows)
+            head.bias = _with_rows(head.bias, torch.full((added,), 0.1))
+            head.out_features = count
+        model.embeding.num_embeddings = model.num_items = num_items
+        model.labels = labels
+        if model.model_para is not None:
+            model.model_para["item_size"] = num_items
+            if "num_task" in model.model_para:
+                sizes = list(model.model_para["target_item_size"])
+                model.model_para["target_item_size"] = [*labels, *sizes[len(labels) :]]
+        return model
 
     def frozen(self) -> FastTCN:
         """A copy without gradients in eval mode: the teacher of the next task."""

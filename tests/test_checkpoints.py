@@ -150,3 +150,20 @@ def test_state_round_trip_and_failed_save_keeps_the_old(tmp_path: Path) -> None:
         save_state(path, {"broken": lambda: None})
     assert load_state(path)["tests"] == [[{"hit@1": 0.1}]]
     assert [file.name for file in tmp_path.iterdir()] == ["resume.pt"]
+
+
+def test_grown_models_are_saved_and_loaded(tmp_path: Path) -> None:
+    for model in (FastTCN(labels=[23, 5], **SIZES), FastTCN(labels=[23], **SIZES)):
+        grown = model.grown(40)
+        save_model(grown, tmp_path / "m.safetensors")
+        save_t7(grown, tmp_path / "m.t7")
+        for loaded in (load_model(tmp_path / "m.safetensors"), load_t7(tmp_path / "m.t7", dilations=[1, 4, 1])):
+            assert same(grown, loaded) and loaded.num_items == 40 and loaded.labels == grown.labels
+
+
+def test_weights_of_other_items_than_the_header_says_are_refused(tmp_path: Path) -> None:
+    model = FastTCN(labels=[23, 5], **SIZES)
+    model.num_items = 24
+    save_model(model, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="got the weights of 23 items, expected those of 24"):
+        load_model(tmp_path / "m.safetensors")

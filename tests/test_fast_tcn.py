@@ -272,3 +272,88 @@ def test_bad_calls_are_refused_with_got_and_expected() -> None:
 def test_bad_constructions_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FastTCN(**arguments)
+
+
+def test_grown_keeps_what_there_is_and_adds_rows_as_a_new_model_has_them() -> None:
+    old = FastTCN(num_items=30, channels=64, labels=[30, 7, 30], dilations=[1, 2]).double()
+    old.head(1).requires_grad_(False)
+    new = old.grown(2030, generator=torch.Generator().manual_seed(5))
+    assert new.num_items == new.embeding.num_embeddings == 2030 and new.labels == [2030, 7, 30], "task 3's labels are its own"
+    before, after = old.state_dict(), new.state_dict()
+    assert before.keys() == after.keys()
+    grown = {"embeding.weight", "task_classifier.0.weight", "task_classifier.0.bias"}
+    for name, value in before.items():
+        assert torch.equal(after[name][:30] if name in grown else after[name], value), name
+        assert (len(after[name]) == 2030) == (name in grown)
+    items, weight, bias = (after[name][30:].float() for name in sorted(grown, key=list(after).index))
+    bound = (1 / 2030) ** 0.5
+    assert float(items.abs().max()) <= bound and float(items.std()) == pytest.approx(bound / 3**0.5, rel=0.02)
+    assert float(weight.mean()) == pytest.approx(0, abs=2e-4) and float(weight.std()) == pytest.approx(0.01, rel=0.02)
+    assert bool((bias == 0.1).all())
+    assert not new.head(1).weight.requires_grad and new.head(0).weight.requires_grad
+    x = ragged([0, 3, 5], 5)
+    assert torch.equal(new.encode(x, [Request(2)])[0], old.encode(x, [Request(2)])[0])
+    with torch.no_grad():
+        new.embeding.weight.zero_()
+    assert bool(old.embeding.weight.any()), "grown() must not share memory with the model it came from"
+    (new.head(0)(new.encode(x + 2000, [Request(0)])[0])).sum().backward()
+    assert new.embeding.weight.grad is not None and bool(new.embeding.weight.grad[2000:].any())
+
+
+def test_models_of_one_sequence_of_tasks_get_the_same_rows() -> None:
+    first = FastTCN(num_items=30, channels=8, labels=[30, 7], dilations=[1])
+    second = first.extended(4)
+    one, other = (
+        model.grown(40, [40, 9, 6][: model.num_tasks], torch.Generator().manual_seed(3)) for model in (first, second)
+    )
+    assert other.labels == [40, 9, 6]
+    for name in ("embeding.weight", "task_classifier.0.weight", "task_classifier.1.weight"):
+        assert torch.equal(one.state_dict()[name], other.state_dict()[name]), name
+    state = torch.random.get_rng_state()
+    first.grown(40, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert torch.equal(first.grown(30).embeding.weight, first.embeding.weight), "growing by nothing is a copy"
+
+
+@pytest.mark.parametrize("para", [PARA, T1_PARA, {**PARA, "num_task": 2}])
+def test_grown_published_form_is_built_by_its_own_dict(para: dict) -> None:
+    new = FastTCN(para).grown(35)
+    assert new.model_para is not None and new.model_para["item_size"] == 35 and para["item_size"] == 30
+    if "num_task" in para:
+        assert new.model_para["target_item_size"] == [35, 7, 5] and para["target_item_size"] == [30, 7, 5]
+    again = FastTCN(new.model_para)
+    again.load_state_dict(new.state_dict())
+    x = ragged([3, 5], 5, items=35)
+    call = {"onecall": True, "new_task": 0}
+    assert torch.equal(again(x, 1.0, [], 0, 0, **call)[0], new(x, 1.0, [], 0, 0, **call)[0])
+
+
+def test_shrinking_is_refused() -> None:
+    model = FastTCN(num_items=30, channels=8, labels=[30, 7], dilations=[1])
+    with pytest.raises(ConfigError, match="num_items is 29, expected at least the 30 that there are"):
+        model.grown(29)
+    with pytest.raises(ConfigError, match=r"labels are \[31, 6\], expected one count a task, at least \[30, 7\]"):
+        model.grown(31, [31, 6])
+    with pytest.raises(ConfigError, match=r"labels are \[31\], expected one count a task"):
+        model.grown(31, [31])
+    with pytest.raises(ConfigError, match="labels of task 1 are 30, expected 31: its head covers the items"):
+        model.grown(31, [30, 7])
+
+
+def test_zeros_inside_a_sequence_are_items_like_any_other() -> None:
+    """Left pads are shared; a 0 after the first real item is not one of them, nor is one at the end."""
+    fast, dense = twins([30, 7], 8)
+    x = ragged([12, 12, 7, 5, 1, 0], 12)
+    x[0, [3, 4, 8]], x[1, -1], x[2, 5:7], x[3, -1], x[4, -1] = 0, 0, 0, 0, 0
+    x[5, 6] = 3
+    for task, drop in ((0, 1), (1, 0)):
+        seen = x[:, : 12 - drop]
+        expected = dense.hidden(seen, dense.all_masks(3.0)[:, task])
+        (got,) = fast.encode(x, [Request(task, drop_last=drop)], s=3.0)
+        torch.testing.assert_close(got, expected[:, -1], rtol=1e-10, atol=1e-10)
+        everything = fast.encode_all(seen, task, s=3.0)
+        torch.testing.assert_close(everything.hidden[everything.row_of], expected, rtol=1e-10, atol=1e-10)
+    many, single = x.repeat(16, 1), dense.float()
+    with torch.no_grad():  # so many users without gradient go through the encoder
+        (got,) = fast.float().encode(many, [Request(1)], s=3.0)
+        torch.testing.assert_close(got, single.hidden(many, single.all_masks(3.0)[:, 1])[:, -1], rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from teracon_fast import __version__
-from teracon_fast.cli import infer, inspect, prepare, train
+from teracon_fast.cli import grow, infer, inspect, prepare, train
 from teracon_fast.cli.console import ErrorGroup
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ def _root(
 
 app.add_typer(prepare.app, name="prepare")
 app.command("train")(train.train)
+app.command("grow")(grow.grow)
 app.command("evaluate")(infer.evaluate)
 app.command("recommend")(infer.recommend)
 app.command("predict")(infer.predict)

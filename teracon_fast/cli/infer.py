@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +27,7 @@ Input = Annotated[
     Path, typer.Option("--input", "-i", help="Users: .csv, .parquet or a prepared folder.", show_default=False)
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.", show_default=False)]
-Unseen = Annotated[str, typer.Option(help="Items that the run has not seen: error, pad or drop.")]
+Unseen = Annotated[str, typer.Option(help="Items that the run has not seen: error, pad, drop or bucket.")]
 InputTask = Annotated[int, typer.Option(min=1, help="Of a prepared folder: the task whose sequences to read.")]
 UserColumn = Annotated[str | None, typer.Option(help="Of a Parquet file: the column that names the user.")]
 ItemsColumn = Annotated[str | None, typer.Option(help="Of a Parquet file: the column of item lists.")]
@@ -36,6 +37,7 @@ def evaluate(
     run: RunFolder,
     data: Annotated[Path | None, typer.Option(help="Prepared data; default: where the run was trained from.")] = None,
     split: Annotated[str, typer.Option(help="Samples to use: test, valid or train.")] = "test",
+    unseen: Unseen = "error",
     after: After = None,
     batch_size: Batch = 1024,
     device: Device = "auto",
@@ -47,7 +49,8 @@ def evaluate(
 
     opened = open_run(run, after, device, backend, threads)
     with ConsoleObserver(console(stderr=True)) as observer:
-        found = measure(opened, data, split, batch_size, observer.on_evaluate)
+        unseen_policy: Any = unseen
+        found = measure(opened, data, split, batch_size, observer.on_evaluate, unseen_policy, partial(say, stderr=True))
     names = list(dict.fromkeys(name for metrics in found.values() for name in metrics))
     rows = []
     for number, metrics in found.items():
@@ -160,3 +163,7 @@ def _write(name: str, inputs: Inputs, output: Path, work: Callable[[Callable[[in
     with counting(name, inputs.total()) as advance:
         users = work(advance)
     say(f"wrote {output}: {users:,} users, {output.stat().st_size / 2**20:.1f} MiB")
+    if inputs.unseen_places:
+        fate = {"pad": "became the pad", "drop": "were dropped", "bucket": "became buckets"}[inputs.unseen]
+        places, strangers = inputs.unseen_places, inputs.unseen_users
+        say(f"{places:,} items that the run has not seen, of {strangers:,} users, {fate}")

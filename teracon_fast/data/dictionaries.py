@@ -2,10 +2,14 @@
 
 Order: ascending numerically when every id is a whole number, else as strings. In an item dictionary index 0 is always the pad
 "0", whether or not "0" occurs; the published program gives index 0 to the smallest item as well when "0" never occurs.
+
+A dictionary that extends another keeps its ids where they are; new ones follow, ascending among themselves. An item dictionary
+may hold K buckets, at indices 1 to K: rare items share them, each item the one that a hash of its raw id names.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -23,7 +27,19 @@ from teracon_fast.files import atomic_write
 
 PAD = "0"
 _TABLE_IDS = 1 << 26  # ids below this are looked up in a table of at most 256 MiB; others are hashed, block by block
+_BUCKET = re.compile(r"<bucket 1 of ([1-9][0-9]{0,8})>")
 _PUBLISHED = re.compile(r"\{'[0-9]+': [0-9]+(, '[0-9]+': [0-9]+)*\}")
+
+
+def bucket_names(buckets: int) -> list[str]:
+    """The ids that an item dictionary gives its buckets. The number of them is in each name: it decides what a bucket means."""
+    return [f"<bucket {number} of {buckets}>" for number in range(1, buckets + 1)]
+
+
+def bucket_number(raw: str, buckets: int) -> int:
+    """Bucket of a raw item id, 1 to `buckets`: BLAKE2b of its UTF-8 text, the same on every machine and in every version."""
+    digest = hashlib.blake2b(raw.encode(), digest_size=8).digest()
+    return 1 + int.from_bytes(digest, "little") % buckets
 
 
 def pyarrow() -> ModuleType:
@@ -98,9 +114,10 @@ class _Codes:
         self.keys: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self.codes: npt.NDArray[np.int32] = np.zeros(0, dtype=np.int32)
 
-    def add(self, keys: npt.NDArray[np.int64]) -> None:
-        """Give new, distinct ids the next codes, in the order given."""
-        codes = np.arange(len(self.keys), len(self.keys) + len(keys), dtype=np.int32)
+    def add(self, keys: npt.NDArray[np.int64], first: int | None = None) -> None:
+        """Give new, distinct ids consecutive codes, in the order given, from `first` (None: the number of ids so far)."""
+        first = len(self.keys) if first is None else first
+        codes = np.arange(first, first + len(keys), dtype=np.int32)
         order = np.argsort(keys)
         at = np.searchsorted(self.keys, keys[order])
         self.keys, self.codes = np.insert(self.keys, at, keys[order]), np.insert(self.codes, at, codes[order])
@@ -138,6 +155,7 @@ class Dictionary:
 
     Attributes:
         ids: [n] array of str (dtype object); `ids[index]` is the raw id.
+        buckets: K, how many of the ids are buckets (indices 1 to K); usually 0.
 
     Raises:
         ValueError: an id occurs twice.
@@ -146,12 +164,15 @@ class Dictionary:
     def __init__(self, ids: Iterable[str]) -> None:
         listed = list(ids)
         self.ids: npt.NDArray[np.object_] = np.array(listed, dtype=object)
+        self.buckets = _count_buckets(listed)
         self._numbers: _Codes | None = None
-        numbers = as_numbers(listed)
+        head, tail = listed[: 1 if self.buckets else 0], listed[1 + self.buckets if self.buckets else 0 :]
+        numbers = as_numbers([*head, *tail])  # buckets aside, which no number stands for
         if numbers is not None:
             self._numbers = _Codes()
-            self._numbers.add(numbers)
-        distinct = len(self._lookup) if self._numbers is None else len(np.unique(self._numbers.keys))
+            self._numbers.add(numbers[: len(head)])
+            self._numbers.add(numbers[len(head) :], first=len(head) + self.buckets)
+        distinct = len(self._lookup) if self._numbers is None else len(np.unique(self._numbers.keys)) + self.buckets
         if distinct != len(listed):
             raise ValueError("an id occurs twice in a dictionary; expected each id once")
 
@@ -172,6 +193,19 @@ class Dictionary:
             return self._numbers.find(as_int64(values))
         codes, uniques = factorize(values)
         return np.array([self._lookup.get(str(raw), -1) for raw in uniques.tolist()], dtype=np.int32)[codes]
+
+    def bucket_of(self, values: RawIds) -> npt.NDArray[np.int32]:
+        """Index of the bucket of each raw id, int32 of the shape of `values`, whether or not the id has an index of its own.
+
+        Raises:
+            TypeError: the values are neither integers nor strings.
+            ValueError: the dictionary has no buckets.
+        """
+        if not self.buckets:
+            raise ValueError("the item dictionary has no buckets; expected one prepared with buckets")
+        codes, uniques = factorize(values)
+        found = [bucket_number(str(raw), self.buckets) for raw in uniques.tolist()]
+        return np.array(found, dtype=np.int32)[codes]
 
     def save(self, path: str | Path) -> None:
         """Write as Parquet, whole or not at all."""
@@ -209,6 +243,13 @@ class Dictionary:
             return cls(table["id"].to_pylist())
         except ValueError as error:
             raise DataError(path, str(error)) from error
+
+
+def _count_buckets(ids: list[str]) -> int:
+    """K where the ids after the pad are the names of K buckets, else 0."""
+    match = _BUCKET.fullmatch(ids[1]) if len(ids) > 1 else None
+    buckets = int(match[1]) if match else 0
+    return buckets if match and ids[1 : 1 + buckets] == bucket_names(buckets) else 0
 
 
 def read_published_index(path: str | Path) -> Dictionary:
@@ -250,14 +291,26 @@ class DictionaryBuilder:
 
     Args:
         pad: the id "0" takes code and index 0, whether or not it occurs.
+        known: a dictionary to extend: its ids keep their indices, new ones follow them. With `pad` its id 0 must be the pad.
+        min_count: new ids that occur less often share the buckets of `known`, which must have some if this is above 1.
+
+    Attributes:
+        rare: after `finish`, how many ids share the buckets, and how many places they have.
     """
 
-    def __init__(self, pad: bool) -> None:
-        self._pad = pad
+    def __init__(self, pad: bool, known: Dictionary | None = None, min_count: int = 1) -> None:
+        if pad and known is not None and (not len(known) or known.ids[0] != PAD):
+            raise ValueError("index 0 of the dictionary to extend is not the pad '0'")
+        if min_count > 1 and (known is None or not known.buckets):
+            raise ValueError(f"got min_count {min_count} and no buckets; expected a dictionary with buckets")
+        self._known, self._min_count = known, min_count
+        self.rare = (0, 0)
+        self._pad = pad and known is None
         self._numbers = _Codes()
-        self._strings: dict[str, int] = {PAD: 0} if pad else {}
+        self._strings: dict[str, int] = {PAD: 0} if self._pad else {}
         self._kind = ""
-        if pad:
+        self._counts: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)  # of new ids, where min_count asks for them
+        if self._pad:
             self._numbers.add(np.zeros(1, dtype=np.int64))
 
     def add(self, values: RawIds) -> npt.NDArray[np.int32]:
@@ -270,7 +323,22 @@ class DictionaryBuilder:
         if self._kind not in ("", kind):
             raise TypeError(f"got ids that are {kind} after {self._kind}; expected one kind for the whole task")
         self._kind = kind
-        if kind == "strings":
+        if self._known is None:
+            return self._add_new(values)
+        codes = self._known.encode(values)
+        fresh = codes < 0
+        if fresh.any():
+            new = self._add_new(values[fresh])
+            codes[fresh] = new + len(self._known)
+            if self._min_count > 1:
+                seen = np.bincount(new, minlength=len(self._counts))
+                seen[: len(self._counts)] += self._counts
+                self._counts = seen
+        return codes
+
+    def _add_new(self, values: RawIds) -> npt.NDArray[np.int32]:
+        """Codes of ids that are not in `known`, counted from 0."""
+        if self._kind == "strings":
             codes, uniques = factorize(values)
             known = self._strings
             return np.array([known.setdefault(raw, len(known)) for raw in uniques.tolist()], dtype=np.int32)[codes]
@@ -285,20 +353,31 @@ class DictionaryBuilder:
 
     def finish(self) -> tuple[Dictionary, npt.NDArray[np.int32]]:
         """The dictionary, and int32 `index_of_code` with the dense index of every provisional code."""
+        ids, codes = self._ascending()
+        known = [] if self._known is None else self._known.ids.tolist()
+        index_of_new = np.empty(len(codes), dtype=np.int32)
+        if self._min_count > 1:
+            assert self._known is not None
+            rare = self._counts[codes] < self._min_count
+            self.rare = int(rare.sum()), int(self._counts[codes[rare]].sum())
+            names = np.array([raw for raw, few in zip(ids, rare.tolist(), strict=True) if few], dtype=object)
+            index_of_new[codes[rare]] = self._known.bucket_of(names)
+            ids, codes = [raw for raw, few in zip(ids, rare.tolist(), strict=True) if not few], codes[~rare]
+        index_of_new[codes] = np.arange(len(known), len(known) + len(codes), dtype=np.int32)
+        return Dictionary([*known, *ids]), np.append(np.arange(len(known), dtype=np.int32), index_of_new)
+
+    def _ascending(self) -> tuple[list[str], npt.NDArray[np.int32]]:
+        """The new ids in the order of their indices, and their codes, counted from 0."""
         if self._kind == "strings":
             raw = list(self._strings)
             numbers = as_numbers(raw)
             key = raw.__getitem__ if numbers is None else numbers.__getitem__
             first = int(self._pad)
             codes = np.array([*range(first), *sorted(range(first, len(raw)), key=key)], dtype=np.int32)
-            ids = [raw[code] for code in codes]
-        else:
-            keys, codes = self._numbers.keys, self._numbers.codes
-            if self._pad:
-                # Negative ids sort before 0, but the pad stays first.
-                order = np.argsort(keys != 0, kind="stable")
-                keys, codes = keys[order], codes[order]
-            ids = [str(key) for key in keys.tolist()]
-        index_of_code = np.empty(len(codes), dtype=np.int32)
-        index_of_code[codes] = np.arange(len(codes), dtype=np.int32)
-        return Dictionary(ids), index_of_code
+            return [raw[code] for code in codes], codes
+        keys, codes = self._numbers.keys, self._numbers.codes
+        if self._pad:
+            # Negative ids sort before 0, but the pad stays first.
+            order = np.argsort(keys != 0, kind="stable")
+            keys, codes = keys[order], codes[order]
+        return [str(key) for key in keys.tolist()], codes

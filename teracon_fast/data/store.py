@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from teracon_fast.data.blocks import LabelArrays, RawIds, Rows, as_blocks
-from teracon_fast.data.dictionaries import Dictionary
+from teracon_fast.data.dictionaries import PAD, Dictionary, bucket_names
 from teracon_fast.data.layout import (
     FORMAT_VERSION,
     Kind,
@@ -38,12 +38,53 @@ from teracon_fast.data.layout import (
     read_about,
 )
 from teracon_fast.data.task_files import Duplicates, TaskFiles, Unseen
-from teracon_fast.errors import DataError
+from teracon_fast.errors import ConfigError, DataError
 from teracon_fast.files import atomic_write
 
 __all__ = ["DatasetWriter", "Duplicates", "Kind", "TaskData", "TaskMeta", "TaskSequence", "Unseen", "open_dataset"]
 
 _log = logging.getLogger("teracon_fast.data")
+
+
+@dataclass(frozen=True)
+class Known:
+    """Dictionaries of an earlier data set: its items, and by the name of each task its labels."""
+
+    items: Dictionary | None = None
+    labels: Mapping[str, Dictionary] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Known:
+        """Those of a prepared folder or a run folder.
+
+        Raises:
+            DataError: neither of them, or a dictionary is missing or damaged.
+        """
+        path = Path(path)
+        tasks = enumerate(read_about(path).tasks, 1)
+        labels = {
+            task.name: Dictionary.load(path / f"task{number}" / "labels.parquet")
+            for number, task in tasks
+            if task.kind == "label"
+        }
+        return cls(Dictionary.load(path / "items.parquet"), labels)
+
+
+def _with_buckets(known: Dictionary | None, min_count: int, buckets: int | None) -> Dictionary | None:
+    """The item dictionary that task 1 extends: pad and buckets, where it is not given."""
+    if min_count < 1 or (buckets is not None and buckets < 0):
+        raise ConfigError(f"got min_count {min_count}, buckets {buckets}; expected at least 1 and at least 0")
+    there = 0 if known is None else known.buckets
+    wanted = there if buckets is None else buckets
+    if known is not None and wanted != there:
+        raise ConfigError(f"got {wanted} buckets; expected the {there} of the data set that is extended")
+    if min_count > 1 and not wanted:
+        raise ConfigError(f"got min_count {min_count} and no buckets; expected buckets for the rarer items")
+    if known is None and wanted:
+        if min_count == 1:
+            raise ConfigError(f"got {wanted} buckets and min_count 1: nothing would train them; expected min_count above 1")
+        return Dictionary([PAD, *bucket_names(wanted)])
+    return known
 
 
 class DatasetWriter:
@@ -65,10 +106,16 @@ class DatasetWriter:
         length: L, the number of columns of every task's sequences; None takes it from the first block of the first task.
         source: where the data came from, kept in dataset.json; must be JSON-serialisable.
         items: an existing item dictionary (for instance the published program's); then task 1 is also held to it.
+        extend: a prepared folder or a run folder. Its items, and the labels of its tasks (by name), keep their indices, whether
+            or not they occur; new ones follow them, ascending.
+        min_count: items that occur less often than this in task 1 get no index of their own but share buckets.
+        buckets: number of buckets, indices 1 to `buckets`; an item's bucket follows from its raw id (`bucket_number`). Later
+            tasks' items that task 1 does not have go to their buckets too, whatever `unseen` says. None: those of `extend`.
         overwrite: replace an existing folder at `path`, which must be a prepared data set; otherwise it is refused.
 
     Raises:
         DataError: on bad data, see `add_task`; at the end, when no task was added.
+        ConfigError: min_count without buckets or buckets without min_count, or other buckets than those of `extend`.
     """
 
     def __init__(
@@ -79,6 +126,9 @@ class DatasetWriter:
         source: Mapping[str, Any] | None = None,
         *,
         items: Dictionary | None = None,
+        extend: str | Path | None = None,
+        min_count: int = 1,
+        buckets: int | None = None,
         overwrite: bool = False,
     ) -> None:
         self.path, self.name, self.length = Path(path), name, length
@@ -86,6 +136,13 @@ class DatasetWriter:
             raise DataError(self.path, f"got length {length}; expected at least 1")
         self.source: dict[str, Any] = dict(source or {})
         self.items = items
+        if items is not None and (extend is not None or min_count > 1 or buckets):
+            raise ConfigError("got an item dictionary and extend, min_count or buckets; expected either")
+        self._known = Known() if extend is None else Known.read(extend)
+        if extend is not None:
+            self.source["extends"] = str(extend)
+        self._known_items = _with_buckets(self._known.items, min_count, buckets)
+        self._min_count = min_count
         self.tasks: list[TaskMeta] = []
         self._overwrite = overwrite
         if self.path.exists():
@@ -160,7 +217,10 @@ class DatasetWriter:
             raise DataError(self.path, f"got unseen={unseen!r}; expected 'error', 'pad' or 'drop'")
         if duplicates not in ("keep", "drop", "error"):
             raise DataError(self.path, f"got duplicates={duplicates!r}; expected 'keep', 'drop' or 'error'")
-        task = TaskFiles(self._folder / f"task{number}", kind, self.length, self.items, unseen, duplicates)
+        task = TaskFiles(
+            self._folder / f"task{number}", kind, self.length, self.items, unseen, duplicates,
+            known_items=self._known_items, known_labels=self._known.labels.get(name), min_count=self._min_count,
+        )  # fmt: skip
         for block in as_blocks(sequences, labels, groups):
             if len(block.items):
                 task.add(block)

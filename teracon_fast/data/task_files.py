@@ -26,6 +26,8 @@ class TaskFiles:
         kind, unseen, duplicates: see `DatasetWriter.add_task`.
         length: L; None takes it from the first block.
         items: the item dictionary; None makes it from this task (then `items` is set by `finish`).
+        known_items: a dictionary that the new one extends. min_count: see `DictionaryBuilder`.
+        known_labels: the same of the labels.
     """
 
     def __init__(
@@ -36,18 +38,22 @@ class TaskFiles:
         items: Dictionary | None,
         unseen: Unseen = "error",
         duplicates: Duplicates = "keep",
+        *,
+        known_items: Dictionary | None = None,
+        known_labels: Dictionary | None = None,
+        min_count: int = 1,
     ) -> None:
         self.folder, self.kind, self.length, self.items = folder, kind, length, items
         self.unseen, self.duplicates = unseen, duplicates
         folder.mkdir()
-        self.new_items = DictionaryBuilder(pad=True) if items is None else None
-        self.label_builder = DictionaryBuilder(pad=False)
+        self.new_items = DictionaryBuilder(True, known_items, min_count) if items is None else None
+        self.label_builder = DictionaryBuilder(False, known_labels)
         self.sequences: NpyWriter | None = None
         self.lengths = NpyWriter(folder / "lengths.npy", np.int32)
         self.groups = NpyWriter(folder / "groups.npy", np.int64)
         self.samples: list[npt.NDArray[np.int32]] = []
         self.rows = 0
-        self.counts = dict.fromkeys(("empty", "inner", "ending", "unseen", "repeated"), 0)
+        self.counts = dict.fromkeys(("empty", "inner", "ending", "unseen", "bucket", "rare", "repeated"), 0)
 
     def add(self, block: Block) -> None:
         """Append the rows of a block."""
@@ -91,6 +97,10 @@ class TaskFiles:
             raise block.error(0, f"items: {error}") from error
         missing = codes < 0
         if not missing.any():
+            return codes
+        if self.items.buckets:
+            self.counts["bucket"] += int(missing.sum())
+            codes[missing] = self.items.bucket_of(block.items[missing])
             return codes
         if self.unseen == "error":
             row, column = np.argwhere(missing)[0]
@@ -142,6 +152,7 @@ class TaskFiles:
         index_of_item: npt.NDArray[np.int32] | None = None
         if self.new_items is not None:
             self.items, index_of_item = self.new_items.finish()
+            self.counts["rare"] = self.new_items.rare[0]
             remap(self.sequences, index_of_item)
         for array in (self.sequences, self.lengths, self.groups):
             array.close()
@@ -164,12 +175,15 @@ class TaskFiles:
         return TaskMeta(name, self.kind, self.rows, len(samples), num_labels, self._notes())
 
     def _notes(self) -> list[str]:
+        places = 0 if self.new_items is None else self.new_items.rare[1]
         unseen = {"pad": "replaced by the pad", "drop": "dropped"}.get(self.unseen, "")
         repeated = {"keep": "kept as samples", "drop": "dropped"}.get(self.duplicates, "")
         words = {
             "empty": "rows hold only pads",
             "inner": "rows hold the pad 0 after their first item; it is embedded like any item",
             "ending": "rows end with the pad 0; sequences must be padded on the left, newest item last",
+            "bucket": "places hold an item without an index of its own, which became its bucket",
+            "rare": f"rare items share the buckets (in {places} places)",
             "unseen": f"items that task 1 does not have were {unseen}",
             "repeated": f"labels given twice to one row were {repeated}",
         }

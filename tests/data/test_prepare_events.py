@@ -266,3 +266,34 @@ def test_no_file_no_parquet_other_suffix(tmp_path: Path) -> None:
 def test_options_out_of_range(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         prepare(write(tmp_path, LOG), tmp_path / "out", **options)
+
+
+def test_extended_with_more_events(tmp_path: Path) -> None:
+    """Text users, items and labels keep their numbers; all that is new follows them."""
+    old = {"user": ["eve", "bob"] * 2, "item": ["k", "m", "m", "p"], "time": [1, 2, 3, 4], "city": ["y", "x"] * 2}
+    more = {"user": ["amy", "amy"], "item": ["a", "k"], "time": [5, 6], "city": ["a", "a"]}
+    options = {"labels": ("city",), "length": 2}
+    prepare(write(tmp_path, old), tmp_path / "old", **options)
+    path = write(tmp_path, {name: [*old[name], *more[name]] for name in old})
+    prepare(path, tmp_path / "new", extend=tmp_path / "old", **options)
+    assert list(open_dataset(tmp_path / "old").item_ids()) == ["0", "k", "m", "p"]
+    assert list(open_dataset(tmp_path / "new").item_ids()) == ["0", "k", "m", "p", "a"]
+    assert rows_of(tmp_path / "new") == [(0, ["m", "p"]), (1, ["k", "m"]), (2, ["a", "k"])]
+    assert list(Dictionary.load(tmp_path / "new/users.parquet").ids) == ["bob", "eve", "amy"]
+    assert labels_of(tmp_path / "new", 1) == [(0, "x"), (1, "y"), (2, "a")]
+    assert list(open_dataset(tmp_path / "new").tasks[1].label_ids()) == ["x", "y", "a"]
+    (tmp_path / "old" / "users.parquet").unlink()
+    summary = prepare(path, tmp_path / "anew", extend=tmp_path / "old", **options)
+    assert rows_of(tmp_path / "anew")[0] == (0, ["a", "k"])
+    assert any("users numbered anew" in note for note in summary.notes)
+
+
+def test_rare_items_share_buckets(tmp_path: Path) -> None:
+    log = {"user": [1] * 4 + [2] * 4, "item": [*"abac", *"abad"], "time": list(range(8))}
+    path = write(tmp_path, log)
+    summary = prepare(path, tmp_path / "out", min_count=2, buckets=1, length=4)
+    assert rows_of(tmp_path / "out") == [(1, [*"aba", "<bucket 1 of 1>"]), (2, [*"aba", "<bucket 1 of 1>"])]
+    assert any("2 rare items share the buckets (in 2 places)" in note for note in summary.notes)
+    with pytest.raises(ConfigError, match="got min_count 2 and no buckets"):
+        prepare(path, tmp_path / "other", min_count=2)
+    assert not (tmp_path / "other").exists()

@@ -317,3 +317,14 @@ def test_existing_output_is_kept_unless_overwrite(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     with pytest.raises(DataError, match="not a prepared data set"):
         prepare(tmp_path, tmp_path / "mine", overwrite=True)
+
+
+def test_extended(tmp_path: Path) -> None:
+    prepare(write_1m(tmp_path), tmp_path / "old")
+    assert list(open_dataset(tmp_path / "old").item_ids()) == ["0", "10", "30", "40", "50"]
+    prepare(write_1m(tmp_path, [*RATINGS, "7::20::1::50", "7::5::4::60"]), tmp_path / "new", extend=tmp_path / "old")
+    data = open_dataset(tmp_path / "new")
+    assert list(data.item_ids()) == ["0", "10", "30", "40", "50", "20"]
+    assert list(data.tasks[1].label_ids()) == ["20", "60", "5"], "labels of a known task, then its new one"
+    summary = prepare(tmp_path, tmp_path / "rare", min_count=2, buckets=1)
+    assert list(open_dataset(tmp_path / "rare").item_ids()) == ["0", "<bucket 1 of 1>", "40"] and summary.items == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from teracon_fast.data import open_dataset
@@ -99,3 +100,16 @@ def test_length_pads_and_cuts(tmp_path: Path) -> None:
     data = open_dataset(tmp_path / "out")
     assert data.tasks[0].sequences.tolist() == [[0, 3, 1], [2, 4, 3]]
     assert data.tasks[1].sequences.tolist() == [[0, 0, 1]]
+
+
+def test_extended_and_with_buckets(tmp_path: Path) -> None:
+    prepare(write(tmp_path), tmp_path / "old", min_count=2, buckets=3)
+    old = open_dataset(tmp_path / "old")
+    assert list(old.item_ids())[4:] == ["7", "9", "12", "100"], "all four occur twice"
+    write(tmp_path, pretrain="5,5,12,7\n0,9,100,3\n", age="0,0,12,7,,2\n")
+    prepare(tmp_path, tmp_path / "new", extend=tmp_path / "old", min_count=2)
+    new = open_dataset(tmp_path / "new")
+    assert list(new.item_ids()) == [*old.item_ids(), "5"]
+    bucket = new.item_dictionary().bucket_of(np.array([3]))[0]
+    assert new.tasks[0].sequences.tolist() == [[8, 8, 6, 4], [0, 5, 7, bucket]]
+    assert list(new.tasks[3].label_ids()) == ["1", "3", "2"] and new.tasks[3].samples.tolist() == [[0, 2]]

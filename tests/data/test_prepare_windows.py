@@ -97,7 +97,8 @@ def test_options_from_text(name: str, texts: dict[str, str], values: dict[str, A
     [
         (
             {"lenght": "20"},
-            "preparer movielens has no option 'lenght'; it has: length, min_items, half_star, overwrite",
+            "preparer movielens has no option 'lenght'; it has: length, min_items, half_star, extend, min_count, buckets, "
+            "overwrite",
         ),
         ({"length": "many"}, "option length: got 'many'; expected int"),
         ({"half_star": "keep"}, "option half_star: got 'keep'; expected one of input, drop"),

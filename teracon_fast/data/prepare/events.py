@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from teracon_fast.data.dictionaries import Dictionary, as_numbers
+from teracon_fast.data.dictionaries import Dictionary, DictionaryBuilder, as_numbers
 from teracon_fast.data.prepare.assemble import TaskRows, check_output, write_tasks
 from teracon_fast.data.prepare.preparer import Summary
 from teracon_fast.data.prepare.tables import first_true, import_polars, read_columns, require_file
@@ -33,6 +33,9 @@ def prepare_events(
     max_windows: int | None = None,
     min_items: int = 2,
     item_prefix: str = "",
+    extend: Path | None = None,
+    min_count: int = 1,
+    buckets: int | None = None,
     overwrite: bool = False,
 ) -> Summary:
     """Your own log: a Parquet or CSV file with one event a row (user, item, time), label columns become tasks.
@@ -41,7 +44,8 @@ def prepare_events(
     file may be in any order. Each label column is one further task with one label a user, on the same rows as T1; a user
     without a value (empty, or NaN) is left out of that task only. Users and items may be integers or text; dictionaries are
     in ascending order, of numbers where all ids are whole numbers. Text users are numbered in that order; `users.parquet`
-    (id, index) in the prepared folder keeps the numbers.
+    (id, index) in the prepared folder keeps the numbers. With `extend`, users that the earlier folder's `users.parquet` names
+    keep their numbers too, and so their side of a split by user.
 
     Args:
         source: `.parquet` or `.csv` file (comma, header line).
@@ -57,6 +61,9 @@ def prepare_events(
         max_windows: with "several", windows of each user, the latest; none: all.
         min_items: leave out windows with fewer real items.
         item_prefix: text put before every item id, for a log whose items are numbered from 0.
+        extend: prepared folder or run folder whose items and labels keep their indices; new ones follow them.
+        min_count: items that occur less often than this in T1 share the buckets.
+        buckets: how many buckets rare items share, each by a hash of its id; none: those of `extend`.
         overwrite: replace an existing prepared folder.
 
     Raises:
@@ -70,6 +77,12 @@ def prepare_events(
     log = _EventFile(Path(source), [user, item, time, *labels])
 
     user_names, users = log.users(user)
+    notes = []
+    if user_names is not None and extend is not None:
+        if (extend / "users.parquet").is_file():
+            user_names, users = _extended(Dictionary.load(extend / "users.parquet"), user_names, users)
+        else:
+            notes.append(f"users numbered anew, so that a split by user is another one: {extend} has no users.parquet")
     histories = group_by_user(users, log.times(time))
     item_ids, item_codes = log.items(item, item_prefix)
     several = windows == "several"
@@ -92,6 +105,7 @@ def prepare_events(
         numbers = np.arange(len(rows), dtype=np.int64)
         tasks.append(TaskRows(column, "label", sequences[rows], groups[rows], numbers, of_row))
     left_out = len(histories.users) - len(np.unique(chosen.owner))
+    notes += [f"{left_out:,} users left out: no window of {min_items} events"] if left_out else []
     options = {
         "length": length,
         "windows": windows,
@@ -106,13 +120,24 @@ def prepare_events(
         tasks=tasks,
         source={"preparer": "events", "file": log.path.name, "user": user, "item": item, "time": time,
                 "labels": list(labels), "label_value": label_value, "item_prefix": item_prefix, **options},
-        notes=[f"{left_out:,} users left out: no window of {min_items} events"] if left_out else [],
+        notes=notes,
         began=began,
+        extend=extend,
+        min_count=min_count,
+        buckets=buckets,
         overwrite=overwrite,
     )  # fmt: skip
     if user_names is not None:
         Dictionary(user_names).save(output / "users.parquet")
     return summary
+
+
+def _extended(known: Dictionary, names: list[str], users: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int64]]:
+    """Names and numbers of the users when those of `known` keep their numbers and the others follow them."""
+    builder = DictionaryBuilder(False, known)
+    codes = builder.add(np.array(names, dtype=object))
+    found, index_of_code = builder.finish()
+    return found.ids.tolist(), index_of_code[codes][users].astype(np.int64)
 
 
 def _now() -> float:

@@ -31,6 +31,9 @@ def prepare_movielens(
     length: int = 30,
     min_items: int = 1,
     half_star: Literal["input", "drop"] = "input",
+    extend: Path | None = None,
+    min_count: int = 1,
+    buckets: int | None = None,
     overwrite: bool = False,
 ) -> Summary:
     """MovieLens 1M (ratings.dat, users.dat) or 25M (ratings.csv): next movie, 4-star, 5-star, then gender, age, occupation.
@@ -50,6 +53,9 @@ def prepare_movielens(
         length: items in a row, left-padded; the paper uses 30.
         min_items: leave out users with fewer T1 items; 2 gives every T1 row an item to predict from.
         half_star: what happens to a movie rated 4.5: "input" keeps it in T1, "drop" leaves it out.
+        extend: prepared folder or run folder whose items and labels keep their indices; new ones follow them.
+        min_count: items that occur less often than this in T1 share the buckets.
+        buckets: how many buckets rare items share, each by a hash of its id; none: those of `extend`.
         overwrite: replace an existing prepared folder.
 
     Raises:
@@ -110,6 +116,9 @@ def prepare_movielens(
         },
         notes=notes,
         began=began,
+        extend=extend,
+        min_count=min_count,
+        buckets=buckets,
         overwrite=overwrite,
     )
 

@@ -37,7 +37,7 @@ class Summary:
         name: name of the data set.
         path: the prepared folder.
         length: items in a row, pads included.
-        items: distinct items, the pad not counted.
+        items: distinct items and buckets, the pad not counted.
         users: distinct users of the first task.
         mean_length: real items a row, over the rows of all tasks.
         pad_share: share of pads, from 0 to 1, over the rows of all tasks.

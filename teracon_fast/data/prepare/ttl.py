@@ -24,7 +24,15 @@ TASK_FILES = {
 
 
 def prepare_ttl(
-    source: Path, output: Path, *, length: int | None = None, unseen: Unseen = "error", overwrite: bool = False
+    source: Path,
+    output: Path,
+    *,
+    length: int | None = None,
+    unseen: Unseen = "error",
+    extend: Path | None = None,
+    min_count: int = 1,
+    buckets: int | None = None,
+    overwrite: bool = False,
 ) -> Summary:
     """Tencent TL, published files: watching, clicking, thumb-up, age, gender, life status; tasks without a file are left out.
 
@@ -38,6 +46,9 @@ def prepare_ttl(
         length: items in a row; shorter lines are padded on the left, longer ones keep their newest items. None: all lines must
             be as long as the first, as the published ones are.
         unseen: an item of a later file that T1 does not have: "error", "pad" or "drop" (taken out of its row).
+        extend: prepared folder or run folder whose items and labels keep their indices; new ones follow them.
+        min_count: items that occur less often than this in T1 share the buckets.
+        buckets: how many buckets rare items share, each by a hash of its id; none: those of `extend`.
         overwrite: replace an existing prepared folder.
 
     Raises:
@@ -53,7 +64,9 @@ def prepare_ttl(
         )
     notes = [f"no {file}: no task {name}" for name, file in TASK_FILES.items() if name not in present]
     about = {"preparer": "ttl", "files": {name: path.name for name, path in present.items()}, "notes": notes}
-    with DatasetWriter(output, "ttl", length=length, source=about, overwrite=overwrite) as writer:
+    with DatasetWriter(
+        output, "ttl", length, about, extend=extend, min_count=min_count, buckets=buckets, overwrite=overwrite
+    ) as writer:
         for name, path in present.items():
             first = name == "watching"
             blocks = read_sequences_csv(
