@@ -81,8 +81,9 @@ def target_ranks(
             part = order[first[low] : first[high]]
             of_sample = np.repeat(same, np.diff(first[low : high + 1]))
             targets = torch.from_numpy(chosen[part, 1].astype(np.int64)).to(device)
-            picked = hidden[torch.from_numpy(of_sample).to(device)]
-            ranks[torch.from_numpy(part)] = linear_rank(picked, head.weight, head.bias, targets).cpu()
+            of_state = torch.from_numpy(of_sample).to(device)
+            found = linear_rank(hidden, head.weight, head.bias, targets, of_state, backend=model.backend)
+            ranks[torch.from_numpy(part)] = found.cpu()
             if progress is not None:
                 progress(int(first[high]), len(order))
     return ranks

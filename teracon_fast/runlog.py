@@ -2,7 +2,8 @@
 
 Events of metrics.jsonl (one JSON object a line; tasks count from 1, epochs and batches from 0, `step` restarts with each task):
 
-- step: task, epoch, batch, step, loss, class_loss, scale (s), users_per_s; from task 2 on also retention_loss and rho.
+- step: task, epoch, batch, step, loss, class_loss, hit@1 (of the batch; of task 1 the real targets), scale (s), users_per_s; from
+  task 2 on also retention_loss and rho.
 - valid: task, epoch, step (the epoch's last), metrics, best, class_loss (mean over the epoch's samples); from task 2 on
   also retention_loss.
 - task_end: task, epochs, best_epoch, seconds, test ({"1": metrics, ...}), similarity ([S][T][T], cosines of the masks).

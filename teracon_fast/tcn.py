@@ -315,16 +315,34 @@ class FastTCN(nn.Module):
             x: int64 `[B, L]`, L at least 2; inputs are `x[:, :-1]`, targets `x[:, 1:]`.
             s, masks, lengths: as `encode`.
         """
+        return self.next_item(x, s, masks, lengths, predictions=False).loss
+
+    def next_item(
+        self, x: Tensor, s: float = 50.0, masks: Tensor | None = None, lengths: np.ndarray | None = None,
+        predictions: bool = True,
+    ) -> ops.CrossEntropy:  # fmt: skip
+        """`next_item_loss`, and from the same pass over the items each target's rank `[B*(L-1)]`. `argmax` is that of distinct
+        states. Without `predictions` both are empty."""
         if x.dim() != 2 or x.shape[1] < 2:
             raise ShapeError(f"x is {list(x.shape)}, expected [B, L] with L at least 2")
         # Without its last item a sequence is one shorter; one that is all pads stays so.
         seen = None if lengths is None else np.maximum(lengths - 1, 0)
         positions = self.encode_all(x[:, :-1], 0, s, masks, seen)
-        head = self.head(0)
-        return ops.linear_cross_entropy(
-            positions.hidden, head.weight, head.bias, x[:, 1:].reshape(-1), rows=positions.row_of.reshape(-1),
-            backend=self.backend,
-        )  # fmt: skip
+        return self._class_loss(positions.hidden, 0, x[:, 1:].reshape(-1), positions.row_of.reshape(-1), predictions)
+
+    def class_loss(self, hidden: Tensor, task: int, targets: Tensor, predictions: bool = True) -> ops.CrossEntropy:
+        """Mean cross-entropy of a task's head over states `[n, f]` (Eq. 18), with argmax and ranks where asked."""
+        return self._class_loss(hidden, task, targets, None, predictions)
+
+    def _class_loss(
+        self, hidden: Tensor, task: int, targets: Tensor, rows: Tensor | None, predictions: bool
+    ) -> ops.CrossEntropy:
+        head = self.head(task)
+        arguments = hidden, head.weight, head.bias, targets, rows
+        if predictions:
+            return ops.linear_cross_entropy(*arguments, predictions=True, backend=self.backend)
+        none = targets.new_empty(0)
+        return ops.CrossEntropy(ops.linear_cross_entropy(*arguments, backend=self.backend), none, none)
 
     def forward(
         self, x: Tensor, s: float | Tensor, masks_list: list[Tensor] | None, task_num: int, gpu_num: Any = None,

@@ -69,6 +69,7 @@ class StepResult:
     class_loss: Tensor
     retention_loss: Tensor | None = None  # before alpha; None for T1
     next_rho: HostCopy | None = None
+    hit: Tensor | None = None  # hit@1 of the batch before the step, where asked for; T1: of real targets
 
 
 def make_optimizer(model: torch.nn.Module, lr: float) -> Adam:
@@ -91,7 +92,7 @@ def _forward(model: FastTCN, precision: Precision) -> torch.autocast:
 
 def t1_step(
     model: FastTCN, optimizer: torch.optim.Optimizer, x: Tensor, s: float, precision: Precision = "fp32",
-    lengths: NDArray[np.int64] | None = None,
+    lengths: NDArray[np.int64] | None = None, predictions: bool = False,
 ) -> StepResult:  # fmt: skip
     """One step of task 1: next item at all positions, then the clamp.
 
@@ -100,16 +101,24 @@ def t1_step(
         s: mask scale.
         precision: of matrix products; "bf16" keeps weights, masks, statistics and losses in fp32.
         lengths: `packing.real_lengths(x)`, int64 `[B]`, where they are known.
+        predictions: also count hits, in the loss's own pass over the items.
     """
     if lengths is None:
         lengths = packing.real_lengths(x)  # while x is on the host: asking the device would wait for it
     optimizer.zero_grad(set_to_none=True)
     with _forward(model, precision):
-        loss = model.next_item_loss(to_device(x, model), s, lengths=lengths)
-    loss.backward()  # type: ignore[no-untyped-call]
+        x = to_device(x, model)
+        found = model.next_item(x, s, lengths=lengths, predictions=predictions)
+    found.loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     model.clamp_task_embeddings()
-    return StepResult(loss.detach())
+    return StepResult(found.loss.detach(), hit=_hit(found.rank, x[:, 1:].reshape(-1) != 0) if predictions else None)
+
+
+def _hit(rank: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Share of first places; 0 where nothing counts."""
+    hits = rank == 0
+    return hits.float().mean() if counts is None else (hits & counts).sum() / counts.sum().clamp_min(1)
 
 
 def continual_step(
@@ -126,6 +135,7 @@ def continual_step(
     c: float = 6.0,
     precision: Precision = "fp32",
     lengths: NDArray[np.int64] | None = None,
+    predictions: bool = False,
 ) -> StepResult:
     """One step of task i >= 2 (Eq. 15 to 18): class loss + alpha * retention loss, then the clamp.
 
@@ -140,7 +150,7 @@ def continual_step(
         student_mask: "past": the student uses the current mask of task j (the published program); "current": that of
             task i (Eq. 10 and 16 as printed).
         c: scale of the cosine in Eq. 15.
-        precision, lengths: as in `t1_step`.
+        precision, lengths, predictions: as in `t1_step`.
 
     Returns:
         StepResult; next_rho is computed from the masks that this step used.
@@ -159,8 +169,7 @@ def continual_step(
         if student_mask == "current":
             asked = [Request(current, users[j], int(j == 0)) for j in past]
         hidden, *student = model.encode(x, [Request(current), *asked], s, masks, lengths)
-        head = model.head(current)
-        class_loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, y, backend=model.backend)
+        found = model.class_loss(hidden, current, y, predictions)
         heads, teacher_heads = [model.head(j) for j in past], [teacher.head(j) for j in past]
         # alpha is part of the loss: it is formed with its gradients.
         retention_loss = ops.retention_mse(
@@ -168,13 +177,14 @@ def continual_step(
             pseudo, [head.weight for head in teacher_heads], [head.bias for head in teacher_heads],
             rho, scale=alpha or 1.0, backend=model.backend,
         )  # fmt: skip
-        loss = class_loss + retention_loss if alpha else class_loss
+        loss = found.loss + retention_loss if alpha else found.loss
 
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     model.clamp_task_embeddings()
-    return StepResult(class_loss.detach(), retention_loss.detach() / (alpha or 1.0), next_rho)
+    hit = _hit(found.rank) if predictions else None
+    return StepResult(found.loss.detach(), retention_loss.detach() / (alpha or 1.0), next_rho, hit)
 
 
 def to_device(tensor: Tensor, model: FastTCN) -> Tensor:
@@ -242,6 +252,8 @@ class Losses:
         self._pending.clear()
         event = {"epoch": record.epoch, "batch": record.batch, "step": record.step, "scale": record.s}
         event["class_loss"] = class_loss
+        if record.result.hit is not None:
+            event["hit@1"] = float(record.result.hit)
         return event if retention is None else {**event, "retention_loss": retention, "rho": record.rho}
 
     def _require_finite(self, at: StepRecord, class_loss: float, retention: float | None) -> None:
@@ -337,8 +349,8 @@ def train_task(task: TaskTraining, host: Host) -> None:
         with closing(ahead(rest)) as ready:
             for x, y, lengths in ready:
                 s = annealed_scale(at.batch, num_batches, config.s_max, task.parity)
-                task.losses.add(run_step(task, x, y, s, lengths))
                 logged = at.step % task.log_every == 0
+                task.losses.add(run_step(task, x, y, s, lengths, logged))
                 event = task.losses.read(at) if logged or read_always else None
                 at.batch, at.step = at.batch + 1, at.step + 1
                 host.after_step(task, len(x), event if logged else None)
@@ -364,17 +376,19 @@ def waits_for_device(model: FastTCN) -> bool:
     return model.head(0).weight.device.type != "cpu"
 
 
-def run_step(task: TaskTraining, x: Tensor, y: Tensor, s: float, lengths: NDArray[np.int64] | None = None) -> StepRecord:
+def run_step(
+    task: TaskTraining, x: Tensor, y: Tensor, s: float, lengths: NDArray[np.int64] | None = None, predictions: bool = False
+) -> StepRecord:
     """One optimiser step of the task on a batch: draws the users of retention and moves rho on."""
     at, config = task.position, task.config
     if task.teacher is None:
-        result = t1_step(task.model, task.optimizer, x, s, task.precision, lengths)
+        result = t1_step(task.model, task.optimizer, x, s, task.precision, lengths, predictions)
         return StepRecord(len(x), at.epoch, at.batch, at.step, s, [], result)
     rates = drawing_rates(at.rho, task.sampling)
     users = draw_users(len(x), rates, task.draws)
     result = continual_step(
         task.model, task.teacher, task.optimizer, x, y, users, rates, s, config.alpha, task.student_mask, config.c,
-        task.precision, lengths,
+        task.precision, lengths, predictions,
     )  # fmt: skip
     record = StepRecord(len(x), at.epoch, at.batch, at.step, s, rates, result)
     assert result.next_rho is not None

@@ -65,6 +65,8 @@ def _losses(event: dict[str, Any]) -> str:
         parts.append(f"retention {event['retention_loss']:.2e}")
     if event.get("rho"):
         parts.append("rho " + " ".join(f"{value:.3f}" for value in event["rho"]))
+    if "hit@1" in event:
+        parts.append(f"hit@1 {event['hit@1']:.3f}")
     return "  ".join(parts)
 
 

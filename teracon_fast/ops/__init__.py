@@ -2,13 +2,14 @@
 
 from teracon_fast.ops.embedding_rows import embedding_rows
 from teracon_fast.ops.gather_rows import gather_rows
-from teracon_fast.ops.linear_cross_entropy import linear_cross_entropy
+from teracon_fast.ops.linear_cross_entropy import CrossEntropy, linear_cross_entropy
 from teracon_fast.ops.linear_rank import linear_rank, linear_topk
 from teracon_fast.ops.masked_conv import ALGORITHMS, masked_conv
 from teracon_fast.ops.retention_mse import retention_mse
 
 __all__ = [
     "ALGORITHMS",
+    "CrossEntropy",
     "embedding_rows",
     "gather_rows",
     "linear_cross_entropy",
