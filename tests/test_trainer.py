@@ -243,7 +243,7 @@ def test_loop_feeds_each_epoch_in_order_with_restarted_annealing(tiny: list[Task
     assert len(train) % 16 != 0, "the last batch of this test is a partial one"
     assert len(seen) == 2 * per_epoch == host.steps
     draws, rho = torch.Generator().manual_seed(2), [FIRST_RHO]
-    for step, (x, y, users, rates, s, alpha, student_mask, c, precision, lengths) in enumerate(seen):
+    for step, (x, y, users, rates, s, alpha, student_mask, c, precision, lengths, predictions) in enumerate(seen):
         epoch, batch = divmod(step, per_epoch)
         expected_x, expected_y = fetch(task.data, epoch_batches(train, 16, 11, epoch)[batch])
         assert torch.equal(x, expected_x) and torch.equal(y, expected_y)
@@ -253,7 +253,7 @@ def test_loop_feeds_each_epoch_in_order_with_restarted_annealing(tiny: list[Task
         assert torch.equal(users[0], draw_users(len(x), rho, draws)[0])
         event = host.events[step]
         assert (event["epoch"], event["batch"], event["step"], event["scale"]) == (epoch, batch, step, s)
-        assert event["rho"] == rates
+        assert predictions and event["rho"] == rates
         rho = host.events[step + 1]["rho"] if step + 1 < len(seen) else rho
         assert rho != [FIRST_RHO], "rho moves after every step and is not reset by an epoch"
     valid = host.valid[0]
@@ -261,6 +261,34 @@ def test_loop_feeds_each_epoch_in_order_with_restarted_annealing(tiny: list[Task
     losses = [event["class_loss"] for event in host.events[:per_epoch]]
     assert valid["class_loss"] == pytest.approx(sum(n * v for n, v in zip(sizes, losses, strict=True)) / sum(sizes))
     assert valid["step"] == per_epoch - 1
+
+
+def test_hits_are_counted_in_steps_that_are_logged(tiny: list[TaskData], monkeypatch: Any) -> None:
+    asked: list[bool] = []
+    real = trainer.t1_step
+
+    def spy(*arguments: Any) -> StepResult:
+        asked.append(arguments[-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(trainer, "t1_step", spy)
+    task, host = tiny_training(tiny, 1, epochs=1), ScriptedHost([0.1])
+    task.log_every = 2
+    train_task(task, host)
+    assert asked == [step % 2 == 0 for step in range(len(asked))]
+    assert len(host.events) == sum(asked) and all(0 <= event["hit@1"] <= 1 for event in host.events)
+
+
+def test_hit_of_a_step_is_that_of_the_model_before_it() -> None:
+    """Task 1: share of real next items that come first among all; pads are learned but not counted."""
+    model = FastTCN(num_items=9, channels=6, dilations=(1,))
+    x = torch.tensor([[0, 0, 3, 4, 5], [1, 2, 3, 4, 5], [0, 0, 0, 0, 0]])
+    scores = model(x[:, :-1], 2.0, [], 0)[0].view(3, 4, 9)
+    expected = (scores.argmax(2) == x[:, 1:])[x[:, 1:] != 0].float().mean()
+    step = t1_step(model, make_optimizer(model, 1e-2), x, 2.0, predictions=True)
+    assert step.hit is not None and step.hit.item() == pytest.approx(expected.item())
+    assert t1_step(model, make_optimizer(model, 1e-2), x * 0, 2.0, predictions=True).hit == 0
+    assert t1_step(model, make_optimizer(model, 1e-2), x, 2.0).hit is None
 
 
 def test_loop_goes_on_where_it_was_stopped(tiny: list[TaskData]) -> None:
