@@ -18,9 +18,12 @@ from teracon_fast.ops._torch_linear_cross_entropy import Forward, Shape
 # gives larger memory back to the system every time, and getting it anew can cost more than the product.
 KEPT_BYTES = 32 << 20
 # A loss that is formed with its gradients keeps exponentials for a turn only, in one array for all turns: as many rows as
-# KEPT_BYTES allow, or, of many labels, as many as pay for walking over d(weight) once more.
+# KEPT_BYTES allow, or, of many labels, more of them.
 TURN_BYTES = 160 << 20
-_FEWEST_ROWS, _ROWS = 128, 384
+_MOST_ROWS = 384
+# Fewer rows than this do not pay for walking over weight and d(weight) once more. Forming logits again costs half where pairs of
+# bfloat16 are multiplied, and the walk as much as ever.
+_FEWEST_ROWS = {torch.float32: 64, torch.bfloat16: 256}
 
 
 def _kept_shapes(rows: int, labels: int) -> tuple[Shape, Shape]:
@@ -70,7 +73,7 @@ def backward(
     return d_hidden.to(hidden.dtype), d_weight, d_bias.to(bias.dtype)
 
 
-def rows_at_once(rows: int, labels: int, dtype: torch.dtype = torch.float32) -> int | None:
+def rows_at_once(rows: int, labels: int, hidden: torch.dtype, weight: torch.dtype) -> int | None:
     """Rows whose loss and gradients `reduced` forms together; None where something else is faster.
 
     All rows at once, where their exponentials may be kept, need no second walk over d(weight). A few rows at a time would
@@ -78,14 +81,14 @@ def rows_at_once(rows: int, labels: int, dtype: torch.dtype = torch.float32) -> 
 
     Args:
         rows, labels: R, C.
-        dtype: of the weight. Turns add to d(weight), which only float32 is good for.
+        hidden, weight: dtypes. Turns add to d(weight), which only float32 is good for.
     """
     if rows == 0 or kept_shapes(rows, labels, True)[0][0] > 0:
         return None
-    at_once = max(KEPT_BYTES // (4 * labels), min(_ROWS, TURN_BYTES // (4 * labels))) // 32 * 32
+    at_once = max(KEPT_BYTES // (4 * labels), min(_MOST_ROWS, TURN_BYTES // (4 * labels))) // 32 * 32
     if at_once >= rows:
         return rows
-    return at_once if at_once >= _FEWEST_ROWS and dtype == torch.float32 else None
+    return at_once if at_once >= _FEWEST_ROWS[hidden] and weight == torch.float32 else None
 
 
 def reduced(
@@ -100,7 +103,7 @@ def reduced(
         The sum, gradients of hidden, weight and bias, and the predictions (empty unless wanted).
     """
     count, labels = hidden.shape[0], weight.shape[0]
-    at_once = rows_at_once(count, labels, weight.dtype)
+    at_once = rows_at_once(count, labels, hidden.dtype, weight.dtype)
     assert at_once is not None
     states, wide_weight, wide_bias = dense_head(hidden, weight, bias)
     d_hidden, d_weight, d_bias = torch.empty(hidden.shape), torch.empty(weight.shape, dtype=weight.dtype), torch.empty(bias.shape)

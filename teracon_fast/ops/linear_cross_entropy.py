@@ -119,8 +119,8 @@ def linear_cross_entropy(
     dtype, count = sums_dtype(hidden.dtype), targets.shape[0]
     weights = None if target_weights is None else target_weights.detach().to(dtype)
     if save and reduction != "none" and count and not torch.compiler.is_compiling():
-        cpu = _implementation(backend, hidden) is _cpu_linear_cross_entropy
-        if cpu and _cpu_linear_cross_entropy.rows_at_once(hidden.shape[0], weight.shape[0], weight.dtype):
+        size = hidden.shape[0], weight.shape[0], hidden.dtype, weight.dtype
+        if _implementation(backend, hidden) is _cpu_linear_cross_entropy and _cpu_linear_cross_entropy.rows_at_once(*size):
             scales = hidden.new_ones(count, dtype=dtype) if weights is None else weights
             scales = scales / scales.sum() if reduction == "mean" else scales
             total, _, _, _, *found = _linear_cross_entropy_reduced(

@@ -35,8 +35,8 @@ def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Backward with what forward kept, as with heads too large to keep anything, and a loss formed with its gradients."""
     if request.param == "with its gradients":
 
-        def few_rows(rows: int, labels: int, dtype: torch.dtype = torch.float32) -> int | None:
-            return min(rows, 32) or None if rows <= 32 or dtype == torch.float32 else None
+        def few_rows(rows: int, labels: int, hidden: torch.dtype, weight: torch.dtype) -> int | None:
+            return min(rows, 32) or None if rows <= 32 or weight == torch.float32 else None
 
         monkeypatch.setattr(_cpu_linear_cross_entropy, "rows_at_once", few_rows)
     if request.param == "formed again":
@@ -357,12 +357,14 @@ def test_what_is_held_between_forward_and_backward(monkeypatch: pytest.MonkeyPat
 @COMPILED
 def test_when_a_loss_is_formed_with_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all exponentials are too many to keep, but those of enough rows are not; a loss that is scaled scales them."""
-    assert _cpu_linear_cross_entropy.rows_at_once(1600, 20_000) == 416
-    assert _cpu_linear_cross_entropy.rows_at_once(400, 20_000) is None
-    assert _cpu_linear_cross_entropy.rows_at_once(1600, 100_000) == 384
-    assert _cpu_linear_cross_entropy.rows_at_once(1600, 640_000) is None
-    assert _cpu_linear_cross_entropy.rows_at_once(26, 640_000) == 26
-    assert _cpu_linear_cross_entropy.rows_at_once(1600, 20_000, torch.bfloat16) is None
+    single, half = torch.float32, torch.bfloat16
+    at_once = _cpu_linear_cross_entropy.rows_at_once
+    assert at_once(1600, 20_000, single, single) == at_once(1600, 20_000, half, single) == 416
+    assert at_once(400, 20_000, single, single) is None, "all exponentials may be kept"
+    assert at_once(1600, 100_000, single, single) == 384
+    assert at_once(1600, 640_000, single, single) == 64 and at_once(1600, 640_000, half, single) is None
+    assert at_once(1600, 1_000_000, single, single) is None, "too few rows at once"
+    assert at_once(26, 640_000, half, half) == 26 and at_once(1600, 20_000, half, half) is None, "one turn adds nothing"
     *values, targets, rows = head(70, 30, 6, 100)
     expected = torch.autograd.grad(2.5 * naive(*values, targets, rows), values)
     monkeypatch.setattr(_cpu_linear_cross_entropy, "rows_at_once", lambda *_: 32)
