@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
@@ -73,8 +75,25 @@ def require_range(operation: str, values: Tensor, limit: int, name: str) -> None
             )
 
 
-def scaled(gradients: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of a loss that were formed with it, times what came down to it."""
+def keep_gradients(ctx: Any, gradients: tuple[Tensor, ...]) -> None:
+    """Keep gradients that were formed with a loss until `kept_gradients` asks for them. They carry no gradient themselves."""
+    ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)
+    # Not by save_for_backward: as long as it holds a gradient, autograd copies it into `.grad` instead of handing it on.
+    ctx.gradients = gradients
+
+
+def kept_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    """Those gradients, times what came down to the loss.
+
+    Raises:
+        RuntimeError: they are gone, with an earlier backward pass that did not retain the graph.
+    """
+    gradients: tuple[Tensor, ...] | None = ctx.gradients
+    if gradients is None:
+        raise RuntimeError("got a second backward pass through a loss, expected retain_graph=True in the first one")
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.gradients = None
     # A loss that is not scaled further, the usual case, needs no pass over d(weight). On a GPU looking would wait for it.
     if not torch.compiler.is_compiling() and not is_fake(grad) and grad.device.type == "cpu" and float(grad) == 1.0:
         return gradients

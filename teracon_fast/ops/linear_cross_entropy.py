@@ -18,7 +18,7 @@ from torch import Tensor
 from teracon_fast import backends
 from teracon_fast.errors import ShapeError
 from teracon_fast.ops import _cpu_linear_cross_entropy, _torch_linear_cross_entropy, _triton_linear_cross_entropy
-from teracon_fast.ops._heads import autocast_hidden, check_head, check_targets, expect, scaled, sums_dtype
+from teracon_fast.ops._heads import autocast_hidden, check_head, check_targets, expect, keep_gradients, kept_gradients, sums_dtype
 from teracon_fast.ops._torch_linear_cross_entropy import Forward, Shape
 
 
@@ -231,14 +231,13 @@ def _reduced_fake(
 
 
 def _reduced_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[1:4])
-    ctx.set_materialize_grads(False)
+    keep_gradients(ctx, output[1:4])
 
 
 def _reduced_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 8
-    gradients = scaled(ctx.saved_tensors, grad)
+    gradients = kept_gradients(ctx, grad)
     return (*(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[:3], strict=True)), *(None,) * 5)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from teracon_fast import backends
 from teracon_fast.errors import ShapeError
 from teracon_fast.ops import _cpu_retention_mse, _torch_retention_mse, _triton_retention_mse
-from teracon_fast.ops._heads import autocast_hidden, check_head, scaled, sums_dtype
+from teracon_fast.ops._heads import autocast_hidden, check_head, keep_gradients, kept_gradients, sums_dtype
 from teracon_fast.ops._torch_retention_mse import Needs, Result
 
 FORMS = ("auto", "direct", "gram")
@@ -134,14 +134,13 @@ def _distance_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[1:])
-    ctx.set_materialize_grads(False)
+    keep_gradients(ctx, output[1:])
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 12
-    gradients = scaled(ctx.saved_tensors, grad)
+    gradients = kept_gradients(ctx, grad)
     return (*(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[:3], strict=True)), *(None,) * 9)
 
 

@@ -220,3 +220,21 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         ops.retention_mse(hs, ws, bs, ht, wt, bt, form="gram", backend="torch")
     with pytest.raises(BackendError, match="'nonsense' cannot run retention_mse"):
         ops.retention_mse(hs, ws, bs, ht, wt, bt, backend="nonsense")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_handed_on_once_and_not_copied(backend: str) -> None:
+    values = pair(5, 300, 6, 0.1)
+    loss = ops.retention_mse(*values, backend=backend)
+    loss.backward(retain_graph=True)
+    assert values[1].grad is not None
+    first = values[1].grad.clone()
+    loss.backward()
+    torch.testing.assert_close(values[1].grad, 2 * first)
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        loss.backward()
+    handed_on: list[int] = []
+    values[1].grad = None
+    values[1].register_hook(lambda grad: handed_on.append(grad.data_ptr()))
+    ops.retention_mse(*values, backend=backend).backward()
+    assert values[1].grad is not None and handed_on == [values[1].grad.data_ptr()]
