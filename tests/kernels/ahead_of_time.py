@@ -1,0 +1,115 @@
+"""Compiles what the launchers would run, for GPUs that need not be there: `python ahead_of_time.py JOBS`.
+
+JOBS is JSON, `[[architecture, operation, dtype, labels, channels], ...]`. The launchers run on small tensors in memory, but
+their launches are compiled with the table's configuration instead of run. Prints a JSON list with, of every kernel, the
+registers, spilled bytes, shared memory and matrix instructions that its machine code has. Not in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from teracon_fast.kernels import configs, label_scan, linear_cross_entropy, linear_rank, retention_mse
+
+TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+# Kernels that multiply nothing are not looked at.
+WITHOUT_PRODUCTS = {"merge_rows_kernel", "merge_targets_kernel", "row_sums_kernel"}
+ROWS, TARGETS_COUNT = 40, 64
+
+
+def run(operation: str, dtype: torch.dtype, labels: int, channels: int) -> None:
+    """Calls an operation's launcher; its results are not looked at."""
+    hidden, weight, bias = torch.zeros(ROWS, channels, dtype=dtype), torch.zeros(labels, channels), torch.zeros(labels)
+    targets, rows = torch.zeros(TARGETS_COUNT, dtype=torch.int64), torch.zeros(TARGETS_COUNT, dtype=torch.int64)
+    grad, statistics = torch.zeros(TARGETS_COUNT), torch.zeros(2, ROWS)
+    if operation == "forward":
+        linear_cross_entropy.forward(hidden, weight, bias, targets, rows, True)
+    elif operation == "backward":
+        linear_cross_entropy.backward(grad, hidden, weight, bias, targets, rows, statistics, True, True, 1e-4)
+    elif operation == "retention":
+        retention_mse.forward_backward(hidden, weight, bias, hidden, weight, bias, 1.0, True)
+    else:
+        linear_rank.topk(hidden, weight, bias, 20, torch.zeros(8, dtype=torch.int64), torch.arange(ROWS + 1) // ROWS * 8)
+
+
+def compiled(kernel: Any, arguments: dict[str, Any], sizes: configs.Config, target: GPUTarget) -> Any:
+    """The kernel with the types, alignments and constants of these arguments."""
+    signature, constants, aligned = {}, {}, {}
+    for number, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(number,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            aligned[(number,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
+                aligned[(number,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=target, options={"num_warps": sizes.warps, "num_stages": sizes.stages})
+
+
+def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
+    if target.backend == "hip":
+        code = built.asm["amdgcn"]
+        # Scalar registers spill into lanes of vector registers; only those spill to memory, called private here.
+        spilled = max(int(size) for size in re.findall(r"\.private_segment_fixed_size: (\d+)", code))
+        registers, products = max(int(n) for n in re.findall(r"\.vgpr_count: +(\d+)", code)), re.findall(r"v_mfma\w+", code)
+        wide = "v_lshl_add_u64" in code or "v_addc_co" in code
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(built.asm["cubin"])
+            file.flush()
+            tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+            usage = subprocess.run(
+                [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            ).stdout
+        registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+        code = built.asm["ptx"]
+        products = re.findall(r"(?:wgmma\.mma_async|mma)\.sync\.[\w.]+", code)
+        wide = "mad.wide" in code or "mul.lo.s64" in code
+    return {
+        "registers": registers, "spilled": spilled, "shared": built.metadata.shared,
+        "products": sorted(set(products)), "wide": wide,
+    }  # fmt: skip
+
+
+def recorder(target: GPUTarget, found: list[dict[str, Any]]) -> Callable[..., None]:
+    def record(kernel: Any, grid: tuple[int, ...], sizes: configs.Config, device: torch.device, **arguments: Any) -> None:
+        if kernel.__name__ not in WITHOUT_PRODUCTS:
+            found.append({"kernel": kernel.__name__, **facts(compiled(kernel, arguments, sizes, target), target)})
+
+    return record
+
+
+def main(jobs: list[tuple[str, str, str, int, int]]) -> list[dict[str, Any]]:
+    everything: list[dict[str, Any]] = []
+    for architecture, operation, dtype, labels, channels in jobs:
+        found: list[dict[str, Any]] = []
+        configs.architecture = lambda device, name=architecture: name  # type: ignore[assignment]
+        for module in (label_scan, linear_cross_entropy, linear_rank, retention_mse):
+            module.launch = recorder(TARGETS[architecture], found)
+        run(operation, getattr(torch, dtype), labels, channels)
+        job = {"architecture": architecture, "operation": operation, "dtype": dtype, "labels": labels, "channels": channels}
+        everything += [{**job, **fact} for fact in found]
+    return everything
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))
