@@ -83,7 +83,7 @@ _INTERPRETED: dict[Operation, Config] = {
     "weight": Config(16, 32, 16, 32),
     "hidden": Config(32, 16, 16, 32),
     "retention": Config(16, 32, 16, 32),
-    "topk": Config(16, 128, 16),
+    "topk": Config(16, 32, 16),
 }
 
 
