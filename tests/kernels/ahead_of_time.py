@@ -2,7 +2,8 @@
 
 JOBS is JSON, `[[architecture, operation, dtype, labels, channels], ...]`. The launchers run on small tensors in memory, but
 their launches are compiled with the table's configuration instead of run. Prints a JSON list with, of every kernel, the
-registers, spilled bytes, shared memory and matrix instructions that its machine code has. Not in Triton's interpreter.
+registers, spilled bytes, shared memory and matrix instructions that its machine code has, and the multiplications of sizes
+that are too narrow. Not in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -65,13 +66,26 @@ def compiled(kernel: Any, arguments: dict[str, Any], sizes: configs.Config, targ
     return triton.compile(source, target=target, options={"num_warps": sizes.warps, "num_stages": sizes.stages})
 
 
+def narrow_addresses(code: str) -> list[str]:
+    """32-bit multiplications by a stride or a size: what an address is formed from must be widened first."""
+    narrow = set(re.findall(r"%(stride\w*|channels|count|labels|targets_count|rows_count)\b(?=: i32)", code))
+    found = []
+    for line in code.splitlines():
+        made = re.match(r"\s*%(\w+) = (\S+) (.*?) : (.*)", line)
+        if made and narrow & set(re.findall(r"%(\w+)", made[3])):
+            if made[2] == "arith.muli":
+                found.append(line.strip())
+            elif made[2] in ("tt.splat", "tt.expand_dims", "tt.broadcast", "arith.addi"):
+                narrow.add(made[1])
+    return found
+
+
 def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
     if target.backend == "hip":
         code = built.asm["amdgcn"]
         # Scalar registers spill into lanes of vector registers; only those spill to memory, called private here.
         spilled = max(int(size) for size in re.findall(r"\.private_segment_fixed_size: (\d+)", code))
         registers, products = max(int(n) for n in re.findall(r"\.vgpr_count: +(\d+)", code)), re.findall(r"v_mfma\w+", code)
-        wide = "v_lshl_add_u64" in code or "v_addc_co" in code
     else:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(built.asm["cubin"])
@@ -83,10 +97,9 @@ def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
         registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
         code = built.asm["ptx"]
         products = re.findall(r"(?:wgmma\.mma_async|mma)\.sync\.[\w.]+", code)
-        wide = "mad.wide" in code or "mul.lo.s64" in code
     return {
         "registers": registers, "spilled": spilled, "shared": built.metadata.shared,
-        "products": sorted(set(products)), "wide": wide,
+        "products": sorted(set(products)), "narrow": narrow_addresses(built.asm["ttir"]),
     }  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from teracon_fast.ops import _torch_linear_cross_entropy as plain
 
 pytest.importorskip("triton", minversion="3.7.1")
 
-from teracon_fast.kernels import linear_cross_entropy as kernels  # noqa: E402
-from teracon_fast.kernels.configs import config  # noqa: E402
+from teracon_fast.kernels import linear_cross_entropy as kernels
+from teracon_fast.kernels.configs import config
 
 # Smaller than a tile, no multiple of one, several shares of labels and of rows, several tiles of channels.
 SIZES = [(1, 1, 1, 3), (5, 7, 3, 9), (33, 40, 16, 20), (37, 101, 40, 60), (50, 230, 70, 120)]
@@ -134,22 +134,22 @@ def test_no_rows_and_no_targets(device: torch.device, rows: int, count: int) -> 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_what_is_not_finite_is_as_in_plain_pytorch(device: torch.device) -> None:
-    """A row with NaN, +inf, -inf at its target, -inf elsewhere, -inf everywhere, and an ordinary one, under each other."""
-    hidden = torch.eye(6, device=device)
-    weight = torch.randn(45, 6, device=device)
-    bias = torch.zeros(45, device=device)
-    weight[3, 0], weight[40, 1], weight[7, 2], weight[8, 3], weight[:, 4] = torch.nan, torch.inf, -torch.inf, -torch.inf, -torch.inf
-    hidden[0, 0] = 1
-    logits = torch.stack([weight[:, row] for row in range(6)])
+    """A row with NaN, with +inf, with -inf at its target, elsewhere, everywhere, and an ordinary one.
+
+    One row at a time: an infinite bias reaches every row.
+    """
+    logits = torch.randn(6, 45, device=device)
+    logits[0, 3], logits[1, 40], logits[2, 7], logits[3, 8], logits[4] = torch.nan, torch.inf, -torch.inf, -torch.inf, -torch.inf
     hidden, weight = torch.ones(6, 1, device=device), torch.zeros(45, 1, device=device)
     targets, rows = torch.full((6,), 7, device=device), torch.arange(6, device=device)
-    for row in range(6):  # infinities in shared weights would reach every row: so one row at a time
+    for row in range(6):
         values = (hidden[row : row + 1], weight, logits[row])
         known = (targets[:1], rows[:1])
         losses, statistics, _, rank = kernels.forward(*values, *known, True)
         expected, sums, kept, none = plain.forward(*values, *known, True)
         torch.testing.assert_close(losses, expected, equal_nan=True)
-        assert int(rank[0]) == (45 if row == 0 else int((logits[row] > logits[row, 7]).sum() + (logits[row, :7] == logits[row, 7]).sum()))
+        before = (logits[row] > logits[row, 7]).sum() + (logits[row, :7] == logits[row, 7]).sum()
+        assert int(rank[0]) == (45 if row == 0 else int(before))
         grad = torch.ones(1, device=device)
         got = kernels.backward(grad, *values, *known, statistics, True, True, 0.0)
         filtered = kernels.backward(grad, *values, *known, statistics, True, True, 1e-9)
@@ -165,7 +165,8 @@ def test_same_bits_from_run_to_run(device: torch.device) -> None:
     runs = []
     for _ in range(2):
         losses, statistics, *predicted = kernels.forward(*values, targets, rows, True)
-        runs.append([losses, statistics, *predicted, *kernels.backward(grad, *values, targets, rows, statistics, True, True, 0.0)])
+        gradients = kernels.backward(grad, *values, targets, rows, statistics, True, True, 0.0)
+        runs.append([losses, statistics, *predicted, *gradients])
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", minversion="3.7.1")
 
-from teracon_fast.kernels import linear_rank as kernels  # noqa: E402
+from teracon_fast.kernels import linear_rank as kernels
 
 Lists = list[list[int]]
 
@@ -52,7 +52,8 @@ def test_targets_of_a_row_with_nan_have_the_rank_that_none_can_have(device: torc
     targets = torch.tensor([1, 2, 3, 4, 5], device=device)
     got = kernels.rank(*values, targets, row_of)
     assert got[[0, 2, 4]].tolist() == [50] * 3
-    assert torch.equal(got[[1, 3]], kernels.rank(values[0][[0, 19]], *values[1:], targets[[1, 3]], torch.arange(2, device=device)))
+    values[0] = values[0][[0, 19]]
+    assert torch.equal(got[[1, 3]], kernels.rank(*values, targets[[1, 3]], torch.arange(2, device=device)))
 
 
 def test_nothing_to_rank(device: torch.device) -> None:
@@ -64,7 +65,7 @@ def test_nothing_to_rank(device: torch.device) -> None:
     assert scores.shape == labels.shape == (0, 2)
 
 
-@pytest.mark.parametrize(("rows", "labels", "k"), [(1, 1, 1), (5, 30, 30), (20, 150, 20), (17, 100, 70)])
+@pytest.mark.parametrize(("rows", "labels", "k"), [(1, 1, 1), (5, 30, 30), (20, 150, 20), (7, 100, 70)])
 def test_best_labels_equal_a_full_stable_sort(device: torch.device, rows: int, labels: int, k: int) -> None:
     """With ties, and, beyond what one walk finds, in several walks."""
     values = tied(device, rows, labels)
@@ -84,13 +85,14 @@ def test_scores_are_those_of_the_head(device: torch.device) -> None:
 
 def test_excluded_labels_are_never_returned(device: torch.device) -> None:
     """Unsorted lists, repeated labels, several in one tile, all labels, all but one, none."""
-    values = tied(device, 20, 100)
-    lists: Lists = [torch.randint(100, (row * 4,)).tolist() for row in range(20)]
+    values = tied(device, 18, 100)
+    lists: Lists = [torch.randint(100, (row * 4,)).tolist() for row in range(18)]
     lists[3], lists[4], lists[5] = list(range(99, -1, -1)), list(range(99)), []
     scores, best = kernels.topk(*values, 12, *flat(device, lists))
     expected = sorted_in_full(values, 12, lists)
     assert torch.equal(best, expected[1]) and torch.equal(scores, expected[0])
     assert best[3].tolist() == [-1] * 12 and best[4].tolist() == [99] + [-1] * 11
+    values[0], lists = values[0][:9], lists[:9]
     scores, best = kernels.topk(*values, 40, *flat(device, lists))
     expected = sorted_in_full(values, 40, lists)
     assert torch.equal(best, expected[1]) and torch.equal(scores, expected[0])

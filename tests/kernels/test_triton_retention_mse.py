@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", minversion="3.7.1")
 
-from teracon_fast.kernels import retention_mse as kernels  # noqa: E402
+from teracon_fast.kernels import retention_mse as kernels
 
 COEFFICIENT = 0.37
 
