@@ -194,7 +194,8 @@ def scan(
     sizes = config("scan", device, dtype, labels)
     parts, share = split(triton.cdiv(count, sizes.rows), triton.cdiv(labels, sizes.labels), device)
     targets, rows = targets.contiguous(), rows.contiguous()
-    sorted_targets = by_row(targets, rows, count) if ranks else Targets(targets, rows, targets, targets)
+    # Losses alone need no order: what stands in for it is not read.
+    by_rows = by_row(targets, rows, count) if ranks else Targets(targets, rows, order=targets, starts=targets)
 
     def empty(needed: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape if needed else 0, dtype=dtype, device=device)
@@ -218,7 +219,7 @@ def scan(
     )  # fmt: skip
     launch(
         scan_kernel, (triton.cdiv(count, sizes.rows), parts), sizes, device, **operands, own=own, targets=targets,
-        order=sorted_targets.order, starts=sorted_targets.starts, maxima=maxima, totals=totals, bests=bests, broken=broken,
+        order=by_rows.order, starts=by_rows.starts, maxima=maxima, totals=totals, bests=bests, broken=broken,
         ahead=ahead, count=count, labels=labels, channels=hidden.shape[1], targets_count=number, share=share, **strides,
         STATISTICS=statistics, RANKS=ranks, **tile,
     )  # fmt: skip

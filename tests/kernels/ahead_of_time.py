@@ -2,8 +2,8 @@
 
 JOBS is JSON, `[[architecture, operation, dtype, labels, channels], ...]`. The launchers run on small tensors in memory, but
 their launches are compiled with the table's configuration instead of run. Prints a JSON list with, of every kernel, the
-registers, spilled bytes, shared memory and matrix instructions that its machine code has, and the multiplications of sizes
-that are too narrow. Not in Triton's interpreter.
+registers, spilled bytes, shared memory and matrix instructions that its machine code has, the multiplications of sizes that
+are too narrow, and the numbers of rows whose value would have it compiled again ("keyed"). Not in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
 }  # fmt: skip
-# Kernels that multiply nothing are not looked at.
-WITHOUT_PRODUCTS = {"merge_rows_kernel", "merge_targets_kernel", "row_sums_kernel"}
 ROWS, TARGETS_COUNT = 40, 64
 
 
@@ -55,6 +53,8 @@ def compiled(kernel: Any, arguments: dict[str, Any], sizes: configs.Config, targ
         value = arguments[parameter.name]
         if parameter.is_constexpr:
             signature[parameter.name], constants[(number,)] = "constexpr", value
+        elif isinstance(value, int) and value == 1 and not parameter.do_not_specialize:
+            signature[parameter.name], constants[(number,)] = "constexpr", 1  # as a launch has it
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = TYPES[value.dtype]
             aligned[(number,)] = [["tt.divisibility", 16]]
@@ -105,8 +105,10 @@ def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
 
 def recorder(target: GPUTarget, found: list[dict[str, Any]]) -> Callable[..., None]:
     def record(kernel: Any, grid: tuple[int, ...], sizes: configs.Config, device: torch.device, **arguments: Any) -> None:
-        if kernel.__name__ not in WITHOUT_PRODUCTS:
-            found.append({"kernel": kernel.__name__, **facts(compiled(kernel, arguments, sizes, target), target)})
+        of_rows = {"count", "rows_count", "targets_count", "share", "parts"}
+        keyed = [p.name for p in kernel.params if p.name in of_rows and not p.do_not_specialize]
+        built = compiled(kernel, arguments, sizes, target)
+        found.append({"kernel": kernel.__name__, "keyed": keyed, **facts(built, target)})
 
     return record
 
