@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,11 @@ import torch
 from golden_vectors import Golden, load
 
 from teracon_fast import _native
+
+# Where there is no GPU, Triton's kernels are interpreted. It decides that as it is imported, by whatever test or library comes
+# first: so here, before any, and for the whole process.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

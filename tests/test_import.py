@@ -27,6 +27,18 @@ def test_core_runs_without_any_optional_package() -> None:
     assert done.stdout.strip() == "ran", done.stderr
 
 
+def test_importing_the_library_leaves_triton_and_its_kernels_alone() -> None:
+    """Where Triton is installed too: it is loaded by the first call that runs one of its kernels."""
+    program = """
+        import sys
+
+        import teracon_fast, teracon_fast.ops, teracon_fast.tcn, teracon_fast.backends
+        print([name for name in sys.modules if name.split(".")[0] == "triton" or name.startswith("teracon_fast.kernels")])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
 def test_unknown_name_is_an_attribute_error() -> None:
     import teracon_fast
 

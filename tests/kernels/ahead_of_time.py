@@ -1,0 +1,130 @@
+"""Compiles what the launchers would run, for GPUs that need not be there: `python ahead_of_time.py JOBS`.
+
+JOBS is JSON, `[[architecture, operation, dtype, labels, channels], ...]`. The launchers run on small tensors in memory, but
+their launches are compiled with the table's configuration instead of run. Prints a JSON list with, of every kernel, the
+registers, spilled bytes, shared memory and matrix instructions that its machine code has, the multiplications of sizes that
+are too narrow, and the numbers of rows whose value would have it compiled again ("keyed"). Not in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from teracon_fast.kernels import configs, label_scan, linear_cross_entropy, linear_rank, retention_mse
+
+TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+ROWS, TARGETS_COUNT = 40, 64
+
+
+def run(operation: str, dtype: torch.dtype, labels: int, channels: int) -> None:
+    """Calls an operation's launcher; its results are not looked at."""
+    hidden, weight, bias = torch.zeros(ROWS, channels, dtype=dtype), torch.zeros(labels, channels), torch.zeros(labels)
+    targets, rows = torch.zeros(TARGETS_COUNT, dtype=torch.int64), torch.zeros(TARGETS_COUNT, dtype=torch.int64)
+    grad, statistics = torch.zeros(TARGETS_COUNT), torch.zeros(2, ROWS)
+    if operation == "forward":
+        linear_cross_entropy.forward(hidden, weight, bias, targets, rows, True)
+    elif operation == "backward":
+        linear_cross_entropy.backward(grad, hidden, weight, bias, targets, rows, statistics, True, True, 1e-4)
+    elif operation == "retention":
+        retention_mse.forward_backward(hidden, weight, bias, hidden, weight, bias, 1.0, True)
+    else:
+        linear_rank.topk(hidden, weight, bias, 20, torch.zeros(8, dtype=torch.int64), torch.arange(ROWS + 1) // ROWS * 8)
+
+
+def compiled(kernel: Any, arguments: dict[str, Any], sizes: configs.Config, target: GPUTarget) -> Any:
+    """The kernel with the types, alignments and constants of these arguments."""
+    signature, constants, aligned = {}, {}, {}
+    for number, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(number,)] = "constexpr", value
+        elif isinstance(value, int) and value == 1 and not parameter.do_not_specialize:
+            signature[parameter.name], constants[(number,)] = "constexpr", 1  # as a launch has it
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            aligned[(number,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
+                aligned[(number,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=target, options={"num_warps": sizes.warps, "num_stages": sizes.stages})
+
+
+def narrow_addresses(code: str) -> list[str]:
+    """32-bit multiplications by a stride or a size: what an address is formed from must be widened first."""
+    narrow = set(re.findall(r"%(stride\w*|channels|count|labels|targets_count|rows_count)\b(?=: i32)", code))
+    found = []
+    for line in code.splitlines():
+        made = re.match(r"\s*%(\w+) = (\S+) (.*?) : (.*)", line)
+        if made and narrow & set(re.findall(r"%(\w+)", made[3])):
+            if made[2] == "arith.muli":
+                found.append(line.strip())
+            elif made[2] in ("tt.splat", "tt.expand_dims", "tt.broadcast", "arith.addi"):
+                narrow.add(made[1])
+    return found
+
+
+def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
+    if target.backend == "hip":
+        code = built.asm["amdgcn"]
+        # Scalar registers spill into lanes of vector registers; only those spill to memory, called private here.
+        spilled = max(int(size) for size in re.findall(r"\.private_segment_fixed_size: (\d+)", code))
+        registers, products = max(int(n) for n in re.findall(r"\.vgpr_count: +(\d+)", code)), re.findall(r"v_mfma\w+", code)
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(built.asm["cubin"])
+            file.flush()
+            tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+            usage = subprocess.run(
+                [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            ).stdout
+        registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+        code = built.asm["ptx"]
+        products = re.findall(r"(?:wgmma\.mma_async|mma)\.sync\.[\w.]+", code)
+    return {
+        "registers": registers, "spilled": spilled, "shared": built.metadata.shared,
+        "products": sorted(set(products)), "narrow": narrow_addresses(built.asm["ttir"]),
+    }  # fmt: skip
+
+
+def recorder(target: GPUTarget, found: list[dict[str, Any]]) -> Callable[..., None]:
+    def record(kernel: Any, grid: tuple[int, ...], sizes: configs.Config, device: torch.device, **arguments: Any) -> None:
+        of_rows = {"count", "rows_count", "targets_count", "share", "parts"}
+        keyed = [p.name for p in kernel.params if p.name in of_rows and not p.do_not_specialize]
+        built = compiled(kernel, arguments, sizes, target)
+        found.append({"kernel": kernel.__name__, "keyed": keyed, **facts(built, target)})
+
+    return record
+
+
+def main(jobs: list[tuple[str, str, str, int, int]]) -> list[dict[str, Any]]:
+    everything: list[dict[str, Any]] = []
+    for architecture, operation, dtype, labels, channels in jobs:
+        found: list[dict[str, Any]] = []
+        configs.architecture = lambda device, name=architecture: name  # type: ignore[assignment]
+        for module in (label_scan, linear_cross_entropy, linear_rank, retention_mse):
+            module.launch = recorder(TARGETS[architecture], found)
+        run(operation, getattr(torch, dtype), labels, channels)
+        job = {"architecture": architecture, "operation": operation, "dtype": dtype, "labels": labels, "channels": channels}
+        everything += [{**job, **fact} for fact in found]
+    return everything
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))
