@@ -51,7 +51,7 @@ void merge(const TopLabels& top, int64_t row, const TopHeap* const* heaps, int c
   const int64_t found = std::min<int64_t>(top.k, static_cast<int64_t>(all.size()));
   for (int64_t i = 0; i < top.k; ++i) {
     top.scores[row * top.k + i] = i < found ? -all[i].first : -std::numeric_limits<float>::infinity();
-    top.labels[row * top.k + i] = i < found ? all[i].second : -1;
+    top.labels[row * top.k + i] = i < found && all[i].first < std::numeric_limits<float>::infinity() ? all[i].second : -1;
   }
 }
 

@@ -12,7 +12,7 @@ struct TopLabels {
   const int64_t* excluded;          // labels that are left out, ascending within a row; null for none
   const int64_t* excluded_offsets;  // [rows + 1]
   float* scores;                    // [rows, k], best first, -inf where labels run out
-  int64_t* labels;                  // [rows, k], the lower label first among equal scores, -1 where labels run out
+  int64_t* labels;                  // [rows, k], the lower label first among equal scores, -1 where the score is -inf
 };
 
 // The best labels of one row among those given to it, ascending.

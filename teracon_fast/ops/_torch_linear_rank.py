@@ -74,12 +74,9 @@ def topk(hidden: Tensor, weight: Tensor, bias: Tensor, k: int, excluded: Tensor,
     for part in _blocks(count, weight):
         scores = _scores("linear_topk", hidden[part], weight, bias)
         inside = (of_row >= part.start) & (of_row < part.stop)
-        left_out = of_row[inside] - part.start, excluded[inside]
-        scores[left_out] = -torch.inf
+        scores[of_row[inside] - part.start, excluded[inside]] = -torch.inf
         best, chosen = _stable_topk(scores, k)
-        # A score of -inf that was not left out stands in the list all the same.
-        kept = torch.ones_like(scores, dtype=torch.bool).index_put_(left_out, inside.new_zeros(()))
-        all_scores[part], all_labels[part] = best, torch.where(kept.gather(1, chosen), chosen, -1)
+        all_scores[part], all_labels[part] = best, torch.where(torch.isneginf(best), -1, chosen)
     return all_scores, all_labels
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from teracon_fast.ops._heads import require_range
 from teracon_fast.ops._torch_linear_cross_entropy import Forward, Shape
 
 
@@ -18,6 +19,8 @@ def forward(
     """As `_torch_linear_cross_entropy.forward`."""
     from teracon_fast.kernels import linear_cross_entropy as kernels
 
+    require_range("linear_cross_entropy", targets, weight.shape[0], "targets")
+    require_range("linear_cross_entropy", rows, hidden.shape[0], "rows")
     losses, statistics, best, rank = kernels.forward(hidden, weight, bias, targets, rows, predict)
     return losses, statistics, statistics.new_empty(0), statistics.new_empty(0), best, rank
 

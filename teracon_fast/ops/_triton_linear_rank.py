@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from teracon_fast.ops._heads import require_range
 from teracon_fast.ops._torch_linear_rank import require_no_nan
 
 
@@ -12,6 +13,8 @@ def rank(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Te
     """Ranks int64 `[N]`."""
     from teracon_fast.kernels import linear_rank as kernels
 
+    require_range("linear_rank", targets, weight.shape[0], "targets")
+    require_range("linear_rank", rows, hidden.shape[0], "rows")
     ranks = kernels.rank(hidden, weight, bias, targets, rows)
     require_no_nan("linear_rank", (ranks >= weight.shape[0]).any())
     return ranks
@@ -21,6 +24,7 @@ def topk(hidden: Tensor, weight: Tensor, bias: Tensor, k: int, excluded: Tensor,
     """As `_torch_linear_rank.topk`; scores are float32."""
     from teracon_fast.kernels import linear_rank as kernels
 
+    require_range("linear_topk", excluded, weight.shape[0], "exclude")
     if not len(offsets):
         offsets = torch.zeros(hidden.shape[0] + 1, dtype=torch.int64, device=hidden.device)
     return kernels.topk(hidden, weight, bias, k, excluded, offsets)

@@ -18,7 +18,15 @@ from torch import Tensor
 from teracon_fast import backends
 from teracon_fast.errors import ShapeError
 from teracon_fast.ops import _cpu_linear_cross_entropy, _torch_linear_cross_entropy, _triton_linear_cross_entropy
-from teracon_fast.ops._heads import autocast_hidden, check_head, check_targets, expect, keep_gradients, kept_gradients, sums_dtype
+from teracon_fast.ops._heads import (
+    autocast_hidden,
+    check_head,
+    check_targets,
+    expect,
+    keep_gradients,
+    kept_gradients,
+    sums_dtype,
+)
 from teracon_fast.ops._torch_linear_cross_entropy import Forward, Shape
 
 

@@ -71,8 +71,8 @@ def linear_topk(
     Args:
         hidden, weight, bias, backend: as `linear_rank`.
         k: 1..C.
-        exclude: per row an int64 tensor of labels that must not be returned (such as items already seen), or None. Where
-            fewer than k labels remain, the rest have score -inf and label -1.
+        exclude: per row an int64 tensor of labels that must not be returned (such as items already seen), or None. Where fewer
+            than k labels remain, the rest have score -inf and label -1; so has a label whose score is -inf.
 
     Returns:
         scores `[R, k]`, float32 where `hidden` is a half precision, else of its dtype; and labels int64 `[R, k]`.
