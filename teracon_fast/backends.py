@@ -22,8 +22,8 @@ from teracon_fast.errors import TeraconError
 _LOG = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 
-# Names in order of preference, per operation. Reference code is the specification, not a backend. The Triton kernels are last: they
-# are verified by Triton's interpreter and by compilation, and have not run on a GPU yet.
+# Names in order of preference, per operation. Reference code is the specification, not a backend. The Triton kernels are last:
+# they are verified by Triton's interpreter and by compilation, and have not run on a GPU yet.
 _NAMES: dict[str, tuple[str, ...]] = {
     "masked_conv": ("cpu", "torch"),
     "linear_cross_entropy": ("cpu", "torch", "triton"),

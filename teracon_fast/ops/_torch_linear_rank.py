@@ -65,7 +65,7 @@ def rank(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Te
 
 
 def topk(hidden: Tensor, weight: Tensor, bias: Tensor, k: int, excluded: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and labels, `[R, k]`. Excluded labels are flat, of row r from offsets[r] to offsets[r + 1]; no offsets: no labels."""
+    """Scores and labels, `[R, k]`. Excluded labels are flat, of row r from offsets[r] to offsets[r + 1]; no offsets, none."""
     count = hidden.shape[0]
     require_range("linear_topk", excluded, weight.shape[0], "exclude")
     all_scores = hidden.new_empty(count, k)
