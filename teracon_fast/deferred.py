@@ -1,7 +1,8 @@
 """Rows of a parameter that are behind: steps of Adam without a gradient, taken when a row is next read.
 
-At every step Adam moves all rows of an embedding, but few of them are read before the next one. A `Deferred` keeps for each row how
-many steps it has taken, and the numbers of all steps; taking the missed ones later, in the same order, gives the same bits.
+At every step Adam moves all rows of an embedding, but few of them are read before the next one. A `Deferred` keeps for each
+row how many steps it has taken, and the numbers of all steps; taking the missed ones later, in the same order, gives the same
+bits.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def register(parameter: Tensor, deferred: Deferred | None) -> None:
         del _registered[parameter]
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def catch_up(parameter: Tensor, items: Tensor | None = None) -> None:
     """Bring the rows `items`, int64 or int32 of any shape, or all rows of a parameter up to date, before they are read.

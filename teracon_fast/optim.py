@@ -132,13 +132,15 @@ class Adam(torch.optim.Adam):
         if fresh:
             _begin(state, parameter, bool(group["fused"]))
         state["step"] += 1
-        step, constants = state["step"].item(), Constants(*map(float, group["betas"]), float(group["eps"]))
-        root = math.sqrt(1 - constants.beta2**step)
-        numbers = StepNumbers(float(group["lr"]) / (1 - constants.beta1**step), root)
+        step, (beta1, beta2) = state["step"].item(), map(float, group["betas"])
+        constants = Constants(beta1, beta2, float(group["eps"]))
+        root = math.sqrt(1 - beta2**step)
+        numbers = StepNumbers(float(group["lr"]) / (1 - beta1**step), root)
         moments, tail = (state["exp_avg"], state["exp_avg_sq"]), parameter.numel() % _TORCH_LANES
         wanted, deferred = self.deferred and constants.eps >= LEAST_EPS, registered(parameter)
         if deferred is not None and not (wanted and deferred.goes_on(moments, constants)):
-            deferred = _settle(parameter)
+            _settle(parameter)
+            deferred = None
         if wanted:
             if deferred is None:
                 deferred = Deferred(len(parameter), *moments, constants, fresh)
