@@ -1,4 +1,4 @@
-// Declares Adam's step on a parameter whose gradient has few rows to the dispatcher; see csrc/cpu/adam.h.
+// Declares Adam's steps on a parameter whose gradient has few rows to the dispatcher; see csrc/cpu/adam.h.
 //
 // Everything that decides where it reads or writes is checked here: no input makes it leave an array.
 
@@ -17,31 +17,81 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-float* floats(const Tensor& tensor, int64_t count, const char* name) {
-  return checked<float>("adam_rows", tensor, ScalarType::Float, count, name);
+teracon::AdamArrays arrays(const char* operation, const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                           int64_t threads) {
+  STD_TORCH_CHECK(parameter.dim() >= 1 && threads >= 1 && threads <= 4096, operation,
+                  ": expected a parameter [rows, ...] and 1 to 4096 threads, got ", threads);
+  teracon::AdamArrays found{};
+  found.rows = parameter.size(0);
+  const int64_t count = parameter.numel();
+  found.channels = found.rows == 0 ? 0 : count / found.rows;
+  found.parameter = checked<float>(operation, parameter, ScalarType::Float, count, "parameter");
+  found.first = checked<float>(operation, exp_avg, ScalarType::Float, count, "exp_avg");
+  found.second = checked<float>(operation, exp_avg_sq, ScalarType::Float, count, "exp_avg_sq");
+  return found;
 }
 
-void adam_rows(Tensor parameter, Tensor exp_avg, Tensor exp_avg_sq, Tensor rows, Tensor gradient, double beta1, double beta2,
-               double eps, double step_size, double root, int64_t threads) {
-  STD_TORCH_CHECK(parameter.dim() >= 1 && threads >= 1 && threads <= 4096,
-                  "adam_rows: expected a parameter [rows, ...] and 1 to 4096 threads, got ", threads);
-  teracon::AdamRows op{};
-  op.rows = parameter.size(0), op.count = rows.numel();
-  op.channels = op.rows == 0 ? 0 : parameter.numel() / op.rows;
-  op.parameter = floats(parameter, op.rows * op.channels, "parameter");
-  op.first = floats(exp_avg, op.rows * op.channels, "exp_avg");
-  op.second = floats(exp_avg_sq, op.rows * op.channels, "exp_avg_sq");
-  op.with = checked<int64_t>("adam_rows", rows, ScalarType::Long, op.count, "rows");
-  for (int64_t i = 0; i < op.count; ++i) {
-    STD_TORCH_CHECK(op.with[i] > (i == 0 ? -1 : op.with[i - 1]) && op.with[i] < op.rows, "adam_rows: rows has ", op.with[i],
-                    ", which is out of range or of order: expected 0 to ", op.rows - 1, ", ascending");
+teracon::AdamGradient gradient_of(const char* operation, const teracon::AdamArrays& to, const Tensor& rows, const Tensor& values,
+                                  int64_t tail) {
+  teracon::AdamGradient found{};
+  found.count = rows.numel(), found.tail = tail;
+  found.rows = checked<int64_t>(operation, rows, ScalarType::Long, found.count, "rows");
+  for (int64_t i = 0; i < found.count; ++i) {
+    STD_TORCH_CHECK(found.rows[i] > (i == 0 ? -1 : found.rows[i - 1]) && found.rows[i] < to.rows, operation, ": rows has ",
+                    found.rows[i], ", which is out of range or of order: expected 0 to ", to.rows - 1, ", ascending");
   }
-  op.gradient = floats(gradient, op.count * op.channels, "gradient");
-  const teracon::AdamNumbers numbers{static_cast<float>(beta1),     static_cast<float>(beta2),
-                                     static_cast<float>(1 - beta1), static_cast<float>(1 - beta2),
-                                     static_cast<float>(step_size), static_cast<float>(1 / root),
-                                     static_cast<float>(eps)};
-  teracon::adam(op, numbers, static_cast<int>(threads));
+  found.values = checked<float>(operation, values, ScalarType::Float, found.count * to.channels, "gradient");
+  return found;
+}
+
+teracon::AdamNumbers numbers_of(double beta1, double beta2, double eps) {
+  return {static_cast<float>(1 - beta1), static_cast<float>(beta2), static_cast<float>(1 - beta2), static_cast<float>(eps)};
+}
+
+teracon::AdamHistory history_of(const char* operation, const Tensor& steps, const Tensor& growing) {
+  static_assert(sizeof(teracon::AdamStep) == 2 * sizeof(float));
+  STD_TORCH_CHECK(steps.dim() == 2 && steps.size(1) == 2 && steps.size(0) < INT32_MAX, operation,
+                  ": expected steps [n, 2] with n below 2^31");
+  teracon::AdamHistory found{};
+  found.steps = reinterpret_cast<const teracon::AdamStep*>(
+      checked<float>(operation, steps, ScalarType::Float, steps.numel(), "steps"));
+  found.num_growing = growing.numel();
+  found.growing = checked<int64_t>(operation, growing, ScalarType::Long, found.num_growing, "growing");
+  return found;
+}
+
+constexpr const char* kLast = ": last has a row that has taken more steps than there are, or less than -1";
+
+void adam_rows(Tensor parameter, Tensor exp_avg, Tensor exp_avg_sq, Tensor rows, Tensor gradient, double beta1, double beta2,
+               double eps, double step_size, double root, int64_t tail, int64_t threads) {
+  const teracon::AdamArrays to = arrays("adam_rows", parameter, exp_avg, exp_avg_sq, threads);
+  const teracon::AdamGradient with = gradient_of("adam_rows", to, rows, gradient, tail);
+  teracon::adam(to, with, numbers_of(beta1, beta2, eps), {static_cast<float>(-step_size), static_cast<float>(root)},
+                static_cast<int>(threads));
+}
+
+void adam_deferred(Tensor parameter, Tensor exp_avg, Tensor exp_avg_sq, Tensor last, Tensor rows, Tensor gradient, Tensor steps,
+                   Tensor growing, double beta1, double beta2, double eps, int64_t tail, int64_t threads) {
+  const teracon::AdamArrays to = arrays("adam_deferred", parameter, exp_avg, exp_avg_sq, threads);
+  const teracon::AdamGradient with = gradient_of("adam_deferred", to, rows, gradient, tail);
+  const teracon::AdamHistory history = history_of("adam_deferred", steps, growing);
+  int32_t* const taken = checked<int32_t>("adam_deferred", last, ScalarType::Int, to.rows, "last");
+  STD_TORCH_CHECK(steps.size(0) >= 1, "adam_deferred: expected the numbers of the step to take, got no steps");
+  STD_TORCH_CHECK(teracon::adam_deferred(to, taken, with, numbers_of(beta1, beta2, eps), history, steps.size(0),
+                                         static_cast<int>(threads)),
+                  "adam_deferred", kLast);
+}
+
+int64_t adam_catch_up(Tensor parameter, Tensor exp_avg, Tensor exp_avg_sq, Tensor last, Tensor items, bool all, Tensor steps,
+                      Tensor growing, double beta1, double beta2, double eps, int64_t threads) {
+  const teracon::AdamArrays to = arrays("adam_catch_up", parameter, exp_avg, exp_avg_sq, threads);
+  const teracon::AdamHistory history = history_of("adam_catch_up", steps, growing);
+  int32_t* const taken = checked<int32_t>("adam_catch_up", last, ScalarType::Int, to.rows, "last");
+  const int64_t* const wanted = checked<int64_t>("adam_catch_up", items, ScalarType::Long, items.numel(), "items");
+  const int64_t behind = teracon::adam_catch_up(to, taken, all ? nullptr : wanted, items.numel(),
+                                                numbers_of(beta1, beta2, eps), history, steps.size(0), static_cast<int>(threads));
+  STD_TORCH_CHECK(behind >= 0, "adam_catch_up", kLast);
+  return behind;
 }
 
 }  // namespace
@@ -49,7 +99,17 @@ void adam_rows(Tensor parameter, Tensor exp_avg, Tensor exp_avg_sq, Tensor rows,
 STABLE_TORCH_LIBRARY_FRAGMENT(teracon_fast, m) {
   m.def(
       "adam_rows(Tensor(a!) parameter, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor rows, Tensor gradient, float beta1, "
-      "float beta2, float eps, float step_size, float root, int threads) -> ()");
+      "float beta2, float eps, float step_size, float root, int tail, int threads) -> ()");
+  m.def(
+      "adam_deferred(Tensor(a!) parameter, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) last, Tensor rows, "
+      "Tensor gradient, Tensor steps, Tensor growing, float beta1, float beta2, float eps, int tail, int threads) -> ()");
+  m.def(
+      "adam_catch_up(Tensor(a!) parameter, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) last, Tensor items, bool all, "
+      "Tensor steps, Tensor growing, float beta1, float beta2, float eps, int threads) -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(teracon_fast, CPU, m) { m.impl("adam_rows", TORCH_BOX(&adam_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(teracon_fast, CPU, m) {
+  m.impl("adam_rows", TORCH_BOX(&adam_rows));
+  m.impl("adam_deferred", TORCH_BOX(&adam_deferred));
+  m.impl("adam_catch_up", TORCH_BOX(&adam_catch_up));
+}

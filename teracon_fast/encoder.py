@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from teracon_fast import backends, packing
+from teracon_fast.deferred import catch_up
 from teracon_fast.errors import ConfigError, ShapeError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Encoder:
     @staticmethod
     def serves(model: FastTCN) -> bool:
         """Whether the model's parameters and backend allow an encoder."""
-        parameter = model.embeding.weight
+        parameter = model.embeding.stored
         if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
             return False
         return backends.resolve(model.backend, "masked_conv", parameter.device, parameter.dtype) == "cpu"
@@ -126,9 +127,11 @@ class Encoder:
             raise ShapeError(f"lengths must be one number in 0..{length} per sequence, got {lengths!r}")
         real = torch.from_numpy(np.maximum(lengths - drop_last, 0).astype(np.int64))
         layers = _layers(length, model.dilations, model.kernel_size)
+        table = model.embeding.stored
+        catch_up(table, x)
         out = torch.empty(x.shape[0], model.channels)
         torch.ops.teracon_fast.encode(
-            x.to(torch.int64).contiguous(), real, length - drop_last, model.embeding.weight.detach().contiguous(), self._words,
+            x.to(torch.int64).contiguous(), real, length - drop_last, table.detach().contiguous(), self._words,
             self._bias, constants.ln_weight, constants.ln_bias, constants.pads[length], layers.dilations, model.kernel_size,
             layers.offsets, layers.starts, layers.ranks, self._eps, self._filtered, self._bf16, torch.get_num_threads(), out,
         )  # fmt: skip
@@ -151,6 +154,6 @@ def _pad_states(model: FastTCN, mask: Tensor, length: int) -> Tensor:
     """States of a sequence of nothing but pads under one mask `[S, f]`: every layer, every position, `[S + 1, L, f]`."""
     geometry = packing.geometry(length, model.dilations, model.kernel_size, every_position=True)
     packed = packing.pack(np.zeros(1, np.int64), [packing.Streams(np.zeros(1, np.int64))], geometry)
-    hidden = model.embeding.weight[:1].expand(length, -1)
+    hidden = model.embeding.rows(torch.zeros(1, dtype=torch.int64)).expand(length, -1)
     states = [hidden, *model.layers(hidden, mask[:, None], packed)]
     return torch.stack([state.flip(0) for state in states])  # rows are ordered by offset from the end

@@ -10,60 +10,155 @@ import torch
 from torch import Tensor
 
 from teracon_fast import _native
+from teracon_fast.deferred import LEAST_EPS, Constants, Deferred, StepNumbers, catch_up, register, registered
 from teracon_fast.errors import ConfigError
 from teracon_fast.ops.embedding_rows import sum_rows
 
+# Floats in a vector of torch's fused kernel, which has no AVX-512 form. What is left of a parameter behind whole vectors is
+# rounded in another order.
+_TORCH_LANES = 8
+
 
 class Adam(torch.optim.Adam):
-    """`torch.optim.Adam` (Kingma and Ba 2015, Algorithm 1; PyTorch 2.13) that also takes sparse gradients.
+    """`torch.optim.Adam` (Kingma and Ba 2015, Algorithm 1; PyTorch 2.13) that also takes sparse gradients, to the same bits.
 
     A gradient whose layout is `torch.sparse_coo` stands for a dense one with zeros elsewhere, as in no optimiser of PyTorch: at
     every step the moments of all rows decay and all rows move. `torch.optim.SparseAdam` leaves rows without gradient alone.
-    One pass over parameter and moments, and no dense gradient in between.
 
-    Dense gradients go through PyTorch's own step. Arguments, state and `state_dict()` are those of `torch.optim.Adam`: each
-    loads the other's, and a parameter may have sparse gradients in one step and dense ones in the next.
+    The compiled kernels (float32 on the CPU) never form the dense gradient. They round as `torch.optim.Adam(fused=True)` does,
+    also where `fused` is left open. With fused=False or foreach=True, another dtype or device, or without the extension, the
+    gradient is made dense for PyTorch's own step. Dense gradients always go there. Arguments, state and `state_dict()` are
+    those of `torch.optim.Adam`: each loads the other's, and a parameter may have sparse gradients in one step and dense
+    ones in the next.
 
-    In the compiled kernel (float32 on the CPU) moments below 1.2e-38 count as zero, unless eps is below 1e-10: far below what
-    can move a parameter, and on x86 each operation on such a number costs as much as a hundred others.
+    With `deferred`, a step reads and writes only rows that have a gradient. The others take what they missed when they are
+    next read: by `ops.embedding_rows`, by a later gradient, or all at once by `flush`, `state_dict` or a dense gradient. The
+    operations and their order are the same, so the bits are. **Whoever reads such a parameter, or its moments, in another
+    way must call `flush` first**; in a `FastTCN` all ways but a `Parameter` that was taken out of it earlier do so.
+
+    In the compiled kernels moments below 1.2e-38 count as zero, unless eps is below 1e-10: far below what can move a
+    parameter, and on x86 each operation on such a number costs as much as a hundred others.
+
+    Args:
+        deferred: leave rows without gradient behind. Used where the compiled kernels are, and eps is at least 1e-10.
+        All others: of `torch.optim.Adam`.
 
     Raises:
         ConfigError: at a step with a sparse gradient, for weight_decay, amsgrad, maximize, capturable, differentiable or a
             GradScaler with fused=True, or for a gradient that is sparse in more than its rows.
     """
 
+    deferred: bool = False
+
+    def __init__(self, params: Any, *args: Any, deferred: bool = False, **kwargs: Any) -> None:
+        super().__init__(params, *args, **kwargs)
+        self.deferred = deferred
+
+    def flush(self) -> None:
+        """Bring all rows of all parameters up to date."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                catch_up(parameter)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Adam.state_dict`, after a flush."""
+        self.flush()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As `torch.optim.Adam.load_state_dict`. Rows take the steps that they missed with the state that is replaced."""
+        self.flush()
+        super().load_state_dict(dict(state_dict))
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                register(parameter, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.flush()
+        return {**super().__getstate__(), "deferred": self.deferred}
+
     # Here and not in `step`, which closures, hooks and schedulers wrap. Should a later PyTorch call this no more, it refuses
     # sparse gradients.
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
-        by_rows = [p for p in group["params"] if p.grad is not None and p.grad.is_sparse]
-        if by_rows:
-            self._check(group)
-            for parameter in by_rows:
+        done, made_dense = set(), list[tuple[Tensor, Tensor]]()
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if not gradient.is_sparse:
+                _settle(parameter)
+                continue
+            self._check(group, gradient)
+            if self._serves(group, parameter):
                 self._step_rows(group, parameter)
-            kept = set(map(id, by_rows))
-            group = {**group, "params": [p for p in group["params"] if id(p) not in kept]}
-        return super()._init_group(group, *lists)
+                done.add(id(parameter))
+            else:
+                _settle(parameter)
+                made_dense.append((parameter, gradient))
+                parameter.grad = gradient.to_dense()
+        if done:
+            group = {**group, "params": [p for p in group["params"] if id(p) not in done]}
+        try:
+            return super()._init_group(group, *lists)
+        finally:
+            for parameter, gradient in made_dense:
+                parameter.grad = gradient
 
-    def _check(self, group: Mapping[str, Any]) -> None:
+    def _check(self, group: Mapping[str, Any], gradient: Tensor) -> None:
         options = ("weight_decay", "amsgrad", "maximize", "capturable", "differentiable")
         got = {name: group[name] for name in options if group[name]}
         if got:
             raise ConfigError(f"Adam: got a sparse gradient and {got}, expected none of these with sparse gradients")
         if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
             raise ConfigError("Adam: got a sparse gradient from a GradScaler, expected fused=False with it")
+        if gradient.sparse_dim() != 1:
+            raise ConfigError(
+                f"Adam: got a gradient with {gradient.sparse_dim()} sparse dimensions, expected 1: rows of the parameter"
+            )
+
+    def _serves(self, group: Mapping[str, Any], parameter: Tensor) -> bool:
+        """Whether the compiled kernels take a step of this parameter, and give the bits that the group asks for."""
+        if group["fused"] is False or group["foreach"] or not _native.available():
+            return False
+        state = self.state[parameter]
+        tensors = [parameter, *(state[name] for name in ("exp_avg", "exp_avg_sq") if name in state)]
+        return all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
 
     @torch.no_grad()
     def _step_rows(self, group: Mapping[str, Any], parameter: Tensor) -> None:
         rows, values = _coalesced(parameter)
         state = self.state[parameter]
-        if not state:
+        fresh = not state
+        if fresh:
             _begin(state, parameter, bool(group["fused"]))
         state["step"] += 1
         step, (beta1, beta2) = state["step"].item(), map(float, group["betas"])
-        step_size, root = float(group["lr"]) / (1 - beta1**step), math.sqrt(1 - beta2**step)
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        update = _update_native if _serves(parameter, *moments, values) else _update
-        update(parameter, *moments, rows, values, beta1, beta2, float(group["eps"]), step_size, root)
+        constants = Constants(beta1, beta2, float(group["eps"]))
+        root = math.sqrt(1 - beta2**step)
+        numbers = StepNumbers(float(group["lr"]) / (1 - beta1**step), root)
+        moments, tail = (state["exp_avg"], state["exp_avg_sq"]), parameter.numel() % _TORCH_LANES
+        wanted, deferred = self.deferred and constants.eps >= LEAST_EPS, registered(parameter)
+        if deferred is not None and not (wanted and deferred.goes_on(moments, constants)):
+            _settle(parameter)
+            deferred = None
+        if wanted:
+            if deferred is None:
+                deferred = Deferred(len(parameter), *moments, constants, fresh)
+                register(parameter, deferred)
+            deferred.step(parameter, rows, values, numbers, tail)
+            return
+        torch.ops.teracon_fast.adam_rows(
+            parameter, *moments, rows.contiguous(), values.contiguous(), *constants, *numbers, tail, torch.get_num_threads()
+        )
+        # The kernel writes behind autograd's back.
+        torch.autograd.graph.increment_version((parameter, *moments))
+
+
+def _settle(parameter: Tensor) -> None:
+    """Bring all rows up to date, and forget that any were behind."""
+    if registered(parameter) is not None:
+        catch_up(parameter)
+        register(parameter, None)
 
 
 def _coalesced(parameter: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,10 +168,6 @@ def _coalesced(parameter: Tensor) -> tuple[Tensor, Tensor]:
     """
     gradient = parameter.grad
     assert gradient is not None
-    if gradient.sparse_dim() != 1:
-        raise ConfigError(
-            f"Adam: got a gradient with {gradient.sparse_dim()} sparse dimensions, expected 1: rows of the parameter"
-        )
     rows, values = gradient._indices()[0], gradient._values()
     if bool((rows[1:] > rows[:-1]).all()):
         return rows, values
@@ -92,31 +183,3 @@ def _begin(state: dict[str, Any], parameter: Tensor, fused: bool) -> None:
     state["step"] = torch.zeros((), dtype=step_dtype, device=device)
     for name in ("exp_avg", "exp_avg_sq"):
         state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-
-
-def _serves(parameter: Tensor, *others: Tensor) -> bool:
-    """Whether the compiled kernel takes these tensors."""
-    tensors = (parameter, *others)
-    fits = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-    return fits and all(t.is_contiguous() for t in tensors[:3]) and _native.available()
-
-
-def _update_native(
-    parameter: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rows: Tensor, values: Tensor, beta1: float, beta2: float,
-    eps: float, step_size: float, root: float,
-) -> None:  # fmt: skip
-    torch.ops.teracon_fast.adam_rows(
-        parameter, exp_avg, exp_avg_sq, rows.contiguous(), values.contiguous(), beta1, beta2, eps, step_size, root,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    # The kernel writes behind autograd's back.
-    torch.autograd.graph.increment_version((parameter, exp_avg, exp_avg_sq))
-
-
-def _update(
-    parameter: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rows: Tensor, values: Tensor, beta1: float, beta2: float,
-    eps: float, step_size: float, root: float,
-) -> None:  # fmt: skip
-    exp_avg.mul_(beta1).index_add_(0, rows, values, alpha=1 - beta1)
-    exp_avg_sq.mul_(beta2).index_add_(0, rows, values * values, alpha=1 - beta2)
-    parameter.addcdiv_(exp_avg, (exp_avg_sq.sqrt() / root).add_(eps), value=-step_size)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from teracon_fast import backends, masks, ops, packing
+from teracon_fast.deferred import Embedding
 from teracon_fast.encoder import Encoder
 from teracon_fast.errors import ConfigError, ShapeError
 from teracon_fast.masks import MaskVariant
@@ -125,13 +126,12 @@ class FastTCN(nn.Module):
     Attributes:
         sparse_embedding_grad: whether the item embedding's gradient is sparse, see `ops.embedding_rows`. False until
             `trainer.make_optimizer` sets it: most optimisers and `DistributedDataParallel` take only dense gradients. So
-            copies of a model, which have no optimiser yet, begin with False too.
+            copies of a model, which have no optimiser yet, begin with False too. While it is True, an optimiser may leave rows
+            of the embedding behind (`optim.Adam`), and whatever hands out its weight brings them up to date first.
 
     Raises:
         ConfigError: for a missing or invalid argument.
     """
-
-    sparse_embedding_grad: bool = False
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class FastTCN(nn.Module):
             raise ConfigError(f"algorithm is {algorithm!r}, expected one of {list(ops.ALGORITHMS)}")
         self.algorithm = algorithm
 
-        self.embeding = nn.Embedding(self.num_items, self.channels)  # the published spelling
+        self.embeding = Embedding(self.num_items, self.channels)  # the published spelling
         bound = math.sqrt(1.0 / self.num_items)
         nn.init.uniform_(self.embeding.weight, -bound, bound)
         width = masks.relation_width(self.num_tasks, variant) if has_relation else None
@@ -186,10 +186,18 @@ class FastTCN(nn.Module):
         for task in range(self.num_tasks):
             _init_linear(self.head(task))
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(cast("dict[str, Any]", super().__getstate__()))
-        state.pop("sparse_embedding_grad", None)
-        return state
+    @property
+    def sparse_embedding_grad(self) -> bool:
+        return self.embeding.sparse_grad
+
+    @sparse_embedding_grad.setter
+    def sparse_embedding_grad(self, wanted: bool) -> None:
+        self.embeding.sparse_grad = wanted
+
+    @property
+    def device(self) -> torch.device:
+        """Where the item embedding is, and all else is expected."""
+        return self.embeding.stored.device
 
     @property
     def num_tasks(self) -> int:
@@ -393,11 +401,11 @@ class FastTCN(nn.Module):
             for users, drop in requests
         ]
         packed = packing.pack(lengths, streams, geometry)
-        device = self.embeding.weight.device
+        device = self.device
         if device.type != "cpu":
             packed = packed.to(device)
         items = x.to(device).reshape(-1)[packed.cells]
-        hidden = ops.embedding_rows(self.embeding.weight, items, self.sparse_embedding_grad)
+        hidden = self.embeding.rows(items)
         for rows in self.layers(hidden, chosen, packed):
             hidden = rows
         return hidden, packed
@@ -452,7 +460,7 @@ class FastTCN(nn.Module):
             )  # fmt: skip
         kept = {name: value for name, value in self.state_dict().items() if ".mlp" not in name}
         model.load_state_dict(kept, strict=False)
-        parameter = self.embeding.weight
+        parameter = self.embeding.stored
         return model.to(device=parameter.device, dtype=parameter.dtype)
 
     def grown(

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from teracon_fast.data import Split, TaskData
 
 FIRST_RHO = 0.9  # rate of every past task in the first step of a task, before any masks have been compared
+# Numbers in an item embedding, from which on leaving rows behind is faster than a pass over all of them.
+DEFERRED_FROM = 10_000_000
 
 Sampling = Literal["adaptive", "minimum", "all"]
 StudentMask = Literal["past", "current"]
@@ -75,19 +77,22 @@ class StepResult:
 def make_optimizer(model: torch.nn.Module, lr: float) -> Adam:
     """Adam with default betas over all parameters, without weight decay, in one fused kernel where PyTorch has one.
 
-    From here on the item embedding's gradient is sparse where a kernel is there to take it: float32 on the CPU.
+    From here on the item embedding's gradient is sparse where a kernel is there to take it: float32 on the CPU. Of a large
+    embedding, rows without gradient are left behind until they are read, see `optim.Adam`.
     """
+    deferred = False
     if isinstance(model, FastTCN):
         weight = model.embeding.weight
         served = weight.device.type == "cpu" and weight.dtype == torch.float32 and _native.available()
         model.sparse_embedding_grad = served
+        deferred = served and weight.numel() >= DEFERRED_FROM
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in model.parameters())
-    return Adam(model.parameters(), lr=lr, fused=fused or None)
+    return Adam(model.parameters(), lr=lr, fused=fused or None, deferred=deferred)
 
 
 def _forward(model: FastTCN, precision: Precision) -> torch.autocast:
     """The context that losses are computed in. One per step: autocast keeps its copies of the weights until it ends."""
-    return torch.autocast(model.embeding.weight.device.type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def t1_step(
@@ -189,7 +194,7 @@ def continual_step(
 
 def to_device(tensor: Tensor, model: FastTCN) -> Tensor:
     """The tensor where the model is; from the host to a GPU without waiting for what the GPU is doing."""
-    device = model.embeding.weight.device
+    device = model.device
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -14,6 +14,8 @@ INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16")
 def passes_under(isa: str, file: str, selection: str) -> None:
     """The selected tests of a file pass in a process that is told which kernels to use; a set that is lacking is refused."""
     environment = os.environ | {"TERACON_CPU_ISA": isa}
+    if isa == "generic":
+        environment["ATEN_CPU_CAPABILITY"] = "default"  # torch too without fused multiply-add, for those who compare bits
     probe = "from teracon_fast import _native; print(_native.cpu_isa())"
     done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from teracon_fast.deferred import catch_up
 from teracon_fast.errors import ShapeError
 
 
@@ -20,7 +21,11 @@ def embedding_rows(weight: Tensor, items: Tensor, sparse: bool = False) -> Tenso
     take it: `teracon_fast.optim.Adam`, torch's SGD, Adagrad and SparseAdam. `DistributedDataParallel` does not. PyTorch drops
     the mark "coalesced" when it puts the gradient into `.grad`; the rows there are still unique and ascending.
 
-    `torch.compile` traces no sparse gradients: in compiled code the gradient is dense whatever `sparse` says.
+    Rows of a weight that `optim.Adam(deferred=True)` has left behind are brought up to date first: the weight changes where it
+    lies, as by `Adam.flush`, in the rows that are read.
+
+    `torch.compile` traces no sparse gradients: in compiled code the gradient is dense whatever `sparse` says, and no row is
+    brought up to date (`Adam.flush` does so before).
 
     Args:
         weight: `[V, f]`, floating. The gradient has its dtype; in less than float32, sums are taken in float32.
@@ -37,7 +42,10 @@ def embedding_rows(weight: Tensor, items: Tensor, sparse: bool = False) -> Tenso
         raise ShapeError(f"embedding_rows: weight is {weight.dtype} {list(weight.shape)}, expected a floating [V, f]")
     if items.dim() != 1 or items.dtype not in (torch.int64, torch.int32):
         raise ShapeError(f"embedding_rows: items are {items.dtype} {list(items.shape)}, expected int64 [n]")
-    if sparse and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return F.embedding(items, weight)
+    catch_up(weight, items)
+    if sparse:
         rows: Tensor = _RowsWithSparseGradient.apply(weight, items)
         return rows
     return F.embedding(items, weight)

@@ -1,0 +1,221 @@
+"""Rows of a parameter that are behind: steps of Adam without a gradient, taken when a row is next read.
+
+At every step Adam moves all rows of an embedding, but few of them are read before the next one. A `Deferred` keeps for each
+row how many steps it has taken, and the numbers of all steps; taking the missed ones later, in the same order, gives the same
+bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+# From this eps on the compiled kernels may take moments below the smallest normal number for zero.
+LEAST_EPS = 1e-10
+# Of the shrinking of an update from one step to the next, far more than roundings can undo.
+_SHRINKS = 0.999
+# Steps that are remembered. Then all rows are brought up to date once, which costs little in so many steps.
+_MOST_STEPS = 1 << 16
+
+
+class Constants(NamedTuple):
+    """What is the same in all steps that are remembered together."""
+
+    beta1: float
+    beta2: float
+    eps: float
+
+
+class StepNumbers(NamedTuple):
+    """What a step of Adam has of its own: lr / (1 - beta1^t) and sqrt(1 - beta2^t)."""
+
+    step_size: float
+    root: float
+
+
+class Deferred:
+    """The steps that rows of one parameter have yet to take.
+
+    The parameter is given to each call, since whoever keeps a `Deferred` must not keep the parameter alive.
+
+    Args:
+        rows: of the parameter.
+        fresh: the moments are zero, so that no row has anything to catch up with before its first gradient.
+    """
+
+    def __init__(self, rows: int, exp_avg: Tensor, exp_avg_sq: Tensor, constants: Constants, fresh: bool) -> None:
+        self.exp_avg, self.exp_avg_sq, self.constants = exp_avg, exp_avg_sq, constants
+        self._last = torch.full((rows,), -1 if fresh else 0, dtype=torch.int32)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._steps, self._number = torch.empty(256, 2), 0
+        self._growing = torch.empty(0, dtype=torch.int64)
+        self._newest: StepNumbers | None = None
+        self._behind = False
+
+    def goes_on(self, moments: tuple[Tensor, Tensor], constants: Constants) -> bool:
+        """Whether a step with these moments and constants can follow those that are remembered."""
+        return moments[0] is self.exp_avg and moments[1] is self.exp_avg_sq and constants == self.constants
+
+    def step(self, parameter: Tensor, rows: Tensor, values: Tensor, numbers: StepNumbers, tail: int) -> None:
+        """A step with a gradient in some rows, `[n]` ascending and `[n, ...]`; the other rows are left behind."""
+        if self._number == _MOST_STEPS:
+            self.catch_up(parameter)
+            self._last.clamp_(max=0)
+            self._begin()
+        self._remember(numbers)
+        torch.ops.teracon_fast.adam_deferred(
+            parameter, self.exp_avg, self.exp_avg_sq, self._last, rows.contiguous(), values.contiguous(), *self._history,
+            *self.constants, tail, torch.get_num_threads(),
+        )  # fmt: skip
+        self._behind = True
+        self._changed(parameter)
+
+    def catch_up(self, parameter: Tensor, items: Tensor | None = None) -> None:
+        """Bring the rows `items`, int64 `[n]`, or all rows up to date."""
+        if not self._behind:
+            return
+        wanted = torch.empty(0, dtype=torch.int64) if items is None else items.to("cpu", torch.int64).contiguous()
+        late = torch.ops.teracon_fast.adam_catch_up(
+            parameter, self.exp_avg, self.exp_avg_sq, self._last, wanted, items is None, *self._history, *self.constants,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        self._behind = items is not None
+        if late:
+            self._changed(parameter)
+
+    @property
+    def _history(self) -> tuple[Tensor, Tensor]:
+        return self._steps[: self._number], self._growing
+
+    def _remember(self, numbers: StepNumbers) -> None:
+        if self._number == len(self._steps):
+            self._steps = torch.cat([self._steps, torch.empty_like(self._steps)])
+        self._steps[self._number] = torch.tensor((-numbers.step_size, numbers.root), dtype=torch.float64)
+        if not self._shrinks(numbers):
+            self._growing = torch.cat([self._growing, torch.tensor([self._number])])
+        self._newest = numbers
+        self._number += 1
+
+    def _shrinks(self, numbers: StepNumbers) -> bool:
+        """Whether an update without gradient is smaller than the one of the step before, for any moments.
+
+        It is step_size * m / (sqrt(v) / root + eps): m shrinks by beta1 and sqrt(v) by sqrt(beta2), which matters most where
+        eps is nothing beside it and not at all where eps is everything.
+        """
+        before, (beta1, beta2, _) = self._newest, self.constants
+        if before is None or beta2 == 0.0 or before.step_size == 0.0:
+            return False
+        denominator = max(1.0, numbers.root / before.root / math.sqrt(beta2))
+        return numbers.step_size / before.step_size * beta1 * denominator < _SHRINKS
+
+    def _changed(self, parameter: Tensor) -> None:
+        # The kernels write behind autograd's back.
+        torch.autograd.graph.increment_version((parameter, self.exp_avg, self.exp_avg_sq))
+
+
+_registered: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def registered(parameter: Tensor) -> Deferred | None:
+    """What the rows of a parameter have yet to take, if anything was ever deferred."""
+    found: Deferred | None = _registered.get(parameter)
+    return found
+
+
+def register(parameter: Tensor, deferred: Deferred | None) -> None:
+    """From now on these are the steps that rows of the parameter lack; None: they lack none."""
+    if deferred is not None:
+        _registered[parameter] = deferred
+    elif parameter in _registered:
+        del _registered[parameter]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.no_grad()
+def catch_up(parameter: Tensor, items: Tensor | None = None) -> None:
+    """Bring the rows `items`, int64 or int32 of any shape, or all rows of a parameter up to date, before they are read.
+
+    Items out of range are left to whoever reads them.
+    """
+    deferred = registered(parameter)
+    if deferred is not None:
+        deferred.catch_up(parameter, items)
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding` whose readers never see a row that is behind.
+
+    Attributes:
+        sparse_grad: whether `teracon_fast.ops.embedding_rows` is to give its weight sparse gradients. Steps are deferred for no
+            others, so while this is False nothing here differs from `nn.Embedding`. Copies begin with False.
+    """
+
+    _sparse_grad: bool = False
+
+    @property
+    def sparse_grad(self) -> bool:
+        return self._sparse_grad
+
+    @sparse_grad.setter
+    def sparse_grad(self, wanted: bool) -> None:
+        self._settle()
+        self._sparse_grad = wanted
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """The weight as it lies in memory, rows that are behind included: for those who call `catch_up` themselves."""
+        found = self.__dict__["_parameters"].get("weight")
+        if found is None:
+            raise AttributeError("weight")
+        parameter: nn.Parameter = found
+        return parameter
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        """The weight, with all rows up to date."""
+        self._settle()
+        return self.stored
+
+    def rows(self, items: Tensor) -> Tensor:
+        """`weight[items]`, differentiable, items int64 or int32 `[n]`: brings only these rows up to date."""
+        from teracon_fast.ops.embedding_rows import embedding_rows  # it needs this module
+
+        # Compiled code brings no rows up to date.
+        parameter = self.weight if torch.compiler.is_compiling() else self.stored
+        return embedding_rows(parameter, items, self._sparse_grad)
+
+    def _settle(self) -> None:
+        if self._sparse_grad:
+            catch_up(self.stored)
+
+    # The ways around `weight` to what a module holds: traversal, checkpoints, copies, conversions.
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        self._settle()
+        return super().named_modules(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._settle()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._settle()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Embedding:
+        self._settle()
+        super()._apply(*args, **kwargs)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        state = dict(super().__getstate__())  # type: ignore[arg-type]
+        state.pop("_sparse_grad", None)
+        return state
