@@ -129,7 +129,8 @@ def table(found: Found) -> list[str]:
         f"torch  {whole:8.2f} ms a step: dense gradient {found.torch_gradient:.2f}, step {found.torch_step:.2f}",
         f"flush  {found.flush:8.2f} ms after {found.steps} steps, {found.flush / found.steps:.2f} ms a step",
         f"faster than torch's whole step {whole / found.ours:.2f} times, flush included {whole / found.ours_flushed:.2f}",
-        f"faster than torch's step alone {alone / found.ours:.2f} times, without our sums {alone / (found.ours - found.sums):.2f}",
+        f"faster than torch's step alone {alone / found.ours:.2f} times, "
+        f"without our sums {alone / (found.ours - found.sums):.2f}",
         "largest difference in floats: " + ", ".join(f"{name} {n}" for name, n in found.ulps.items()),
     ]
 

@@ -491,7 +491,7 @@ class FastTCN(nn.Module):
         model = copy.deepcopy(self)
         bound = math.sqrt(1.0 / num_items)
         rows = torch.empty(num_items - self.num_items, self.channels).uniform_(-bound, bound, generator=generator)
-        model.embeding.weight = _with_rows(self.embeding.weight, rows)
+        model.embeding.register_parameter("weight", _with_rows(self.embeding.weight, rows))
         for task, count in enumerate(labels):
             head, added = model.head(task), count - self.labels[task]
             rows = torch.empty(added, self.channels).normal_(0.0, 0.01, generator=generator)

@@ -127,9 +127,12 @@ def test_matrix_holds_the_tests_of_the_best_weights(data: TaskSequence, finished
 
 
 def test_the_sequence_learns_and_retention_retains(tmp_path: Path) -> None:
-    """Chance is 0.08 (MRR@5 of 31 and 30 labels) and 0.25 (4 classes)."""
+    """Chance is 0.08 (MRR@5 of 31 and 30 labels) and 0.25 (4 classes).
+
+    All users are retained: so few of a batch of 32 as rho asks for make the outcome a matter of the seed and of the last bits.
+    """
     write_tiny(tmp_path / "data", tasks=3, rows=300)
-    longer = {"model__channels": 16, "first__epochs": 6, "first__batch_size": 16, "later__epochs": 6}
+    longer = {"model__channels": 16, "first__epochs": 6, "first__batch_size": 16, "later__epochs": 6, "sampling": "all"}
     runs = {}
     for alpha in (0.0, 0.7):
         config = tiny_config(
