@@ -23,7 +23,7 @@ TURN_BYTES = 160 << 20
 _MOST_ROWS = 384
 # Fewer rows than this do not pay for walking over weight and d(weight) once more. Forming logits again costs half where pairs of
 # bfloat16 are multiplied, and the walk as much as ever.
-_FEWEST_ROWS = {torch.float32: 64, torch.bfloat16: 256}
+_FEWEST_ROWS = {torch.float32: 128, torch.bfloat16: 256}
 
 
 def _kept_shapes(rows: int, labels: int) -> tuple[Shape, Shape]:
