@@ -137,13 +137,18 @@ def register(parameter: Tensor, deferred: Deferred | None) -> None:
         del _registered[parameter]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-@torch.no_grad()
 def catch_up(parameter: Tensor, items: Tensor | None = None) -> None:
     """Bring the rows `items`, int64 or int32 of any shape, or all rows of a parameter up to date, before they are read.
 
     Items out of range are left to whoever reads them.
     """
+    # Not as a decorator: it would load the compiler with this module.
+    run = torch.compiler.disable(_catch_up) if torch.compiler.is_compiling() else _catch_up
+    run(parameter, items)
+
+
+@torch.no_grad()
+def _catch_up(parameter: Tensor, items: Tensor | None) -> None:
     deferred = registered(parameter)
     if deferred is not None:
         deferred.catch_up(parameter, items)
