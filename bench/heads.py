@@ -425,6 +425,7 @@ def trim() -> None:
 def warm_up(spec: Spec, side: str, options: Mapping[str, Any] | None) -> None:
     """Call a side at a tiny size: libraries load, threads start."""
     replace(spec, labels=QUICK.labels, rows=min(spec.rows, 64)).make(QUICK, options).call(side).run()
+    gc.freeze()  # what was imported stays; looking through it before each call would take a fifth of a second
 
 
 def alone(spec: Spec, side: str, sizes: Sizes, options: Mapping[str, Any] | None, calls: int) -> Measured:
@@ -460,8 +461,8 @@ def in_own_process(
     """
     context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
     if context.get_start_method() == "forkserver":
-        # F.linear_cross_entropy imports the latter at its first call, which takes seconds.
-        context.set_forkserver_preload([__name__, "torch._dynamo"])
+        # F.linear_cross_entropy imports the last one at its first call, which takes seconds.
+        context.set_forkserver_preload([__name__, "bench.first_step", "bench.report", "torch._dynamo"])
     with ProcessPoolExecutor(1, context) as pool:
         try:
             return pool.submit(function, *arguments, **named).result()
