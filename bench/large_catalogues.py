@@ -132,7 +132,7 @@ def try_options(results: Results) -> None:
 def compare(name: str, spec: Spec, results: Results) -> Table:
     """All sides of a case in turns, then the memory of each in a process of its own."""
     case = spec.make(results.sizes, results.options)
-    sides = heads.in_turns(case, results.rounds)
+    sides = heads.in_turns(case, calls_of(spec, results, results.rounds))
     results.measure_peak()
     title = case.title
     del case
@@ -150,7 +150,7 @@ def apart(name: str, spec: Spec, results: Results, at_least: int) -> Table:
         DifferentAnswers: they differ.
     """
     sides, rows = dict[str, Measured](), rows_of(spec, results.sizes)
-    calls = max(at_least, min(results.rounds, int(4e8 // (spec.labels * rows))))
+    calls = calls_of(spec, results, at_least)
     for side in spec.sides:
         needed = needs(spec, side, results)
         if needed > LIMIT_BYTES:
@@ -165,6 +165,12 @@ def apart(name: str, spec: Spec, results: Results, at_least: int) -> Table:
             raise DifferentAnswers(f"{name}: {side} computes {answer}, expected {expected}")
     title = f"{spec.kind.what}, {rows:,} rows, {spec.labels:,} labels"
     return Table(name, title, sides)
+
+
+def calls_of(spec: Spec, results: Results, at_least: int) -> int:
+    """Timed calls of each side: three times the rounds of short ones, where fresh memory for gradients can take longer than the
+    work, and how long differs from call to call; at least so many of long ones."""
+    return max(at_least, min(3 * results.rounds, int(4e8 // (spec.labels * rows_of(spec, results.sizes)))))
 
 
 def rows_of(spec: Spec, sizes: Sizes) -> int:
@@ -398,7 +404,7 @@ def run_parts(results: Results, wanted: Sequence[str]) -> Iterator[list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, help="timed calls of each side (3)")
+    parser.add_argument("--rounds", type=int, help="timed calls of each side (3), and more of short ones")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does the script work? Times mean nothing")
     parser.add_argument("--only", choices=PARTS, action="append", help="a part to measure; may be given again (all)")
     parser.add_argument("--results", metavar="FOLDER", type=Path, help="where JSON and picture go (bench/results)")

@@ -73,6 +73,8 @@ def test_full_run_has_the_sizes_that_were_asked_for() -> None:
     over = {side: large_catalogues.needs(growth[1_000_000], side, results) / 12e9 for side in ("eager", "fused", "ours")}
     assert over["eager"] > 1 and over["fused"] < 1 and over["ours"] == 0
     assert large_catalogues.needs(growth[300_000], "eager", results) < 12e9
+    calls = {name: large_catalogues.calls_of(spec, results, 2) for name, spec in specs.items()}
+    assert (calls["cross-entropy-catalogue"], calls["retention-many"], calls["retention-few"]) == (2, 4, 9)
 
 
 def test_merged_rows_stand_for_the_positions_that_share_them() -> None:
