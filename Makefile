@@ -5,6 +5,7 @@
 #   make asan        the kernels' tests on a build with the address and undefined behaviour sanitizers (needs gcc)
 #   make bench       ours beside the eager reference and torch.compile of it (BENCH=--quick for a smoke run)
 #   make bench-scaling   how the cost of ours grows with length, batch and number of past tasks (BENCH=--quick)
+#   make bench-large   heads over hundreds of thousands of labels, beside PyTorch's (BENCH=--quick)
 #   make lint        ruff      make typecheck   mypy      make clean   remove what was built here
 #
 # PYTHON  interpreter that .venv is made with (python3)
@@ -26,10 +27,10 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 # A change of any of these installs again; Python files need no installing, the package is editable.
 BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: help demo test asan bench bench-scaling lint typecheck clean
+.PHONY: help demo test asan bench bench-scaling bench-large lint typecheck clean
 
 help:
-	@sed -n '3,14s/^# \{0,1\}//p' Makefile
+	@sed -n '3,15s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
@@ -58,6 +59,9 @@ bench: $(VENV)/.installed-dev
 
 bench-scaling: $(VENV)/.installed-dev
 	$(BIN)/python bench/scaling.py $(BENCH)
+
+bench-large: $(VENV)/.installed-dev
+	$(BIN)/python bench/large_catalogues.py $(BENCH)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .

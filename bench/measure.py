@@ -136,7 +136,13 @@ def peak_memory(case: Case, side: str) -> float:
     return float(json.loads(done.stdout.splitlines()[-1])["peak_mib"])
 
 
-def _highest_resident_mib() -> float:
+def forget_highest_resident() -> None:
+    """Let the highest resident memory of this process begin anew with what it holds now, where there is /proc."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def highest_resident_mib() -> float:
     """Highest resident memory of this process so far.
 
     Linux's ru_maxrss begins with that of the process which started this one, so it is asked only where there is no /proc.
@@ -150,13 +156,12 @@ def _highest_resident_mib() -> float:
 
 
 def _report_peak_memory(name: str, side: str, shape: Shape) -> None:
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # forget what importing took for a moment
-    before = _highest_resident_mib()
+    forget_highest_resident()  # what importing took for a moment
+    before = highest_resident_mib()
     run = CASES[name](shape).side(side)
     run()
     run()
-    print(json.dumps({"peak_mib": _highest_resident_mib() - before}))
+    print(json.dumps({"peak_mib": highest_resident_mib() - before}))
 
 
 if __name__ == "__main__":
