@@ -49,9 +49,9 @@ teracon::AdamNumbers numbers_of(double beta1, double beta2, double eps) {
 }
 
 teracon::AdamHistory history_of(const char* operation, const Tensor& steps, const Tensor& growing) {
-  static_assert(sizeof(teracon::AdamStep) == 2 * sizeof(float));
-  STD_TORCH_CHECK(steps.dim() == 2 && steps.size(1) == 2 && steps.size(0) < INT32_MAX, operation,
-                  ": expected steps [n, 2] with n below 2^31");
+  static_assert(sizeof(teracon::AdamStep) == 4 * sizeof(float));
+  STD_TORCH_CHECK(steps.dim() == 2 && steps.size(1) == 4 && steps.size(0) < INT32_MAX, operation,
+                  ": expected steps [n, 4] with n below 2^31");
   teracon::AdamHistory found{};
   found.steps = reinterpret_cast<const teracon::AdamStep*>(
       checked<float>(operation, steps, ScalarType::Float, steps.numel(), "steps"));
@@ -66,8 +66,15 @@ void adam_rows(Tensor parameter, Tensor exp_avg, Tensor exp_avg_sq, Tensor rows,
                double eps, double step_size, double root, int64_t tail, int64_t threads) {
   const teracon::AdamArrays to = arrays("adam_rows", parameter, exp_avg, exp_avg_sq, threads);
   const teracon::AdamGradient with = gradient_of("adam_rows", to, rows, gradient, tail);
-  teracon::adam(to, with, numbers_of(beta1, beta2, eps), {static_cast<float>(-step_size), static_cast<float>(root)},
+  teracon::adam(to, with, numbers_of(beta1, beta2, eps), teracon::adam_step(step_size, root),
                 static_cast<int>(threads));
+}
+
+void adam_step(Tensor steps, int64_t at, double step_size, double root) {
+  STD_TORCH_CHECK(steps.dim() == 2 && steps.size(1) == 4 && at >= 0 && at < steps.size(0),
+                  "adam_step: expected steps [n, 4] and a place in it, got ", at);
+  float* const to = checked<float>("adam_step", steps, ScalarType::Float, steps.numel(), "steps");
+  reinterpret_cast<teracon::AdamStep*>(to)[at] = teracon::adam_step(step_size, root);
 }
 
 void adam_deferred(Tensor parameter, Tensor exp_avg, Tensor exp_avg_sq, Tensor last, Tensor rows, Tensor gradient, Tensor steps,
@@ -100,6 +107,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(teracon_fast, m) {
   m.def(
       "adam_rows(Tensor(a!) parameter, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor rows, Tensor gradient, float beta1, "
       "float beta2, float eps, float step_size, float root, int tail, int threads) -> ()");
+  m.def("adam_step(Tensor(a!) steps, int at, float step_size, float root) -> ()");
   m.def(
       "adam_deferred(Tensor(a!) parameter, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) last, Tensor rows, "
       "Tensor gradient, Tensor steps, Tensor growing, float beta1, float beta2, float eps, int tail, int threads) -> ()");
@@ -110,6 +118,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(teracon_fast, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(teracon_fast, CPU, m) {
   m.impl("adam_rows", TORCH_BOX(&adam_rows));
+  m.impl("adam_step", TORCH_BOX(&adam_step));
   m.impl("adam_deferred", TORCH_BOX(&adam_deferred));
   m.impl("adam_catch_up", TORCH_BOX(&adam_catch_up));
 }

@@ -529,7 +529,7 @@ def test_a_copied_optimizer_and_a_lost_one() -> None:
 @pytest.mark.parametrize("last", [[-2, 0], [2, 0], [0, 2**31 - 1]])
 def test_the_kernels_refuse_rows_that_have_taken_steps_that_are_none(last: list[int]) -> None:
     tensors = [torch.ones(2, 4) for _ in range(3)]
-    steps, growing = torch.ones(1, 2), torch.zeros(0, dtype=torch.int64)
+    steps, growing = torch.ones(1, 4), torch.zeros(0, dtype=torch.int64)
     counts = torch.tensor(last, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="adam_catch_up: last has a row"):
         torch.ops.teracon_fast.adam_catch_up(*tensors, counts, growing, True, steps, growing, 0.9, 0.99, 1e-8, 1)
@@ -542,4 +542,28 @@ def test_the_kernels_refuse_rows_that_have_taken_steps_that_are_none(last: list[
         torch.ops.teracon_fast.adam_deferred(
             *tensors, counts, rows, torch.ones(2, 4), steps[:0], growing, 0.9, 0.99, 1e-8, 0, 1
         )
-    assert all(torch.equal(t, torch.ones(2, 4)) for t in tensors)
+    for at in (-1, 1):
+        with pytest.raises(RuntimeError, match="adam_step: expected steps"):
+            torch.ops.teracon_fast.adam_step(steps, at, 1.0, 1.0)
+    assert all(torch.equal(t, torch.ones(2, 4)) for t in (*tensors, steps[[0, 0]]))
+
+
+@COMPILED
+def test_products_that_stand_for_a_division_are_proven() -> None:
+    """All significands of dividends by the roots of some steps, and those roots for which products fail found out."""
+    mantissas = torch.arange(1 << 23, 1 << 24).float()
+    steps = torch.empty(400, 4)
+    for t in range(400):
+        torch.ops.teracon_fast.adam_step(steps, t, 1.0, (1 - 0.999 ** (t + 1)) ** 0.5)
+    proven = ~steps[:, 3].isnan()
+    assert 300 < int(proven.sum())
+    for t in (*proven.nonzero()[::60, 0].tolist(), *(~proven).nonzero()[:4, 0].tolist()):
+        root, high = steps[t, 1], steps[t, 2]
+        low = (1 / root.double() - high.double()).float()
+        # A fused multiply-add: products of floats are exact in float64, and its sum is rounded to odd before it becomes a float.
+        product, addend = mantissas.double() * high.double(), (mantissas * low).double()
+        total = product + addend
+        error = addend - (total - product)
+        bits = total.view(torch.int64)
+        total = torch.where((error != 0) & (bits & 1 == 0), bits + torch.where(error > 0, 1, -1), bits).view(torch.float64)
+        assert bool((total.float() == mantissas / root).all()) == bool(proven[t])

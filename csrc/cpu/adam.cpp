@@ -1,6 +1,8 @@
 #include "adam.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -36,6 +38,37 @@ class TinyIsZero {
   unsigned before_;
 #endif
 };
+
+// The float nearest x / y without a division (Brisebarre, Muller & Raina 2004, doi 10.1109/TC.2004.37), for a positive y.
+// Before its last rounding the sum is within 2^-47 of the quotient, relatively, so it can be rounded otherwise only where the
+// quotient is as near to the middle of two floats. Let X, Y be the significands, 24 bits each, and N / 2 that middle: then
+// X * 2^k = N * Y + r with |r| <= 4, N odd of 25 bits, and k = 24 or, where X < Y, 25. That leaves a handful of X to try.
+bool divides_by_products(float y, float high, float low) {
+  int exponent;
+  const float significand = std::ldexp(std::frexp(y, &exponent), 24);
+  const float scaled_high = std::ldexp(high, exponent - 24), scaled_low = std::ldexp(low, exponent - 24);
+  const uint64_t divisor = static_cast<uint64_t>(significand);
+  int zeros = 0;
+  while (((divisor >> zeros) & 1) == 0) ++zeros;
+  uint64_t inverse = 1;  // of the odd part, modulo 2^64
+  for (int i = 0; i < 6; ++i) inverse *= 2 - (divisor >> zeros) * inverse;
+  for (int k = 24; k <= 25; ++k) {
+    for (int64_t r = -8; r <= 8; ++r) {
+      if (r == 0 || r % (int64_t{1} << zeros) != 0) continue;
+      if (zeros > k) continue;
+      const uint64_t period = uint64_t{1} << (k - zeros);
+      const uint64_t first = (static_cast<uint64_t>(-(r / (int64_t{1} << zeros))) * inverse) & (period - 1);
+      for (uint64_t n = first; n < (uint64_t{1} << 25); n += period) {
+        if (n < (uint64_t{1} << 24) || n % 2 == 0) continue;
+        const uint64_t dividend = (n * divisor + static_cast<uint64_t>(r)) >> k;
+        if (dividend < (uint64_t{1} << 23) || dividend >= (uint64_t{1} << 24)) continue;
+        const float x = static_cast<float>(dividend);
+        if (std::fmaf(x, scaled_high, x * scaled_low) != x / significand) return false;
+      }
+    }
+  }
+  return true;
+}
 
 constexpr int64_t kRowsAtOnce = 64;
 // From this eps on, moments below 1.2e-38 are lost in the rounding of what they are added to.
@@ -75,6 +108,17 @@ int64_t tail_of_row(const AdamArrays& arrays, const AdamGradient& gradient, int6
 }
 
 }  // namespace
+
+AdamStep adam_step(double step_size, double root) {
+  AdamStep step{static_cast<float>(-step_size), static_cast<float>(root), 0.0f, std::numeric_limits<float>::quiet_NaN()};
+  const bool ordinary = step.root > 1e-6f && step.root <= 1.0f;  // nothing overflows or is lost in rounding to zero
+  if (!ordinary) return step;
+  const double inverse = 1.0 / static_cast<double>(step.root);
+  step.high = static_cast<float>(inverse);
+  const float low = static_cast<float>(inverse - static_cast<double>(step.high));
+  if (divides_by_products(step.root, step.high, low)) step.low = low;
+  return step;
+}
 
 void adam(const AdamArrays& arrays, const AdamGradient& gradient, const AdamNumbers& numbers, const AdamStep& step, int threads) {
   const AdamKernels& kernels = adam_kernels();

@@ -15,7 +15,12 @@ struct AdamNumbers {
 struct AdamStep {
   float minus_step_size;  // -lr / (1 - beta1^t)
   float root;             // sqrt(1 - beta2^t)
+  // 1 / root as the sum of two floats. x * high + x * low, with one fused multiply-add, is x / root to the bit for every finite x;
+  // `low` is NaN where that is not proven.
+  float high, low;
 };
+
+AdamStep adam_step(double step_size, double root);
 
 // Steps that a row may have missed. `growing`: ascending, those whose update without a gradient may be larger than the one before.
 struct AdamHistory {

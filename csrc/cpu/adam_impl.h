@@ -23,6 +23,12 @@ static TERACON_INLINE V adam_fma(V a, V b, V c) {
 #endif
 }
 
+#if TERACON_LANES == 4 && defined(__x86_64__) && !defined(__FMA__)
+constexpr bool kAdamFused = false;
+#else
+constexpr bool kAdamFused = true;
+#endif
+
 static TERACON_INLINE V adam_sqrt(V a) {
 #if TERACON_LANES == 16
   return (V)_mm512_maskz_sqrt_ps(0xffff, (__m512)a);  // the plain one draws a warning of gcc 12
@@ -60,8 +66,14 @@ struct AdamVectors {
 };
 
 static TERACON_INLINE V adam_moved(const AdamVectors& n, const AdamStep& step, V parameter, V first, V second) {
-  const V update = (splat(step.minus_step_size) * first) / (adam_sqrt(second) / splat(step.root) + n.eps);
-  return parameter + update;
+  return parameter + (splat(step.minus_step_size) * first) / (adam_sqrt(second) / splat(step.root) + n.eps);
+}
+
+// The same for a finite second moment and a step that has `low`: two products take less time than a division.
+static TERACON_INLINE V adam_moved_by_products(const AdamVectors& n, const AdamStep& step, V parameter, V first, V second) {
+  const V root = adam_sqrt(second);
+  const V scaled = adam_fma(root, splat(step.high), root * splat(step.low));
+  return parameter + (splat(step.minus_step_size) * first) / (scaled + n.eps);
 }
 
 static TERACON_INLINE void adam_vector(const AdamVectors& n, const AdamStep& step, float* parameter, float* first, float* second,
@@ -125,10 +137,12 @@ static TERACON_INLINE int64_t adam_move(const AdamVectors& n, const AdamStep* st
   V p = *parameter, m = *first, v = *second;
   int64_t t = 0;
   bool moves = true;
+  const bool finite = kAdamFused && adam_equal(v - v, V{});
   while (t < num_steps && moves) {
     m = adam_fma(n.coefficient, -m, n.near_old ? m : V{});
     v *= n.beta2;
-    const V next = adam_moved(n, steps[t], p, m, v);
+    const bool products = finite && steps[t].low == steps[t].low;
+    const V next = products ? adam_moved_by_products(n, steps[t], p, m, v) : adam_moved(n, steps[t], p, m, v);
     moves = !adam_equal(next, p);
     p = next;
     ++t;
