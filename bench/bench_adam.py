@@ -4,9 +4,10 @@
                                [--head 0]
 
 Items are drawn Zipf(1). Both sides get the same gradients of the same rows, in turns within one process. Ours takes the steps
-that the rows of the batch have missed, as reading them does, sums the gradients of repeated items, and steps. Torch's forms the dense gradient, and
-steps; both parts are shown, since a program may form its gradients elsewhere. The last steps are timed, when rows have been
-missed for as long as they will be. At the end all rows are brought up to date, and parameters and moments compared bit by bit.
+that the rows of the batch have missed, as reading them does, sums the gradients of repeated items, and steps. Torch's forms the
+dense gradient, and steps; both parts are shown, since a program may form its gradients elsewhere. The last steps are timed, when
+rows have been missed for as long as they will be. At the end all rows are brought up to date, and parameters and moments compared
+bit by bit.
 """
 
 from __future__ import annotations
