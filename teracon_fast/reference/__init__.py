@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from teracon_fast.reference.losses import annealed_scale, cross_entropy, retention_loss, rho
 from teracon_fast.reference.masks import plain_masks, relation_mask
-from teracon_fast.reference.metrics import target_rank
+from teracon_fast.reference.metrics import target_rank, top_labels
 from teracon_fast.reference.model import ReferenceTCN
 from teracon_fast.reference.step import clamp_task_embeddings, continual_step, draw_users, sample_counts, t1_step
 
@@ -33,4 +33,5 @@ __all__ = [
     "sample_counts",
     "t1_step",
     "target_rank",
+    "top_labels",
 ]

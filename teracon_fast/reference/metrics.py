@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,23 @@ def target_rank(scores: Tensor, target: Tensor) -> Tensor:
     own = scores.gather(1, target.unsqueeze(1))
     before = torch.arange(scores.shape[1], device=scores.device) < target.unsqueeze(1)
     return ((scores > own) | ((scores == own) & before)).sum(dim=1)
+
+
+def top_labels(scores: Tensor, k: int, exclude: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """The k best labels of each row, best first, the lower label first among equal scores.
+
+    Args:
+        scores: [N, C]. k: 1..C.
+        exclude: for each row the labels that are left out, int64 of any number.
+
+    Returns:
+        scores [N, k] and labels int64 [N, k]; where the score is -inf, as that of a label left out, the label is -1.
+    """
+    scores = scores.clone()
+    for row, labels in enumerate(exclude or ()):
+        scores[row, labels] = -torch.inf
+    best, labels = scores.sort(dim=1, descending=True, stable=True)
+    return best[:, :k], torch.where(best == -torch.inf, -1, labels)[:, :k]
 
 
 def hit_at(rank: Tensor, k: int) -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from teracon_fast.errors import ShapeError, TeraconError
-from teracon_fast.reference.metrics import accuracy, hit_at, mrr_at, ndcg_at, target_rank
+from teracon_fast.reference.metrics import accuracy, hit_at, mrr_at, ndcg_at, target_rank, top_labels
 
 
 def sorted_rank(scores: list[float], target: int) -> int:
@@ -51,3 +51,12 @@ def test_accuracy_is_the_share_of_targets_with_the_highest_score() -> None:
     scores, target = torch.randn(64, 6), torch.randint(6, (64,))
     expected = (scores.argmax(dim=1) == target).double().mean().item()
     assert accuracy(target_rank(scores, target)) == expected
+
+
+def test_top_labels_by_hand() -> None:
+    scores = torch.tensor([[1.0, 3.0, 3.0, 2.0], [0.0, -torch.inf, 0.0, 5.0]])
+    best, labels = top_labels(scores, 3)
+    assert labels.tolist() == [[1, 2, 3], [3, 0, 2]] and best.tolist() == [[3.0, 3.0, 2.0], [5.0, 0.0, 0.0]]
+    best, labels = top_labels(scores, 4, [torch.tensor([2, 1]), torch.tensor([], dtype=torch.int64)])
+    assert labels.tolist() == [[3, 0, -1, -1], [3, 0, 2, -1]]
+    assert scores[0, 1] == 3.0, "what was given stays as it was"
