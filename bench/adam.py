@@ -1,7 +1,7 @@
 """Adam on an item embedding of which each step reads few rows: ours beside torch.optim.Adam(fused=True).
 
-    python bench/bench_adam.py [--items 646000] [--channels 256] [--users 1024] [--length 47] [--steps 200] [--timed 40]
-                               [--head 0]
+    python bench/adam.py [--items 646000] [--channels 256] [--users 1024] [--length 47] [--steps 200] [--timed 40]
+                         [--head 0] [--results FOLDER]
 
 Items are drawn Zipf(1). Both sides get the same gradients of the same rows, in turns within one process. Ours takes the steps
 that the rows of the batch have missed, as reading them does, sums the gradients of repeated items, and steps. Torch's forms the
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 # As a script: its own folder would be the only place to look.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench import report
 from teracon_fast import ops
 from teracon_fast.deferred import catch_up
 from teracon_fast.optim import Adam
@@ -135,15 +136,21 @@ def table(found: Found) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> Found:
-    """Measure as the command line says, and print the table and a line of JSON."""
+    """Measure as the command line says, print the table and a line of JSON, and keep it where asked."""
     parser = argparse.ArgumentParser(description="Adam on an embedding of which each step reads few rows.")
     defaults = {"items": 646_000, "channels": 256, "users": 1024, "length": 47, "steps": 200, "timed": 40, "head": 0}
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--results", metavar="FOLDER", type=Path, help="where the JSON goes too")
     given = vars(parser.parse_args(arguments))
+    folder: Path | None = given.pop("results")
     found = measure(**given)
     print("\n".join(table(found)))
-    print(json.dumps({**given, "threads": torch.get_num_threads(), "torch": torch.__version__, **asdict(found)}))
+    figures = {**given, "threads": torch.get_num_threads(), "torch": torch.__version__, **asdict(found)}
+    print(json.dumps(figures))
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        print("kept in", report.write({**report.provenance(), "kind": "adam", **figures}, folder, "adam"))
     return found
 
 
