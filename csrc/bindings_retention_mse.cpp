@@ -15,7 +15,7 @@ constexpr char kName[] = "retention_mse";
 
 // Empty gradients are not wanted.
 double retention(Tensor hidden, Tensor weight, Tensor bias, Tensor teacher_hidden, Tensor teacher_weight, Tensor teacher_bias,
-                 double coefficient, int64_t block, int64_t threads, Tensor d_hidden, Tensor d_weight, Tensor d_bias) {
+                 double coefficient, int64_t block, int64_t threads, Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_logits) {
   double loss = 0.0;
   with_element(hidden, [&](auto element) {
     using E = decltype(element);
@@ -27,7 +27,8 @@ double retention(Tensor hidden, Tensor weight, Tensor bias, Tensor teacher_hidde
     io.hidden = floats_or_null(kName, d_hidden, student.rows * student.channels, "d_hidden");
     io.weight = new_matrix(kName, d_weight, student.labels * student.channels, "d_weight");
     io.bias = floats_or_null(kName, d_bias, student.labels, "d_bias");
-    loss = teracon::head_kernels<E>().retention(student, teacher, static_cast<float>(coefficient), io);
+    const teracon::LogitGradients logits{floats_or_null(kName, d_logits, student.labels * student.rows, "d_logits")};
+    loss = teracon::head_kernels<E>().retention(student, teacher, static_cast<float>(coefficient), io, logits);
   });
   return loss;
 }
@@ -59,7 +60,8 @@ void retention_gram(Tensor weight, Tensor bias, Tensor teacher_weight, Tensor te
 STABLE_TORCH_LIBRARY_FRAGMENT(teracon_fast, m) {
   m.def(
       "retention_mse_cpu(Tensor hidden, Tensor weight, Tensor bias, Tensor teacher_hidden, Tensor teacher_weight, Tensor teacher_bias, "
-      "float coefficient, int block, int threads, Tensor(a!) d_hidden, Tensor(b!) d_weight, Tensor(c!) d_bias) -> float");
+      "float coefficient, int block, int threads, Tensor(a!) d_hidden, Tensor(b!) d_weight, Tensor(c!) d_bias, Tensor(d!) d_logits) -> "
+      "float");
   m.def(
       "retention_gram_cpu(Tensor weight, Tensor bias, Tensor teacher_weight, Tensor teacher_bias, bool known, Tensor moments, "
       "Tensor bias_moments, int block, int threads, Tensor(a!) gram, Tensor(b!) d_weight, Tensor(c!) d_bias) -> ()");

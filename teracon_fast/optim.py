@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teracon_fast import _native
+from teracon_fast import _native, factored
 from teracon_fast.deferred import LEAST_EPS, Constants, Deferred, StepNumbers, catch_up, register, registered
 from teracon_fast.errors import ConfigError
 from teracon_fast.ops.embedding_rows import sum_rows
@@ -35,6 +35,9 @@ class Adam(torch.optim.Adam):
     next read: by `ops.embedding_rows`, by a later gradient, or all at once by `flush`, `state_dict` or a dense gradient. The
     operations and their order are the same, so the bits are. **Whoever reads such a parameter, or its moments, in another
     way must call `flush` first**; in a `FastTCN` all ways but a `Parameter` that was taken out of it earlier do so.
+
+    Gradients that `ops.retention_mse` leaves as factors (`teracon_fast.factored`) are formed some rows at a time, while they are
+    in the cache, and never stored. `Adam.zero_grad` forgets them; a module's `zero_grad` does not.
 
     In the compiled kernels moments below 1.2e-38 count as zero, unless eps is below 1e-10: far below what can move a
     parameter, and on x86 each operation on such a number costs as much as a hundred others.
@@ -82,6 +85,9 @@ class Adam(torch.optim.Adam):
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
         done, made_dense = set(), list[tuple[Tensor, Tensor]]()
         for parameter in group["params"]:
+            if factored.left_for(parameter) and self._step_factored(group, parameter):
+                done.add(id(parameter))
+                continue
             gradient = parameter.grad
             if gradient is None:
                 continue
@@ -103,6 +109,37 @@ class Adam(torch.optim.Adam):
         finally:
             for parameter, gradient in made_dense:
                 parameter.grad = gradient
+
+    @torch.no_grad()
+    def _step_factored(self, group: Mapping[str, Any], parameter: Tensor) -> bool:
+        """A step whose whole gradient was left as factors, some rows at a time. Else they are added to `.grad`: False."""
+        parts, state = factored.left_for(parameter), self.state[parameter]
+        plain = not (group["amsgrad"] or group["capturable"] or group["differentiable"] or group["foreach"])
+        scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
+        fits = parameter.device.type == "cpu" and parameter.dtype == torch.float32 and parameter.is_contiguous()
+        if parameter.grad is not None or group["fused"] is False or scaled or not (plain and fits):
+            gradient = factored.dense(parts)
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            factored.clear(parameter)
+            return False
+        _settle(parameter)
+        if not state:
+            _begin(state, parameter, bool(group["fused"]))
+        state["step"] += 1
+        for rows, gradient in factored.products(parts):
+            torch._fused_adam_(
+                [parameter[rows]], [gradient], [state["exp_avg"][rows]], [state["exp_avg_sq"][rows]], [], [state["step"]],
+                amsgrad=False, lr=float(group["lr"]), beta1=float(group["betas"][0]), beta2=float(group["betas"][1]),
+                weight_decay=group["weight_decay"], eps=group["eps"], maximize=group["maximize"],
+            )  # fmt: skip
+        return True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `torch.optim.Adam.zero_grad`; also forgets what was left as factors."""
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                factored.clear(parameter)
 
     def _check(self, group: Mapping[str, Any], gradient: Tensor) -> None:
         options = ("weight_decay", "amsgrad", "maximize", "capturable", "differentiable")

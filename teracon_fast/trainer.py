@@ -180,7 +180,7 @@ def continual_step(
         retention_loss = ops.retention_mse(
             student, [head.weight for head in heads], [head.bias for head in heads],
             pseudo, [head.weight for head in teacher_heads], [head.bias for head in teacher_heads],
-            rho, scale=alpha or 1.0, backend=model.backend,
+            rho, scale=alpha or 1.0, factored_gradients=isinstance(optimizer, Adam), backend=model.backend,
         )  # fmt: skip
         loss = found.loss + retention_loss if alpha else found.loss
 

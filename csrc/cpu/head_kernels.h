@@ -18,7 +18,7 @@ struct HeadKernels {
   // The same for the best labels.
   bool (*top)(const Head<E>&, const TopLabels&);
   // coefficient * sum of (student's logit - teacher's logit)^2, and its gradients for the student where wanted.
-  double (*retention)(const Head<E>& student, const Head<E>& teacher, float coefficient, const HeadGradients&);
+  double (*retention)(const Head<E>& student, const Head<E>& teacher, float coefficient, const HeadGradients&, const LogitGradients&);
   void (*retention_gram)(const RetentionGram&);
 };
 

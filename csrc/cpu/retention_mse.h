@@ -6,6 +6,11 @@ namespace teracon {
 
 // The squared distance between the logits of two heads of equal shape; see teracon_fast/ops/retention_mse.py.
 
+// Where the gradients of the student's logits go, [labels, rows], null where not wanted: with the hidden states they make d(weight).
+struct LogitGradients {
+  float* to;
+};
+
 // Both heads' matrices in one, for the form that never forms a logit: M = [Ws - Wt, bs - bt, Wt], so that a row's differences are
 // M z with z = [hs, 1, hs - ht].
 struct RetentionGram {

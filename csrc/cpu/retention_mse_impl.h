@@ -25,8 +25,9 @@ static void difference_tile(const StridedRows& student, const float* bias, const
 template <class E>
 class RetentionForm {
  public:
-  RetentionForm(const Head<E>& student, const Head<E>& teacher, const HeadRows<E>& rows, const HeadRows<E>& others, float coefficient)
-      : student_(student), teacher_(teacher), rows_(rows), others_(others), coefficient_(coefficient), weights_(teacher) {}
+  RetentionForm(const Head<E>& student, const Head<E>& teacher, const HeadRows<E>& rows, const HeadRows<E>& others, float coefficient,
+                const LogitGradients& logits)
+      : student_(student), teacher_(teacher), rows_(rows), others_(others), coefficient_(coefficient), logits_(logits), weights_(teacher) {}
 
   void begin(int64_t, int64_t first, int64_t n, const BothWays& weight) {
     first_ = first, n_ = n, weight_ = weight, other_ = weights_.of(first, n);
@@ -47,6 +48,8 @@ class RetentionForm {
         const V v = present ? load(at) : V{};
         squares += v * v;
         store(at, v * factor);
+        const int64_t row = panel * NR + j, left = student_.rows - row;
+        if (logits_.to != nullptr && left > 0) store_part(logits_.to + (first_ + label) * student_.rows + row, v * factor, left);
       }
       loss += sum(squares);
     }
@@ -58,20 +61,22 @@ class RetentionForm {
   const Head<E>&student_, &teacher_;
   const HeadRows<E>&rows_, &others_;
   float coefficient_;
+  const LogitGradients& logits_;
   BlockWeights<E> weights_;
   BothWays weight_{}, other_{};
   int64_t first_ = 0, n_ = 0;
 };
 
 template <class E>
-static double retention(const Head<E>& student, const Head<E>& teacher, float coefficient, const HeadGradients& io) {
+static double retention(const Head<E>& student, const Head<E>& teacher, float coefficient, const HeadGradients& io,
+                        const LogitGradients& logits) {
   HeadRows<E> rows(student, io.weight.wanted()), others(teacher, false, -1.0f);
   GradientPass<E> pass(student, rows, io);
   Array<double> losses(student.threads, true);
   in_parallel(student.threads, [&] {
     rows.pack();
     others.pack();
-    RetentionForm<E> form(student, teacher, rows, others, coefficient);
+    RetentionForm<E> form(student, teacher, rows, others, coefficient, logits);
     pass.run(form);
     losses.get()[omp_get_thread_num()] = form.loss;
   });

@@ -23,26 +23,44 @@ from teracon_fast.ops._torch_retention_mse import Needs, Result
 _GRAM_BLOCK = 252
 
 
+# Numbers of a weight from which on its gradient is left as factors.
+_FACTORED_FROM = 10_000_000
+
+
 def gram_is_faster(rows: int, channels: int, dtype: torch.dtype) -> bool:
     """Whether the Gram form measures faster than the direct one: see bench/NOTES.md."""
     return 4 * rows >= (5 if dtype == torch.float32 else 10) * channels
 
 
+def chosen_form(form: str, rows: int, channels: int, dtype: torch.dtype) -> str:
+    """ "direct" or "gram"."""
+    if form != "auto":
+        return form
+    return "gram" if gram_is_faster(rows, channels, dtype) else "direct"
+
+
+def factors_are_faster(form: str, rows: int, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether leaving the gradient of a weight as factors measures faster than forming it, see bench/NOTES.md: a large one, which
+    would go to memory and come back, from few users."""
+    large = weight.numel() >= _FACTORED_FROM and weight.dtype == torch.float32
+    return large and 2 * rows <= weight.shape[1] and chosen_form(form, rows, weight.shape[1], dtype) == "direct"
+
+
 def distance(
     student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor,
-    coefficient: float, form: str, needs: Needs,
+    coefficient: float, form: str, needs: Needs, factored: bool,
 ) -> Result:  # fmt: skip
-    """As `_torch_retention_mse.distance`."""
-    if form == "auto":
-        form = "gram" if gram_is_faster(len(student_hidden), weight.shape[1], student_hidden.dtype) else "direct"
+    """As `_torch_retention_mse.distance`. Only the direct form has factors."""
     arguments = (student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
-    if form == "gram":
+    if not factored and chosen_form(form, len(student_hidden), weight.shape[1], student_hidden.dtype) == "gram":
         return _by_gram(*arguments, coefficient, needs)
-    d_hidden, d_weight, d_bias = _room(student_hidden, weight, bias, needs)
+    d_hidden, d_weight, d_bias = _room(student_hidden, weight, bias, (needs[0], needs[1] and not factored, needs[2]))
+    d_logits = torch.empty(weight.shape[0], len(student_hidden)) if factored else torch.empty(0)
     loss = torch.ops.teracon_fast.retention_mse_cpu(
         *dense_head(student_hidden, weight, bias), *dense_head(teacher_hidden, teacher_weight, teacher_bias), coefficient,
-        *schedule(weight.shape[0]), d_hidden, d_weight, d_bias,
+        *schedule(weight.shape[0]), d_hidden, d_weight, d_bias, d_logits,
     )  # fmt: skip
+    d_weight = d_logits if factored else d_weight
     return torch.tensor(loss, dtype=torch.float32), d_hidden.to(student_hidden.dtype), d_weight, d_bias.to(bias.dtype)
 
 

@@ -16,9 +16,13 @@ _BLOCK_BYTES = 64 << 20
 
 def distance(
     student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor,
-    coefficient: float, form: str, needs: Needs,
+    coefficient: float, form: str, needs: Needs, factored: bool,
 ) -> Result:  # fmt: skip
-    """`coefficient * sum((student logits - teacher logits)^2)`, and its gradients, empty where not needed."""
+    """`coefficient * sum((student logits - teacher logits)^2)`, and its gradients, empty where not needed.
+
+    With `factored`, the gradient of the logits `[C, n]` stands for that of the weight: only the `cpu` backend is asked for it.
+    """
+    assert not factored
     dtype = student_hidden.dtype
     wide = sums_dtype(dtype)
     loss = student_hidden.new_zeros((), dtype=wide)

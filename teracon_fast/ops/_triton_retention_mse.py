@@ -9,9 +9,10 @@ from teracon_fast.ops._torch_retention_mse import Needs, Result
 
 def distance(
     student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor,
-    coefficient: float, form: str, needs: Needs,
+    coefficient: float, form: str, needs: Needs, factored: bool,
 ) -> Result:  # fmt: skip
     """As `_torch_retention_mse.distance`."""
+    assert not factored
     from teracon_fast.kernels import retention_mse as kernels
 
     loss, *gradients = kernels.forward_backward(

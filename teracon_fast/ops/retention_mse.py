@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from teracon_fast import backends
+from teracon_fast import backends, factored
 from teracon_fast.errors import ShapeError
 from teracon_fast.ops import _cpu_retention_mse, _torch_retention_mse, _triton_retention_mse
 from teracon_fast.ops._heads import autocast_hidden, check_head, keep_gradients, kept_gradients, sums_dtype
@@ -28,7 +28,7 @@ class _Implementation(Protocol):
 
     def distance(
         self, student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-        teacher_bias: Tensor, coefficient: float, form: str, needs: Needs,
+        teacher_bias: Tensor, coefficient: float, form: str, needs: Needs, factored: bool,
     ) -> Result: ...  # fmt: skip
 
 
@@ -42,7 +42,7 @@ OneOrMore = Tensor | Sequence[Tensor]
 def retention_mse(
     student_hidden: OneOrMore, weight: OneOrMore, bias: OneOrMore, teacher_hidden: OneOrMore, teacher_weight: OneOrMore,
     teacher_bias: OneOrMore, rho: Sequence[float] | Tensor | None = None, *, scale: float = 1.0, form: str = "auto",
-    backend: str = "auto",
+    factored_gradients: bool = False, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Retention loss of one past task, or of several with their own heads and users.
 
@@ -59,6 +59,8 @@ def retention_mse(
             nothing, while one outside costs a pass over every gradient.
         form: "direct", or "gram", whose cost does not depend on the number of users (`cpu` backend only), or "auto": what
             measures faster.
+        factored_gradients: leave the gradient of large weights as factors for `optim.Adam`, where that measures faster (`cpu`
+            backend, weights that are leaves): `weight.grad` then lacks it, see `teracon_fast.factored`. Not in compiled code.
         backend: "auto", "torch", or another that `teracon_fast.env_report()` lists as available.
 
     Returns:
@@ -83,8 +85,13 @@ def retention_mse(
         coefficient = scale * rates[j] / sum(rates) / (student.shape[0] * own_weight.shape[0])
         grad = torch.is_grad_enabled()
         needs = [grad and tensor.requires_grad for tensor in (student, own_weight, own_bias)]
+        leave = factored_gradients and needs[1] and own_weight.is_leaf and not torch.compiler.is_compiling() and (
+            backends.resolve(backend, "retention_mse", student.device, student.dtype) == "cpu"
+            and _cpu_retention_mse.factors_are_faster(form, len(student), own_weight, student.dtype)
+        )  # fmt: skip
         terms.append(_retention_mse(
-            student, own_weight, own_bias, teacher, its_weight.detach(), its_bias.detach(), coefficient, form, backend, *needs
+            student, own_weight, own_bias, teacher, its_weight.detach(), its_bias.detach(), coefficient, form, backend, *needs,
+            leave,
         )[0])  # fmt: skip
     return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
@@ -114,34 +121,42 @@ def _check(
 def _distance(
     student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor,
     coefficient: float, form: str, backend: str, need_hidden: bool, need_weight: bool, need_bias: bool,
+    factored: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     chosen = backends.resolve(backend, "retention_mse", student_hidden.device, student_hidden.dtype)
     if form == "gram" and chosen != "cpu":
         raise backends.BackendError(f"retention_mse: backend {chosen!r} has no form 'gram', expected 'auto' or 'direct'")
     return _IMPLEMENTATIONS[chosen].distance(
         student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, coefficient, form,
-        (need_hidden, need_weight, need_bias),
+        (need_hidden, need_weight, need_bias), factored,
     )  # fmt: skip
 
 
 def _distance_fake(
     student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor,
     coefficient: float, form: str, backend: str, need_hidden: bool, need_weight: bool, need_bias: bool,
+    factored: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     inputs, needs = (student_hidden, weight, bias), (need_hidden, need_weight, need_bias)
     d_hidden, d_weight, d_bias = (t.new_empty(t.shape if need else (0,)) for t, need in zip(inputs, needs, strict=True))
+    d_weight = weight.new_empty(weight.shape[0], student_hidden.shape[0]) if factored else d_weight
     return student_hidden.new_empty((), dtype=sums_dtype(student_hidden.dtype)), d_hidden, d_weight, d_bias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     keep_gradients(ctx, output[1:])
+    ctx.left_for = (inputs[1], inputs[0].detach().float()) if inputs[-1] else None
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 12
-    gradients = kept_gradients(ctx, grad)
-    return (*(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[:3], strict=True)), *(None,) * 9)
+        return (None,) * 13
+    gradients, needed = kept_gradients(ctx, grad), list(ctx.needs_input_grad[:3])
+    if ctx.left_for is not None:
+        weight, hidden = ctx.left_for
+        factored.leave(weight, factored.Factors(gradients[1], hidden))
+        needed[1] = False
+    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), *(None,) * 10)
 
 
 _NAME = "teracon_fast::retention_mse"

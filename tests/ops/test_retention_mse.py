@@ -114,7 +114,7 @@ def test_only_the_gradients_that_are_asked_for(backend: str, form: str, needed: 
 def test_nothing_but_the_loss_without_gradients(backend: str, form: str) -> None:
     values = [v.detach() for v in pair(20, 300, 6, 1.0)]
     torch.testing.assert_close(ops.retention_mse(*values, form=form, backend=backend), naive(*values))
-    outputs = _retention_mse(*values, 1.0, form, backend, False, False, False)
+    outputs = _retention_mse(*values, 1.0, form, backend, False, False, False, False)
     assert [t.numel() for t in outputs] == [1, 0, 0, 0]
     same = ops.retention_mse(*values[:3], *values[:3], form=form, backend=backend)
     assert float(same) == 0.0
@@ -181,8 +181,8 @@ def test_the_gram_matrix_of_a_teacher_is_computed_once() -> None:
 @pytest.mark.parametrize(("backend", "form"), FORMS)
 def test_opcheck_and_compile(backend: str, form: str) -> None:
     values = pair(5, 11, 4, 0.1)
-    torch.library.opcheck(_retention_mse, (*values, 0.5, form, backend, True, True, True))
-    torch.library.opcheck(_retention_mse, (*(v.detach() for v in values), 0.5, form, backend, False, False, False))
+    torch.library.opcheck(_retention_mse, (*values, 0.5, form, backend, True, True, True, False))
+    torch.library.opcheck(_retention_mse, (*(v.detach() for v in values), 0.5, form, backend, False, False, False, False))
 
     def step(*v: Tensor) -> Tensor:
         return ops.retention_mse(*v, *values[3:], form=form, backend=backend) * 2

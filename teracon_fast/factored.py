@@ -1,0 +1,58 @@
+"""Gradients of a matrix that are left as factors, `left @ right`, and formed some rows at a time when they are used.
+
+The retention loss reads a head with few users, so the gradient of its weight `[C, f]` has rank n: `[C, n]` times `[n, f]`. With
+hundreds of thousands of labels, writing and reading that product is a good part of a step. `optim.Adam` forms some rows of it,
+uses them while they are in the cache, and never stores it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Rows of a product that stay in the cache until they are used: 4 MiB of 256 channels.
+_ROWS = 4096
+
+
+class Factors(NamedTuple):
+    """`left [C, n] @ right [n, f]`, float32."""
+
+    left: Tensor
+    right: Tensor
+
+
+def leave(parameter: Tensor, factors: Factors) -> None:
+    """Add a part to a parameter's gradient, beside `parameter.grad`, until `clear`."""
+    parameter.factored_grad = (*left_for(parameter), factors)  # type: ignore[attr-defined]
+
+
+def left_for(parameter: Tensor) -> tuple[Factors, ...]:
+    """The parts that were left for a parameter."""
+    found: tuple[Factors, ...] = getattr(parameter, "factored_grad", ())
+    return found
+
+
+def clear(parameter: Tensor) -> None:
+    """Forget what was left."""
+    if left_for(parameter):
+        del parameter.factored_grad  # type: ignore[attr-defined]
+
+
+def products(parts: tuple[Factors, ...]) -> Iterator[tuple[slice, Tensor]]:
+    """The sum of the products, some rows at a time: which rows, and their values, good until the next ones are asked for."""
+    rows, channels = len(parts[0].left), parts[0].right.shape[1]
+    room = torch.empty(min(_ROWS, rows), channels)
+    for low in range(0, rows, _ROWS):
+        part = slice(low, min(low + _ROWS, rows))
+        values = torch.mm(parts[0].left[part], parts[0].right, out=room[: part.stop - low])
+        for left, right in parts[1:]:
+            values.addmm_(left[part], right)
+        yield part, values
+
+
+def dense(parts: tuple[Factors, ...]) -> Tensor:
+    """The sum of the products, `[C, f]`."""
+    return torch.cat([values.clone() for _, values in products(parts)])
