@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from triton_here import require_triton
 
-pytest.importorskip("triton", minversion="3.7.1")
+require_triton()
 
 HERE = Path(__file__).resolve().parent
 OPERATIONS = ("forward", "backward", "retention", "topk")

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton_here import require_triton
 
 from teracon_fast.ops import _torch_linear_cross_entropy as plain
 
-pytest.importorskip("triton", minversion="3.7.1")
+require_triton()
 
 from teracon_fast.kernels import linear_cross_entropy as kernels
 from teracon_fast.kernels.configs import config

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton_here import require_triton
 
-pytest.importorskip("triton", minversion="3.7.1")
+require_triton()
 
 from teracon_fast.kernels import linear_rank as kernels
 

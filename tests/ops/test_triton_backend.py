@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from triton_here import require_triton
 
 from teracon_fast import env_report, ops
 from teracon_fast.backends import resolve
 from teracon_fast.errors import TeraconError
 
-pytest.importorskip("triton")
+require_triton()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
