@@ -1,19 +1,28 @@
-"""Launch configurations: one table keyed by architecture, operation and size bucket.
+"""Launch configurations: one table, `configs.json`, keyed by architecture, kind of products, operation and size bucket.
 
 Nothing is measured at import or at the first call, and no number of rows chooses a configuration: a batch of another size
-never compiles again. Sizes keep shared memory under 163 KiB (sm_80), 227 KiB (sm_90) and 64 KiB (gfx942), and "other", which
-serves every architecture that is not listed, under 64 KiB.
+never compiles again. `make tune` measures and rewrites the table. Sizes keep shared memory under what an architecture has,
+and "other", which serves every one that is not listed, under 64 KiB.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
-Operation = Literal["scan", "weight", "hidden", "retention", "topk"]
+# Linear heads, by number of labels; convolutions, by channels.
+Operation = Literal["scan", "weight", "hidden", "retention", "topk", "conv", "conv_input", "conv_weight"]
+TABLE = Path(__file__).with_name("configs.json")
+# KiB of shared memory that a program may take.
+SHARED = {
+    "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx90a": 64, "gfx942": 64, "other": 64,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -21,62 +30,21 @@ class Config:
     """Tile sizes of a launch, all powers of two from 16.
 
     Attributes:
-        rows, labels: size of a tile of logits.
-        depth: channels that one step of the product behind the logits takes.
+        rows, columns: size of a tile of the result: rows and labels of a head's logits; rows and output channels of a
+            convolution (columns 0: all of them); input and output channels of its weight's gradient.
+        depth: what one step of the product behind the tile takes: channels, or rows where those are summed over.
         features: channels of a gradient that one program owns at most; 0 where there is no second product.
         warps, stages: as Triton's num_warps and num_stages.
     """
 
     rows: int
-    labels: int
+    columns: int
     depth: int
     features: int = 0
     warps: int = 4
     stages: int = 2
 
 
-# Heads with at most this many labels take smaller tiles: otherwise a few programs would have all the work.
-FEW_LABELS = 4096
-
-# Half precision, on tensor cores: heads of many labels, then of few.
-_HALF: dict[str, dict[Operation, tuple[Config, Config]]] = {
-    "sm_90": {
-        "scan": (Config(128, 128, 64, 0, 8, 2), Config(64, 64, 64, 0, 4, 3)),
-        "weight": (Config(64, 64, 64, 256, 8, 3), Config(64, 64, 64, 256, 8, 3)),
-        "hidden": (Config(64, 64, 64, 256, 8, 3), Config(64, 64, 64, 256, 8, 3)),
-        "retention": (Config(64, 64, 64, 256, 8, 3), Config(64, 64, 64, 256, 8, 3)),
-        "topk": (Config(64, 128, 64, 0, 8, 3), Config(64, 128, 64, 0, 8, 3)),
-    },
-    "sm_80": {
-        "scan": (Config(128, 64, 32, 0, 8, 3), Config(64, 64, 32, 0, 4, 3)),
-        "weight": (Config(64, 64, 32, 256, 8, 3), Config(64, 64, 32, 128, 8, 3)),
-        "hidden": (Config(64, 64, 32, 256, 8, 3), Config(64, 64, 32, 128, 8, 3)),
-        "retention": (Config(64, 32, 32, 256, 8, 2), Config(64, 32, 32, 256, 8, 2)),
-        "topk": (Config(32, 128, 32, 0, 8, 3), Config(32, 128, 32, 0, 8, 3)),
-    },
-    "gfx942": {
-        "scan": (Config(128, 128, 32, 0, 4, 2), Config(64, 64, 32, 0, 4, 2)),
-        "weight": (Config(32, 64, 32, 256, 4, 2), Config(32, 64, 32, 128, 4, 2)),
-        "hidden": (Config(64, 32, 32, 256, 4, 2), Config(64, 32, 32, 128, 4, 2)),
-        "retention": (Config(32, 32, 32, 256, 4, 2), Config(32, 32, 32, 128, 4, 2)),
-        "topk": (Config(16, 128, 32, 0, 8, 2), Config(16, 128, 32, 0, 8, 2)),
-    },
-    "other": {
-        "scan": (Config(64, 64, 32, 0, 4, 2), Config(64, 64, 32, 0, 4, 2)),
-        "weight": (Config(32, 64, 32, 128, 4, 2), Config(32, 64, 32, 128, 4, 2)),
-        "hidden": (Config(64, 32, 32, 128, 4, 2), Config(64, 32, 32, 128, 4, 2)),
-        "retention": (Config(32, 32, 32, 128, 4, 2), Config(32, 32, 32, 128, 4, 2)),
-        "topk": (Config(16, 128, 32, 0, 4, 2), Config(16, 128, 32, 0, 4, 2)),
-    },
-}
-# fp32: exact products run on the ordinary units, whose operands and sums share the registers. The same everywhere.
-_SINGLE: dict[Operation, Config] = {
-    "scan": Config(64, 64, 32, 0, 8, 2),
-    "weight": Config(32, 32, 32, 64, 8, 2),
-    "hidden": Config(32, 32, 32, 64, 8, 2),
-    "retention": Config(32, 32, 32, 64, 8, 2),
-    "topk": Config(16, 128, 32, 0, 4, 2),
-}
 # The interpreter takes as long for a large tile as for a small one; small ones have more edges to test.
 _INTERPRETED: dict[Operation, Config] = {
     "scan": Config(16, 32, 16),
@@ -84,31 +52,80 @@ _INTERPRETED: dict[Operation, Config] = {
     "hidden": Config(32, 16, 16, 32),
     "retention": Config(16, 32, 16, 32),
     "topk": Config(16, 32, 16),
+    "conv": Config(16, 0, 16),
+    "conv_input": Config(16, 0, 16),
+    "conv_weight": Config(16, 32, 16),
 }
 
 
-def config(operation: Operation, device: torch.device, dtype: torch.dtype, labels: int) -> Config:
-    """The configuration of a launch on `device` whose products take operands of `dtype`."""
+def config(operation: Operation, device: torch.device, dtype: torch.dtype, size: int) -> Config:
+    """The configuration of a launch on `device` whose products take operands of `dtype`.
+
+    Args:
+        size: what the operation's buckets go by: labels of a head, or output channels of a convolution.
+    """
     name = architecture(device)
     if name == "interpreter":
         return _INTERPRETED[operation]
-    if dtype == torch.float32:
-        return _SINGLE[operation]
-    return _HALF[name][operation][labels <= FEW_LABELS]
+    buckets = _rows()[name, "single" if dtype == torch.float32 else "half", operation]
+    return next(found for up_to, found in buckets if up_to is None or size <= up_to)
+
+
+@lru_cache(maxsize=1)
+def _rows() -> Mapping[tuple[str, str, str], list[tuple[int | None, Config]]]:
+    """Buckets, the last without a bound, by (architecture, kind, operation). What an architecture lacks "other" has."""
+    table = read()
+    other = {(kind, operation) for kind, operations in kinds(table["other"]) for operation in operations}
+    rows = {}
+    for name, (kind, operation) in ((name, key) for name in table for key in other):
+        entries = table[name].get(kind, {}).get(operation) or table["other"][kind][operation]
+        rows[name, kind, operation] = [
+            (entry.get("up_to"), Config(**{key: value for key, value in entry.items() if key != "up_to"})) for entry in entries
+        ]
+    return rows
+
+
+def read(path: Path = TABLE) -> dict[str, dict[str, Any]]:
+    """The table: by architecture "measured" (where and when, None: chosen without a measurement), "half" and "single"."""
+    table: dict[str, dict[str, Any]] = json.loads(path.read_text())
+    return table
+
+
+def kinds(row: Mapping[str, Any]) -> list[tuple[str, dict[str, list[dict[str, int]]]]]:
+    """Operations of half precision and of float32 of an architecture's row."""
+    return [(kind, row[kind]) for kind in ("half", "single") if kind in row]
+
+
+def written(table: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table as text, a configuration a line."""
+    def block(name: str, indent: str, parts: list[str], brackets: str = "{}") -> str:
+        return f"{indent}{json.dumps(name)}: {brackets[0]}\n" + ",\n".join(parts) + f"\n{indent}{brackets[1]}"
+
+    blocks = []
+    for name, row in table.items():
+        parts = [f'    "measured": {json.dumps(row["measured"])}']
+        for kind, operations in kinds(row):
+            lines = [
+                block(operation, " " * 6, [" " * 8 + json.dumps(entry) for entry in entries], "[]")
+                for operation, entries in operations.items()
+            ]
+            parts.append(block(kind, " " * 4, lines))
+        blocks.append(block(name, "  ", parts))
+    return "{\n" + ",\n".join(blocks) + "\n}\n"
 
 
 @lru_cache(maxsize=64)
 def architecture(device: torch.device) -> str:
-    """Row of the table that serves a device: "sm_90", "sm_80", "gfx942", "other"; "interpreter" for the CPU."""
+    """Row of the table that serves a device: "sm_90", "gfx942", ..., "other"; "interpreter" for the CPU."""
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip:
         name = str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
-        return name if name in _HALF else "other"
-    # sm_86 and later of that generation, and sm_120, have 99 KiB of shared memory; sm_100 has that of sm_90.
-    return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_90", (10, 3): "sm_90"}.get(
-        torch.cuda.get_device_capability(device), "other"
-    )
+    else:
+        major, minor = torch.cuda.get_device_capability(device)
+        # Later chips of a generation run what the first one runs; sm_12x has the shared memory of sm_89.
+        name = {(10, 3): "sm_100"}.get((major, minor), "sm_89" if major == 12 else f"sm_{major}{minor}")
+    return name if name in SHARED else "other"
 
 
 @lru_cache(maxsize=64)

@@ -23,7 +23,7 @@ from teracon_fast.kernels.tiles import (
     vector,
 )
 
-_MERGE = Config(rows=128, labels=1, depth=1, warps=4, stages=1)
+_MERGE = Config(rows=128, columns=1, depth=1, warps=4, stages=1)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -192,7 +192,7 @@ def scan(
     device, dtype = hidden.device, hidden.dtype
     count, labels, number = hidden.shape[0], weight.shape[0], targets.shape[0]
     sizes = config("scan", device, dtype, labels)
-    parts, share = split(triton.cdiv(count, sizes.rows), triton.cdiv(labels, sizes.labels), device)
+    parts, share = split(triton.cdiv(count, sizes.rows), triton.cdiv(labels, sizes.columns), device)
     targets, rows = targets.contiguous(), rows.contiguous()
     # Losses alone need no order: what stands in for it is not read.
     by_rows = by_row(targets, rows, count) if ranks else Targets(targets, rows, order=targets, starts=targets)
@@ -211,10 +211,10 @@ def scan(
     strides = {"stride_hidden": operands["hidden"].stride(0), "stride_weight": operands["weight"].stride(0)}
     tile = {
         "COMPUTE": operand_dtype(hidden), "PRECISION": precision,
-        "BLOCK_ROWS": sizes.rows, "BLOCK_LABELS": sizes.labels, "DEPTH": sizes.depth,
+        "BLOCK_ROWS": sizes.rows, "BLOCK_LABELS": sizes.columns, "DEPTH": sizes.depth,
     }  # fmt: skip
     launch(
-        own_logits_kernel, (triton.cdiv(number, min(sizes.rows, sizes.labels)),), sizes, device, **operands, targets=targets,
+        own_logits_kernel, (triton.cdiv(number, min(sizes.rows, sizes.columns)),), sizes, device, **operands, targets=targets,
         rows=rows, own=own, count=number, channels=hidden.shape[1], **strides, **tile,
     )  # fmt: skip
     launch(

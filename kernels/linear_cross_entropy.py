@@ -30,7 +30,7 @@ from teracon_fast.kernels.tiles import (
     vector,
 )
 
-_SUMS = Config(rows=128, labels=1, depth=1, warps=4, stages=1)
+_SUMS = Config(rows=128, columns=1, depth=1, warps=4, stages=1)
 
 
 def forward(
@@ -200,7 +200,7 @@ def _one_gradient(
     device, labels, channels = hidden.device, weight.shape[0], hidden.shape[1]
     sizes = config("weight" if by_labels else "hidden", device, hidden.dtype, labels)
     own, walked = (weight, hidden) if by_labels else (hidden, weight)
-    block_own, block_walk = (sizes.labels, sizes.rows) if by_labels else (sizes.rows, sizes.labels)
+    block_own, block_walk = (sizes.columns, sizes.rows) if by_labels else (sizes.rows, sizes.columns)
     features = min(sizes.features, power_of_two(channels))
     chunks = triton.cdiv(channels, features) if product else 1
     owners = triton.cdiv(own.shape[0], block_own)

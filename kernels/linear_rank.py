@@ -107,8 +107,8 @@ def topk(
     """
     device, count, labels = hidden.device, hidden.shape[0], weight.shape[0]
     sizes = config("topk", device, hidden.dtype, labels)
-    places = min(power_of_two(k), MOST_PLACES, sizes.labels)
-    parts, share = split(triton.cdiv(count, sizes.rows), triton.cdiv(labels, sizes.labels), device)
+    places = min(power_of_two(k), MOST_PLACES, sizes.columns)
+    parts, share = split(triton.cdiv(count, sizes.rows), triton.cdiv(labels, sizes.columns), device)
     wide_hidden, wide_weight, wide_bias = operand(hidden, hidden.dtype), operand(weight, hidden.dtype), vector(bias)
     exclude_offsets = exclude_offsets.contiguous()
     excluded = _sorted_by_row(exclude, exclude_offsets)
@@ -121,7 +121,7 @@ def topk(
             bias=wide_bias, bounds=bounds, excluded=excluded, excluded_starts=exclude_offsets, keys=keys, count=count,
             labels=labels, channels=hidden.shape[1], share=share, stride_hidden=wide_hidden.stride(0),
             stride_weight=wide_weight.stride(0), EXCLUDE=excluded.shape[0] > 0, COMPUTE=operand_dtype(hidden),
-            PRECISION=precision, PLACES=places, BLOCK_ROWS=sizes.rows, BLOCK_LABELS=sizes.labels, DEPTH=sizes.depth,
+            PRECISION=precision, PLACES=places, BLOCK_ROWS=sizes.rows, BLOCK_LABELS=sizes.columns, DEPTH=sizes.depth,
         )  # fmt: skip
         walk = keys.transpose(0, 1).reshape(count, parts * places).topk(min(places, k - taken), 1).values
         bounds = walk[:, -1].contiguous()

@@ -116,7 +116,7 @@ def forward_backward(
     sizes = config("retention", device, dtype, labels)
     features = min(sizes.features, power_of_two(channels))
     chunks = triton.cdiv(channels, features) if need_grad else 1
-    parts, share = split(chunks, triton.cdiv(labels, sizes.labels), device)
+    parts, share = split(chunks, triton.cdiv(labels, sizes.columns), device)
     # Several tiles of rows add to d(weight) one after the other, which must not round in between.
     once = count <= sizes.rows
 
@@ -125,7 +125,7 @@ def forward_backward(
 
     d_hidden = result((count, channels) if need_grad else (0,), dtype, device, parts)
     d_weight, d_bias = gradient((labels, channels), weight), gradient((labels,), bias)
-    squares = torch.empty((parts, sizes.labels), dtype=torch.float32, device=device)
+    squares = torch.empty((parts, sizes.columns), dtype=torch.float32, device=device)
     wide_hidden, wide_teacher_hidden = operand(student_hidden, dtype), operand(teacher_hidden, dtype)
     wide_weight, wide_teacher_weight = operand(weight, dtype), operand(teacher_weight, dtype)
     launch(
@@ -135,7 +135,7 @@ def forward_backward(
         share=share, stride_hidden=wide_hidden.stride(0), stride_weight=wide_weight.stride(0),
         stride_teacher_hidden=wide_teacher_hidden.stride(0), stride_teacher_weight=wide_teacher_weight.stride(0),
         coefficient=float(coefficient), GRADIENTS=need_grad, COMPUTE=operand_dtype(student_hidden), PRECISION=precision,
-        BLOCK_ROWS=sizes.rows, BLOCK_LABELS=sizes.labels, DEPTH=sizes.depth, FEATURES=features,
+        BLOCK_ROWS=sizes.rows, BLOCK_LABELS=sizes.columns, DEPTH=sizes.depth, FEATURES=features,
         PIECE=min(features, _PIECE),
     )  # fmt: skip
     loss = squares.sum() * coefficient

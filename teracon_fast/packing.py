@@ -46,6 +46,7 @@ class TapTable:
         bag_rows: int32 `[sum of bag sizes]`, output rows of all bags, ascending in each.
         bag_offsets: int32 `[bags + 1]`, start of each bag in `bag_rows`.
         rows_per_request: number of consecutive output rows of each request; one mask serves a request's rows.
+        row_ends: int32 `[requests]`, the same where the tables are: behind the last row of each request.
         rows_in: number of input rows.
     """
 
@@ -54,6 +55,7 @@ class TapTable:
     bag_rows: Tensor
     bag_offsets: Tensor
     rows_per_request: tuple[int, ...]
+    row_ends: Tensor
     rows_in: int
 
     def to(self, device: torch.device) -> TapTable:
@@ -64,6 +66,7 @@ class TapTable:
             readers=self.readers.to(device, non_blocking=True),
             bag_rows=self.bag_rows.to(device, non_blocking=True),
             bag_offsets=self.bag_offsets.to(device, non_blocking=True),
+            row_ends=self.row_ends.to(device, non_blocking=True),
         )
 
 
@@ -262,6 +265,7 @@ class Layer:
         self.start = (ends - counts - rank[spans.low]).astype(np.int32)
         bounds = ends[np.array(spans.request_ends, dtype=np.int64) - 1] if spans.request_ends else ends
         self.rows_per_request = tuple(int(n) for n in np.diff(bounds, prepend=0))
+        self.row_ends = torch.from_numpy(bounds.astype(np.int32))
         self.offsets, self.rank, self._counts = offsets, rank, counts
 
     @cached_property
@@ -278,7 +282,7 @@ def _tap_table(spans: Spans, geo: ConvGeometry, inputs: Layer, outputs: Layer) -
     else:
         tensors = map(torch.from_numpy, _numpy_packing.taps(spans, geo, inputs, outputs))
     taps, readers, bag_rows, bag_offsets = tensors
-    return TapTable(taps, readers, bag_rows, bag_offsets, outputs.rows_per_request, inputs.rows)
+    return TapTable(taps, readers, bag_rows, bag_offsets, outputs.rows_per_request, outputs.row_ends, inputs.rows)
 
 
 def _cells(spans: Spans, first: Layer, length: int) -> Tensor:

@@ -15,7 +15,8 @@ _ALGORITHMS = {"auto": 0, "direct": 1, "winograd": 2}
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor, readers: Tensor,
-    bags: int, rows_per_request: list[int], residual: Tensor | None, residual_rows: Tensor | None, eps: float,
+    bags: int, rows_per_request: list[int], row_ends: Tensor, residual: Tensor | None,
+    residual_rows: Tensor | None, eps: float,
     algorithm: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `_torch_masked_conv.forward`."""
@@ -34,7 +35,7 @@ def forward(
 
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
-    readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int],
+    readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
     residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, algorithm: str, need_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `_torch_masked_conv.backward`."""

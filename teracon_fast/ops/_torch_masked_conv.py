@@ -49,7 +49,8 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
-    readers: Tensor, bags: int, rows_per_request: list[int], residual: Tensor | None, residual_rows: Tensor | None, eps: float,
+    readers: Tensor, bags: int, rows_per_request: list[int], row_ends: Tensor, residual: Tensor | None,
+    residual_rows: Tensor | None, eps: float,
     algorithm: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output `[rows, f_out]`; for backward (empty unless `save`) the convolution `[rows, f_out]`, mean and 1/std `[rows, 1]`."""
@@ -76,7 +77,7 @@ def forward(
 
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
-    readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int],
+    readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
     residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, algorithm: str, need_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias, ln_weight, ln_bias, mask, residual (empty where not needed).

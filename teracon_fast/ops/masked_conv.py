@@ -23,13 +23,13 @@ class _Implementation(Protocol):
 
     def forward(
         self, x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
-        readers: Tensor, bags: int, rows_per_request: list[int], residual: Tensor | None, residual_rows: Tensor | None,
-        eps: float, algorithm: str, save: bool,
+        readers: Tensor, bags: int, rows_per_request: list[int], row_ends: Tensor, residual: Tensor | None,
+        residual_rows: Tensor | None, eps: float, algorithm: str, save: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
 
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
-        readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int],
+        readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
         residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float,
         algorithm: str, need_input: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
@@ -90,7 +90,7 @@ def masked_conv(
     rows, back = (None, None) if residual_table is None else residual_table
     output: Tensor = _masked_conv(
         x.contiguous(), weight, bias, ln_weight, ln_bias, mask, table.taps, table.readers, table.bag_rows,
-        table.bag_offsets, list(table.rows_per_request), residual, rows, back, eps, backend, algorithm, save,
+        table.bag_offsets, list(table.rows_per_request), table.row_ends, residual, rows, back, eps, backend, algorithm, save,
     )[0]  # fmt: skip
     return output
 
@@ -123,6 +123,7 @@ def _check(
     expect("mask", mask, (len(table.rows_per_request), f_out), wide)
     expect("table.taps", table.taps, (rows_out, kernel_size), (torch.int32,))
     expect("table.readers", table.readers, (table.rows_in, kernel_size), (torch.int32,))
+    expect("table.row_ends", table.row_ends, (len(table.rows_per_request),), (torch.int32,))
     if sum(table.rows_per_request) != rows_out:
         raise ShapeError(f"masked_conv: rows_per_request sums to {sum(table.rows_per_request)}, expected {rows_out} rows")
     if (residual is None) != (residual_table is None):
@@ -146,20 +147,22 @@ def _check_algorithm(algorithm: str, backend: str, kernel_size: int, x: Tensor) 
 
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
-    readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], residual: Tensor | None,
-    residual_rows: Tensor | None, residual_readers: Tensor | None, eps: float, backend: str, algorithm: str, save: bool,
+    readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
+    residual: Tensor | None, residual_rows: Tensor | None, residual_readers: Tensor | None, eps: float, backend: str,
+    algorithm: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     implementation = _IMPLEMENTATIONS[backends.resolve(backend, "masked_conv", x.device, x.dtype)]
     return implementation.forward(
-        x, weight, bias, ln_weight, ln_bias, mask, taps, readers, bag_offsets.shape[0] - 1, rows_per_request, residual,
-        residual_rows, eps, algorithm, save,
+        x, weight, bias, ln_weight, ln_bias, mask, taps, readers, bag_offsets.shape[0] - 1, rows_per_request, row_ends,
+        residual, residual_rows, eps, algorithm, save,
     )  # fmt: skip
 
 
 def _forward_fake(
     x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
-    readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], residual: Tensor | None,
-    residual_rows: Tensor | None, residual_readers: Tensor | None, eps: float, backend: str, algorithm: str, save: bool,
+    readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
+    residual: Tensor | None, residual_rows: Tensor | None, residual_readers: Tensor | None, eps: float, backend: str,
+    algorithm: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, f_out = taps.shape[0], weight.shape[0]
     kept = rows if save else 0
@@ -174,20 +177,20 @@ def _forward_fake(
 
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
-    readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int],
+    readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
     residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, backend: str, algorithm: str,
     need_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     implementation = _IMPLEMENTATIONS[backends.resolve(backend, "masked_conv", x.device, x.dtype)]
     return implementation.backward(
         grad, x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets, rows_per_request,
-        residual_readers, conv, mean, rstd, eps, algorithm, need_input,
+        row_ends, residual_readers, conv, mean, rstd, eps, algorithm, need_input,
     )  # fmt: skip
 
 
 def _backward_fake(
     grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
-    readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int],
+    readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
     residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, backend: str, algorithm: str,
     need_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -205,10 +208,10 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (x, weight, _, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets,
-     rows_per_request, _, _, residual_readers, eps, backend, algorithm, _) = inputs  # fmt: skip
+     rows_per_request, row_ends, _, _, residual_readers, eps, backend, algorithm, _) = inputs  # fmt: skip
     _, conv, mean, rstd = output
     ctx.save_for_backward(
-        x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets, residual_readers, conv, mean, rstd
+        x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets, row_ends, residual_readers, conv, mean, rstd
     )
     ctx.rows_per_request, ctx.eps, ctx.backend, ctx.algorithm = rows_per_request, eps, backend, algorithm
     ctx.set_materialize_grads(False)
@@ -216,19 +219,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 18
-    (x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets,
+        return (None,) * 19
+    (x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets, row_ends,
      residual_readers, conv, mean, rstd) = ctx.saved_tensors  # fmt: skip
     need = ctx.needs_input_grad
     d_x, d_weight, d_bias, d_ln_weight, d_ln_bias, d_mask, d_residual = _masked_conv_backward(
         grad.contiguous(), x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets,
-        ctx.rows_per_request, residual_readers if need[11] else None, conv, mean, rstd, ctx.eps, ctx.backend,
+        ctx.rows_per_request, row_ends, residual_readers if need[12] else None, conv, mean, rstd, ctx.eps, ctx.backend,
         ctx.algorithm, need[0],
     )  # fmt: skip
     gradients: list[Tensor | None] = [d_x, d_weight, d_bias, d_ln_weight, d_ln_bias, d_mask]
     gradients = [g if needed else None for g, needed in zip(gradients, need[:6], strict=True)]
-    tables, rest = (None,) * 5, (None,) * 6
-    return (*gradients, *tables, d_residual if need[11] else None, *rest)
+    tables, rest = (None,) * 6, (None,) * 6
+    return (*gradients, *tables, d_residual if need[12] else None, *rest)
 
 
 _FORWARD, _BACKWARD = "teracon_fast::masked_conv", "teracon_fast::masked_conv_backward"

@@ -1,14 +1,17 @@
 """Compiles what the launchers would run, for GPUs that need not be there: `python ahead_of_time.py JOBS`.
 
-JOBS is JSON, `[[architecture, operation, dtype, labels, channels], ...]`. The launchers run on small tensors in memory, but
-their launches are compiled with the table's configuration instead of run. Prints a JSON list with, of every kernel, the
+JOBS is JSON, `[[architecture, operation, dtype, labels, channels], ...]`, operations those of `RUNS`; labels mean nothing to
+those that are not of heads. The launchers run on small tensors in memory, but their launches are compiled with the table's
+configuration instead of run. Prints a JSON list with, of every kernel, the
 registers, spilled bytes, shared memory and matrix instructions that its machine code has, the multiplications of sizes that
 are too narrow, and the numbers of rows whose value would have it compiled again ("keyed"). Not in Triton's interpreter.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -19,10 +22,12 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from teracon_fast.kernels import configs, label_scan, linear_cross_entropy, linear_rank, retention_mse
+from teracon_fast import kernels
+from teracon_fast.kernels import configs, linear_cross_entropy, linear_rank, retention_mse
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 TYPES = {
@@ -31,19 +36,35 @@ TYPES = {
 ROWS, TARGETS_COUNT = 40, 64
 
 
-def run(operation: str, dtype: torch.dtype, labels: int, channels: int) -> None:
-    """Calls an operation's launcher; its results are not looked at."""
-    hidden, weight, bias = torch.zeros(ROWS, channels, dtype=dtype), torch.zeros(labels, channels), torch.zeros(labels)
-    targets, rows = torch.zeros(TARGETS_COUNT, dtype=torch.int64), torch.zeros(TARGETS_COUNT, dtype=torch.int64)
+def forward(dtype: torch.dtype, labels: int, channels: int) -> None:
+    linear_cross_entropy.forward(*_head(dtype, labels, channels), *_targets(), True)
+
+
+def backward(dtype: torch.dtype, labels: int, channels: int) -> None:
     grad, statistics = torch.zeros(TARGETS_COUNT), torch.zeros(2, ROWS)
-    if operation == "forward":
-        linear_cross_entropy.forward(hidden, weight, bias, targets, rows, True)
-    elif operation == "backward":
-        linear_cross_entropy.backward(grad, hidden, weight, bias, targets, rows, statistics, True, True, 1e-4)
-    elif operation == "retention":
-        retention_mse.forward_backward(hidden, weight, bias, hidden, weight, bias, 1.0, True)
-    else:
-        linear_rank.topk(hidden, weight, bias, 20, torch.zeros(8, dtype=torch.int64), torch.arange(ROWS + 1) // ROWS * 8)
+    linear_cross_entropy.backward(grad, *_head(dtype, labels, channels), *_targets(), statistics, True, True, 1e-4)
+
+
+def retention(dtype: torch.dtype, labels: int, channels: int) -> None:
+    head = _head(dtype, labels, channels)
+    retention_mse.forward_backward(*head, *head, 1.0, True)
+
+
+def topk(dtype: torch.dtype, labels: int, channels: int) -> None:
+    excluded, offsets = torch.zeros(8, dtype=torch.int64), torch.arange(ROWS + 1) // ROWS * 8
+    linear_rank.topk(*_head(dtype, labels, channels), 20, excluded, offsets)
+
+
+def _head(dtype: torch.dtype, labels: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.zeros(ROWS, channels, dtype=dtype), torch.zeros(labels, channels), torch.zeros(labels)
+
+
+def _targets() -> tuple[Tensor, Tensor]:
+    return torch.zeros(TARGETS_COUNT, dtype=torch.int64), torch.zeros(TARGETS_COUNT, dtype=torch.int64)
+
+
+# Each calls an operation's launcher; its results are not looked at.
+RUNS: dict[str, Callable[[torch.dtype, int, int], None]] = {run.__name__: run for run in (forward, backward, retention, topk)}
 
 
 def compiled(kernel: Any, arguments: dict[str, Any], sizes: configs.Config, target: GPUTarget) -> Any:
@@ -118,9 +139,11 @@ def main(jobs: list[tuple[str, str, str, int, int]]) -> list[dict[str, Any]]:
     for architecture, operation, dtype, labels, channels in jobs:
         found: list[dict[str, Any]] = []
         configs.architecture = lambda device, name=architecture: name  # type: ignore[assignment]
-        for module in (label_scan, linear_cross_entropy, linear_rank, retention_mse):
-            module.launch = recorder(TARGETS[architecture], found)
-        run(operation, getattr(torch, dtype), labels, channels)
+        for name in (module.name for module in pkgutil.iter_modules(kernels.__path__)):
+            module = importlib.import_module(f"{kernels.__name__}.{name}")
+            if hasattr(module, "launch"):
+                module.launch = recorder(TARGETS[architecture], found)  # type: ignore[attr-defined]
+        RUNS[operation](getattr(torch, dtype), labels, channels)
         job = {"architecture": architecture, "operation": operation, "dtype": dtype, "labels": labels, "channels": channels}
         everything += [{**job, **fact} for fact in found]
     return everything

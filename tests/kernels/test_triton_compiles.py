@@ -14,6 +14,8 @@ from triton_here import require_triton
 
 require_triton()
 
+from teracon_fast.kernels.configs import SHARED
+
 HERE = Path(__file__).resolve().parent
 OPERATIONS = ("forward", "backward", "retention", "topk")
 MANY, FEW = 10_000, 500
@@ -32,7 +34,6 @@ KERNELS = {
     "topk": "topk_kernel |",
 }
 PRODUCTS = {"sm_80": "mma.sync.aligned.m16n8k16", "sm_90": "wgmma.mma_async.sync.aligned.m64", "gfx942": "v_mfma_f32"}
-SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def of_job(compiled: list[dict[str, Any]], job: tuple[str, str, str, int, int]) 
 def test_machine_code(compiled: list[dict[str, Any]], job: tuple[str, str, str, int, int]) -> None:
     for kernel in of_job(compiled, job):
         assert kernel["spilled"] == 0 or job[4] == 1, kernel
-        assert kernel["shared"] <= SHARED[job[0]], kernel
+        assert kernel["shared"] <= SHARED[job[0]] << 10, kernel
         assert kernel["narrow"] == [], kernel
         assert kernel["keyed"] == [], "a batch of another size must not compile again"
         multiplies = kernel["kernel"] in KERNELS[job[1]].split("|")[0].split()

@@ -3,34 +3,57 @@
 from __future__ import annotations
 
 import itertools
+import math
+from typing import get_args
 
 import pytest
 import torch
 
 from teracon_fast.kernels import configs
-from teracon_fast.kernels.configs import Config, Operation, architecture, config, split
+from teracon_fast.kernels.configs import Config, architecture, config, split
 
-OPERATIONS: tuple[Operation, ...] = ("scan", "weight", "hidden", "retention", "topk")
-ARCHITECTURES = ("sm_90", "sm_80", "gfx942", "other", "interpreter")
+OPERATIONS = get_args(configs.Operation)
+SECOND_PRODUCT = ("weight", "hidden", "retention")
 
 
-def test_every_architecture_has_every_operation_in_tiles_that_triton_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, operation, dtype, labels in itertools.product(
-        ARCHITECTURES, OPERATIONS, (torch.float32, torch.bfloat16, torch.float16), (2, configs.FEW_LABELS, 640_000)
+@pytest.mark.parametrize("name", [*configs.SHARED, "interpreter"])
+def test_every_architecture_has_every_operation_in_tiles_that_triton_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "architecture", lambda device: name)
+    for operation, dtype, size in itertools.product(
+        OPERATIONS, (torch.float32, torch.bfloat16, torch.float16), (1, 128, 256, 512, 4096, 640_000)
     ):
-        monkeypatch.setattr(configs, "architecture", lambda device, name=name: name)
-        chosen = config(operation, torch.device("cuda"), dtype, labels)
+        chosen = config(operation, torch.device("cuda"), dtype, size)
         assert isinstance(chosen, Config)
-        second_product = operation in ("weight", "hidden", "retention")
-        assert (chosen.features > 0) == second_product
-        for size in (chosen.rows, chosen.labels, chosen.depth, *([chosen.features] if second_product else [])):
-            assert size >= 16 and size & (size - 1) == 0
+        assert (chosen.features > 0) == (operation in SECOND_PRODUCT)
+        whole_row = operation in ("conv", "conv_input")
+        assert (chosen.columns == 0) == whole_row
+        sizes = (chosen.rows, chosen.columns or 16, chosen.depth, chosen.features or 16)
+        assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+
+
+def test_buckets_ascend_and_the_last_has_no_bound() -> None:
+    table = configs.read()
+    assert set(table) == set(configs.SHARED)
+    for row in table.values():
+        for kind, operations in configs.kinds(row):
+            assert kind in ("half", "single") and set(operations) <= set(OPERATIONS)
+            for entries in operations.values():
+                bounds = [entry.get("up_to", math.inf) for entry in entries]
+                assert bounds == sorted(set(bounds)) and bounds[-1] == math.inf
+    assert all(set(operations) == set(OPERATIONS) for _, operations in configs.kinds(table["other"]))
+
+
+def test_the_table_is_as_a_rewrite_would_leave_it() -> None:
+    assert configs.TABLE.read_text() == configs.written(configs.read())
 
 
 @pytest.mark.parametrize(
     ("capability", "name"),
-    [((9, 0), "sm_90"), ((8, 0), "sm_80"), ((10, 0), "sm_90"), ((8, 6), "other"), ((12, 0), "other"), ((7, 5), "other")],
-)
+    [
+        ((9, 0), "sm_90"), ((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 9), "sm_89"), ((10, 0), "sm_100"), ((10, 3), "sm_100"),
+        ((12, 0), "sm_89"), ((7, 5), "other"), ((11, 0), "other"),
+    ],
+)  # fmt: skip
 def test_architectures(capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

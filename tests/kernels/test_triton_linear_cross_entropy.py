@@ -190,8 +190,8 @@ def test_filter_leaves_out_tiles_of_small_probabilities_without_a_target(device:
         sizes = config(operation, device, torch.float32, 150)
         kept = torch.zeros_like(holds)
         for row in range(0, 40, sizes.rows):
-            for label in range(0, 150, sizes.labels):
-                tile = (slice(row, row + sizes.rows), slice(label, label + sizes.labels))
+            for label in range(0, 150, sizes.columns):
+                tile = (slice(row, row + sizes.rows), slice(label, label + sizes.columns))
                 kept[tile] = bool((probabilities[tile] >= eps).any() | holds[tile].any())
         if device.type == "cpu":  # a GPU's tiles are larger
             assert not kept.all()

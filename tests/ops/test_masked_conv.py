@@ -108,8 +108,8 @@ def test_opcheck() -> None:
     table, back = tables([2, 9, 5])
     v = inputs(table, back)
     arguments = (
-        *v[:6], table.taps, table.readers, table.bag_rows, table.bag_offsets, list(table.rows_per_request), v[6],
-        back.rows, back.readers, 1e-8, "torch", "auto",
+        *v[:6], table.taps, table.readers, table.bag_rows, table.bag_offsets, list(table.rows_per_request), table.row_ends,
+        v[6], back.rows, back.readers, 1e-8, "torch", "auto",
     )  # fmt: skip
     torch.library.opcheck(_masked_conv, (*arguments, True))
     without = [a.detach() if isinstance(a, Tensor) and a.requires_grad else a for a in arguments]
@@ -175,7 +175,7 @@ def test_same_bits_from_run_to_run(backend: str, threads: int) -> None:
 def test_no_rows_and_rows_that_read_only_zeros(backend: str) -> None:
     table, back = tables([3, 9], every=True)
     values = inputs(table, back, dtype=torch.float32)
-    empty = replace(table, taps=table.taps[:0], rows_per_request=(0, 0), bag_rows=table.bag_rows[:0],
+    empty = replace(table, taps=table.taps[:0], rows_per_request=(0, 0), row_ends=table.row_ends * 0, bag_rows=table.bag_rows[:0],
                     bag_offsets=table.bag_offsets[:1], readers=torch.full_like(table.readers, -1))  # fmt: skip
     out = ops.masked_conv(*values[:6], empty, backend=backend)
     assert out.shape == (0, 5)
@@ -234,7 +234,7 @@ def test_tables_that_no_packer_makes() -> None:
     torch.manual_seed(4)
     taps = torch.randint(-1, 6, (40, 3), dtype=torch.int32)
     table = TapTable(taps, torch.randint(-1, 40, (6, 3), dtype=torch.int32), torch.zeros(0, dtype=torch.int32),
-                     torch.zeros(1, dtype=torch.int32), (40,), 6)  # fmt: skip
+                     torch.zeros(1, dtype=torch.int32), (40,), torch.tensor([40], dtype=torch.int32), 6)  # fmt: skip
     values = [torch.randn(shape) for shape in ((6, 16), (16, 16, 3), (16,), (16,), (16,), (1, 16))]
     for way in WAYS:
         got = ops.masked_conv(*values, table, backend=way[0], algorithm=way[1])
