@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teracon_fast import _native, ops, packing
-from teracon_fast.data import ahead, epoch_batches, fetch
+from teracon_fast.data import BatchSource, ahead, epoch_batches
 from teracon_fast.errors import TeraconError
 from teracon_fast.masks import Parity, annealed_scale
 from teracon_fast.masks import rho as sampling_rates
@@ -348,11 +348,12 @@ def train_task(task: TaskTraining, host: Host) -> None:
     at, config = task.position, task.config
     num_batches = len(task.split.train) / config.batch_size  # a float: the official annealing does not round it
     read_always = not waits_for_device(task.model)
+    source = BatchSource(task.data, task.model.device)
     while at.epoch < config.epochs and at.stale < config.patience:
         batches = epoch_batches(task.split.train, config.batch_size, task.order_seed, at.epoch)
-        rest = (_prepared(task.data, batches[k]) for k in range(at.batch, len(batches)))
+        rest = (source.prepare(batches[k]) for k in range(at.batch, len(batches)))
         with closing(ahead(rest)) as ready:
-            for x, y, lengths in ready:
+            for x, y, lengths in map(source.load, ready):
                 s = annealed_scale(at.batch, num_batches, config.s_max, task.parity)
                 logged = at.step % task.log_every == 0
                 task.losses.add(run_step(task, x, y, s, lengths, logged))
@@ -368,12 +369,6 @@ def train_task(task: TaskTraining, host: Host) -> None:
         host.log("valid", task, epoch=at.epoch, step=at.step - 1, metrics=metrics, best=best, **at.mean_losses())
         at.end_epoch(score)
         host.checkpoint(task)
-
-
-def _prepared(data: TaskData, samples: NDArray[np.int64]) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
-    """All that a step needs of a batch: sequences, labels, and real lengths of the sequences."""
-    x, y = fetch(data, samples)
-    return x, y, packing.real_lengths(x)
 
 
 def waits_for_device(model: FastTCN) -> bool:
