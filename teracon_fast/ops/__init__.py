@@ -1,5 +1,6 @@
 """Operations of the fast path. Each checks its input, is differentiable, and dispatches to a backend."""
 
+from teracon_fast.ops._heads import unit_gradient
 from teracon_fast.ops.embedding_rows import embedding_rows
 from teracon_fast.ops.gather_rows import gather_rows
 from teracon_fast.ops.linear_cross_entropy import CrossEntropy, linear_cross_entropy
@@ -17,4 +18,5 @@ __all__ = [
     "linear_topk",
     "masked_conv",
     "retention_mse",
+    "unit_gradient",
 ]

@@ -47,7 +47,7 @@ def backward(dtype: torch.dtype, labels: int, channels: int) -> None:
 
 def retention(dtype: torch.dtype, labels: int, channels: int) -> None:
     head = _head(dtype, labels, channels)
-    retention_mse.forward_backward(*head, *head, 1.0, True)
+    retention_mse.forward_backward(*head, *head, torch.tensor(1.0), True)
 
 
 def topk(dtype: torch.dtype, labels: int, channels: int) -> None:
