@@ -20,6 +20,8 @@ TORCH_VERSION ?= 2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BENCH ?=
 PYTEST_ARGS ?=
+# As many processes as cores; a file's tests stay together, since they share what takes long to make.
+PARALLEL ?= --numprocesses auto --dist loadfile
 
 BIN := $(VENV)/bin
 # Byte code is made at first import instead of for everything at once: a third of the time of an install.
@@ -36,7 +38,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 # Python is not built with the sanitizers, so their libraries are loaded before it; so is libstdc++, whose exceptions they
 # watch. A finding ends the process, and with it what pytest has captured: so pytest captures only what Python prints.
@@ -52,7 +54,7 @@ asan: $(VENV)/.installed-dev
 	  $(BIN)/python -m pytest tests/ops/test_masked_conv.py tests/ops/test_linear_cross_entropy.py \
 	  tests/ops/test_retention_mse.py tests/ops/test_linear_rank.py tests/test_encoder.py \
 	  tests/test_packing.py tests/test_native_packing.py tests/test_native.py tests/test_optim.py \
-	  --threads 2 --timeout 1200 --capture sys -k "not matrix_product and not gradcheck and not opcheck and not compiles and not 32_bits and not torch \
+	  $(PARALLEL) --threads 2 --timeout 1200 --capture sys -k "not matrix_product and not gradcheck and not opcheck and not compiles and not 32_bits and not torch \
 	  and not generic and not avx512]" $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed-dev
