@@ -29,6 +29,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "linear_cross_entropy": ("cpu", "torch", "triton"),
     "retention_mse": ("cpu", "torch", "triton"),
     "linear_rank": ("cpu", "torch", "triton"),
+    # All but triton build on the host, wherever the tables go.
+    "packing": ("cpu", "torch", "triton"),
 }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from teracon_fast import backends, masks, ops, packing
+from teracon_fast import backends, masks, ops, packing, transfers
 from teracon_fast.deferred import Embedding
 from teracon_fast.encoder import Encoder
 from teracon_fast.errors import ConfigError, ShapeError
@@ -400,11 +400,8 @@ class FastTCN(nn.Module):
             packing.Streams(everyone if users is None else users.detach().cpu().numpy().astype(np.int64), drop)
             for users, drop in requests
         ]
-        packed = packing.pack(lengths, streams, geometry)
-        device = self.device
-        if device.type != "cpu":
-            packed = packed.to(device)
-        items = x.to(device).reshape(-1)[packed.cells]
+        packed = packing.pack(lengths, streams, geometry, self.device, self.backend)
+        items = transfers.to_device(x, self.device).reshape(-1)[packed.cells]
         hidden = self.embeding.rows(items)
         for rows in self.layers(hidden, chosen, packed):
             hidden = rows

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teracon_fast import _native, ops, packing
+from teracon_fast import _native, ops, packing, transfers
 from teracon_fast.data import BatchSource, ahead, epoch_batches
 from teracon_fast.errors import TeraconError
 from teracon_fast.masks import Parity, annealed_scale
@@ -194,10 +194,7 @@ def continual_step(
 
 def to_device(tensor: Tensor, model: FastTCN) -> Tensor:
     """The tensor where the model is; from the host to a GPU without waiting for what the GPU is doing."""
-    device = model.device
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return transfers.to_device(tensor, model.device)
 
 
 def drawing_rates(rho: Sequence[float], sampling: Sampling) -> list[float]:

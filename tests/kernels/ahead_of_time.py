@@ -20,13 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from teracon_fast import kernels
+from teracon_fast import backends, kernels
+from teracon_fast import packing as packer
 from teracon_fast.kernels import configs, linear_cross_entropy, linear_rank, retention_mse
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -55,6 +57,13 @@ def topk(dtype: torch.dtype, labels: int, channels: int) -> None:
     linear_rank.topk(*_head(dtype, labels, channels), 20, excluded, offsets)
 
 
+def packing(dtype: torch.dtype, labels: int, channels: int) -> None:
+    users = np.arange(4)
+    geometry = packer.geometry(20, (1, 4))
+    backends._why_not_triton = lambda device, dtype: None  # neither a GPU nor the interpreter is here
+    packer.pack(users * 5, [packer.Streams(users), packer.Streams(users)], geometry, backend="triton", padded=True)
+
+
 def _head(dtype: torch.dtype, labels: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.zeros(ROWS, channels, dtype=dtype), torch.zeros(labels, channels), torch.zeros(labels)
 
@@ -64,7 +73,9 @@ def _targets() -> tuple[Tensor, Tensor]:
 
 
 # Each calls an operation's launcher; its results are not looked at.
-RUNS: dict[str, Callable[[torch.dtype, int, int], None]] = {run.__name__: run for run in (forward, backward, retention, topk)}
+RUNS: dict[str, Callable[[torch.dtype, int, int], None]] = {
+    run.__name__: run for run in (forward, backward, retention, topk, packing)
+}
 
 
 def compiled(kernel: Any, arguments: dict[str, Any], sizes: configs.Config, target: GPUTarget) -> Any:
@@ -89,7 +100,7 @@ def compiled(kernel: Any, arguments: dict[str, Any], sizes: configs.Config, targ
 
 def narrow_addresses(code: str) -> list[str]:
     """32-bit multiplications by a stride or a size: what an address is formed from must be widened first."""
-    narrow = set(re.findall(r"%(stride\w*|channels|count|labels|targets_count|rows_count)\b(?=: i32)", code))
+    narrow = set(re.findall(r"%(stride\w*|channels|count|length|rows|padded|labels|targets_count|rows_count)\b(?=: i32)", code))
     found = []
     for line in code.splitlines():
         made = re.match(r"\s*%(\w+) = (\S+) (.*?) : (.*)", line)
@@ -126,7 +137,7 @@ def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
 
 def recorder(target: GPUTarget, found: list[dict[str, Any]]) -> Callable[..., None]:
     def record(kernel: Any, grid: tuple[int, ...], sizes: configs.Config, device: torch.device, **arguments: Any) -> None:
-        of_rows = {"count", "rows_count", "targets_count", "share", "parts"}
+        of_rows = {"count", "rows_count", "targets_count", "share", "parts", "rows", "padded", "length"}
         keyed = [p.name for p in kernel.params if p.name in of_rows and not p.do_not_specialize]
         built = compiled(kernel, arguments, sizes, target)
         found.append({"kernel": kernel.__name__, "keyed": keyed, **facts(built, target)})

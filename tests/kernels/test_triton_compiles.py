@@ -25,6 +25,7 @@ JOBS = [
     *(("sm_90", operation, "bfloat16", FEW, 256) for operation in ("forward", "backward")),
     *(("sm_90", operation, "float32", MANY, 256) for operation in ("forward", "backward", "retention")),
     *(("sm_90", operation, "bfloat16", 1, 1) for operation in OPERATIONS),  # sizes of one are constants: that compiles too
+    *((name, "packing", "float32", 1, 1) for name in ("sm_80", "sm_90", "gfx942")),
 ]
 # What each operation launches; kernels after the bar multiply nothing.
 KERNELS = {
@@ -32,6 +33,7 @@ KERNELS = {
     "backward": "backward_kernel backward_kernel | row_sums_kernel",
     "retention": "retention_kernel |",
     "topk": "topk_kernel |",
+    "packing": "| tables_kernel bags_kernel cells_kernel",
 }
 PRODUCTS = {"sm_80": "mma.sync.aligned.m16n8k16", "sm_90": "wgmma.mma_async.sync.aligned.m64", "gfx942": "v_mfma_f32"}
 
@@ -57,7 +59,7 @@ def of_job(compiled: list[dict[str, Any]], job: tuple[str, str, str, int, int]) 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: "-".join(map(str, job)))
 def test_machine_code(compiled: list[dict[str, Any]], job: tuple[str, str, str, int, int]) -> None:
     for kernel in of_job(compiled, job):
-        assert kernel["spilled"] == 0 or job[4] == 1, kernel
+        assert kernel["spilled"] == 0 or (job[4] == 1 and job[1] != "packing"), kernel
         assert kernel["shared"] <= SHARED[job[0]] << 10, kernel
         assert kernel["narrow"] == [], kernel
         assert kernel["keyed"] == [], "a batch of another size must not compile again"
