@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from teracon_fast import backends
@@ -119,7 +120,9 @@ def step_masks(
 
 
 def _implementation(backend: str, embeddings: Tensor) -> _Implementation:
-    return _IMPLEMENTATIONS[backends.resolve(backend, "task_masks", embeddings.device, embeddings.dtype)]
+    # A compiler warns of the memory of earlier answers, which it passes by.
+    resolve = backends.resolve.__wrapped__ if torch.compiler.is_compiling() else backends.resolve
+    return _IMPLEMENTATIONS[resolve(backend, "task_masks", embeddings.device, embeddings.dtype)]
 
 
 def _check(name: str, parameters: MaskParameters, s: float | Tensor, tasks: tuple[int, ...] | None) -> tuple[int, ...]:
