@@ -31,6 +31,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "linear_rank": ("cpu", "torch", "triton"),
     # All but triton build on the host, wherever the tables go.
     "packing": ("cpu", "torch", "triton"),
+    "task_masks": ("torch", "triton"),  # on the CPU too little work for kernels of its own
 }
 
 
@@ -84,6 +85,13 @@ def resolve(
     if reason is not None:
         raise BackendError(f"backend {backend!r} cannot run {operation} here: {reason}")
     return backend
+
+
+def of_model(backend: str, operation: str) -> str:
+    """What a model that was given `backend` asks of one of its operations: the same, or "torch" where other operations have an
+    implementation of that name but this one has none. Calls of the operation itself get what they ask for, or an error."""
+    elsewhere = any(backend in names for names in _NAMES.values())
+    return "torch" if elsewhere and backend not in _NAMES[operation] else backend
 
 
 def env_report() -> dict[str, Any]:

@@ -21,7 +21,6 @@ from teracon_fast import _native, ops, packing, transfers
 from teracon_fast.data import BatchSource, ahead, epoch_batches
 from teracon_fast.errors import TeraconError
 from teracon_fast.masks import Parity, annealed_scale
-from teracon_fast.masks import rho as sampling_rates
 from teracon_fast.metrics import selection_value
 from teracon_fast.optim import Adam
 from teracon_fast.tcn import FastTCN, Request
@@ -52,7 +51,8 @@ class HostCopy:
             self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._values.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+            # The copy's own stream, which is not the current device's where the tensor is on another.
+            self._event.record(torch.cuda.current_stream(tensor.device))
         else:
             self._values = tensor
 
@@ -164,10 +164,9 @@ def continual_step(
     lengths = packing.real_lengths(x) if lengths is None else lengths  # as in `t1_step`
     x, y = to_device(x, model), to_device(y, model)
     with _forward(model, precision):
-        masks = model.masks(s)
+        masks, teacher_masks, rates = model.step_masks(teacher, s, c)
+        next_rho = HostCopy(rates)  # on its way before anything else is queued
         with torch.no_grad():
-            teacher_masks = teacher.masks(s)
-            next_rho = HostCopy(sampling_rates(teacher_masks, masks[:, current].detach(), c))
             # Task 1 predicts the last item of a sequence, so it must not see it.
             asked = [Request(j, users[j], int(j == 0)) for j in past]
             pseudo = teacher.encode(x, asked, s, teacher_masks, lengths)

@@ -7,10 +7,13 @@ from teracon_fast.ops.linear_cross_entropy import CrossEntropy, linear_cross_ent
 from teracon_fast.ops.linear_rank import linear_rank, linear_topk
 from teracon_fast.ops.masked_conv import ALGORITHMS, masked_conv
 from teracon_fast.ops.retention_mse import retention_mse
+from teracon_fast.ops.task_masks import MaskParameters, StepMasks, step_masks, task_masks
 
 __all__ = [
     "ALGORITHMS",
     "CrossEntropy",
+    "MaskParameters",
+    "StepMasks",
     "embedding_rows",
     "gather_rows",
     "linear_cross_entropy",
@@ -19,4 +22,6 @@ __all__ = [
     "masked_conv",
     "retention_mse",
     "unit_gradient",
+    "step_masks",
+    "task_masks",
 ]

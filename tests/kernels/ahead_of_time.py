@@ -1,7 +1,7 @@
 """Compiles what the launchers would run, for GPUs that need not be there: `python ahead_of_time.py JOBS`.
 
-JOBS is JSON, `[[architecture, operation, dtype, labels, channels], ...]`, operations those of `RUNS`; labels mean nothing to
-those that are not of heads. The launchers run on small tensors in memory, but their launches are compiled with the table's
+JOBS is JSON, `[[architecture, operation, dtype, labels, channels], ...]`, operations those of `RUNS`; for "masks" the number of
+labels is that of tasks. The launchers run on small tensors in memory, but their launches are compiled with the table's
 configuration instead of run. Prints a JSON list with, of every kernel, the
 registers, spilled bytes, shared memory and matrix instructions that its machine code has, the multiplications of sizes that
 are too narrow, and the numbers of rows whose value would have it compiled again ("keyed"). Not in Triton's interpreter.
@@ -30,12 +30,14 @@ from triton.compiler import ASTSource
 from teracon_fast import backends, kernels
 from teracon_fast import packing as packer
 from teracon_fast.kernels import configs, linear_cross_entropy, linear_rank, retention_mse
+from teracon_fast.kernels import masks as task_masks
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 TYPES = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int64: "*i64", torch.int32: "*i32",
 }  # fmt: skip
-ROWS, TARGETS_COUNT = 40, 64
+ROWS, TARGETS_COUNT, SITES = 40, 64, 16
 
 
 def forward(dtype: torch.dtype, labels: int, channels: int) -> None:
@@ -72,9 +74,29 @@ def _targets() -> tuple[Tensor, Tensor]:
     return torch.zeros(TARGETS_COUNT, dtype=torch.int64), torch.zeros(TARGETS_COUNT, dtype=torch.int64)
 
 
+def masks(dtype: torch.dtype, tasks: int, channels: int) -> None:
+    """With a teacher and a scale that is a number; with a scale in memory and some tasks of all; plain masks."""
+    own, teacher = _tasks(dtype, tasks, channels), _tasks(dtype, max(1, tasks - 1), channels)
+    every = tuple(range(tasks))
+    task_masks.forward(own, 50.0, every, teacher, 6.0, tasks - 1)
+    task_masks.backward(torch.zeros(SITES, tasks, channels), own, 1.0, every)
+    gaps, scale = (tasks - 1, 0), torch.zeros(())
+    some = own._replace(weights=torch.zeros(SITES, 2, 2 * tasks - 1), biases=torch.zeros(SITES, 2))
+    task_masks.forward(some, scale, gaps)
+    task_masks.backward(torch.zeros(SITES, 2, channels), some, scale, gaps)
+    plain = task_masks.Parameters(own.embeddings, None, None, True)
+    task_masks.forward(plain, 50.0, every, plain, 6.0, tasks - 1)
+    task_masks.backward(torch.zeros(SITES, tasks, channels), plain, 50.0, every)
+
+
+def _tasks(dtype: torch.dtype, tasks: int, channels: int) -> task_masks.Parameters:
+    shapes = (SITES, tasks, channels), (SITES, tasks, 2 * tasks - 1), (SITES, tasks)
+    return task_masks.Parameters(*(torch.zeros(shape, dtype=dtype) for shape in shapes), True)
+
+
 # Each calls an operation's launcher; its results are not looked at.
 RUNS: dict[str, Callable[[torch.dtype, int, int], None]] = {
-    run.__name__: run for run in (forward, backward, retention, topk, packing)
+    run.__name__: run for run in (forward, backward, retention, topk, packing, masks)
 }
 
 
@@ -137,8 +159,10 @@ def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
 
 def recorder(target: GPUTarget, found: list[dict[str, Any]]) -> Callable[..., None]:
     def record(kernel: Any, grid: tuple[int, ...], sizes: configs.Config, device: torch.device, **arguments: Any) -> None:
-        of_rows = {"count", "rows_count", "targets_count", "share", "parts", "rows", "padded", "length"}
+        of_rows = {"count", "length", "padded", "parts", "rows", "rows_count", "share", "targets_count"}
+        of_steps = {"scale"}  # another number at every step
         keyed = [p.name for p in kernel.params if p.name in of_rows and not p.do_not_specialize]
+        keyed += [p.name for p in kernel.params if p.name in of_steps and p.is_constexpr]
         built = compiled(kernel, arguments, sizes, target)
         found.append({"kernel": kernel.__name__, "keyed": keyed, **facts(built, target)})
 

@@ -26,6 +26,8 @@ JOBS = [
     *(("sm_90", operation, "float32", MANY, 256) for operation in ("forward", "backward", "retention")),
     *(("sm_90", operation, "bfloat16", 1, 1) for operation in OPERATIONS),  # sizes of one are constants: that compiles too
     *((name, "packing", "float32", 1, 1) for name in ("sm_80", "sm_90", "gfx942")),
+    *((name, "masks", "float32", 6, 256) for name in ("sm_80", "sm_90", "gfx942")),  # six tasks
+    *(("sm_90", "masks", "float32", *size) for size in ((64, 512), (1, 1))),
 ]
 # What each operation launches; kernels after the bar multiply nothing.
 KERNELS = {
@@ -34,6 +36,7 @@ KERNELS = {
     "retention": "retention_kernel |",
     "topk": "topk_kernel |",
     "packing": "| tables_kernel bags_kernel cells_kernel",
+    "masks": "| " + 3 * "task_masks_kernel task_masks_backward_kernel ",
 }
 PRODUCTS = {"sm_80": "mma.sync.aligned.m16n8k16", "sm_90": "wgmma.mma_async.sync.aligned.m64", "gfx942": "v_mfma_f32"}
 
