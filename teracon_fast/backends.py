@@ -25,7 +25,7 @@ _CPU = torch.device("cpu")
 # Names in order of preference, per operation. Reference code is the specification, not a backend. The Triton kernels are last:
 # they are verified by Triton's interpreter and by compilation, and have not run on a GPU yet.
 _NAMES: dict[str, tuple[str, ...]] = {
-    "masked_conv": ("cpu", "torch"),
+    "masked_conv": ("cpu", "torch", "triton"),
     "linear_cross_entropy": ("cpu", "torch", "triton"),
     "retention_mse": ("cpu", "torch", "triton"),
     "linear_rank": ("cpu", "torch", "triton"),
