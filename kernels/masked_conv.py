@@ -79,13 +79,19 @@ def gathered_product(
     """
     p_table = table + o_rows.to(tl.int64) * TAPS
     p_weight = weight + o_columns.to(tl.int64) * stride_column
+    # Loaded beforehand: an address that waits for a load within the loop would keep the loop from loading ahead.
+    rows = ()
+    for number in tl.static_range(TAPS):
+        rows = rows + (tl.load(p_table + number, mask=m_rows, other=-1),)
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    # One loop over channels and taps, so that loads of the next tap overlap products of this one.
     for step in range(steps):
-        # One loop over both, so that loads of the next tap overlap products of this one.
         tap = step % TAPS
         o_depth = step // TAPS * DEPTH + tl.arange(0, DEPTH)
         m_depth = o_depth < channels
-        o_source = tl.load(p_table + tap, mask=m_rows, other=-1)
+        o_source = rows[0]
+        for another in tl.static_range(1, TAPS):
+            o_source = tl.where(tap == another, rows[another], o_source)
         m_source = (o_source >= 0) & (o_source < source_count)
         p_source = source + o_source.to(tl.int64) * channels
         left = tl.load(p_source[:, None] + o_depth[None, :], mask=m_source[:, None] & m_depth[None, :], other=0.0)
@@ -95,11 +101,33 @@ def gathered_product(
     return total
 
 
+@triton.jit
+def in_pieces(tile, PIECES: tl.constexpr, SPANS: tl.constexpr):
+    """The tile's columns as PIECES tiles, a power of two of them; piece p has `columns_of_piece(p)`."""
+    if PIECES == 1:
+        return (tile,)
+    else:
+        ROWS: tl.constexpr = tile.shape[0]
+        HALF: tl.constexpr = tile.shape[1] // 2
+        halves = tl.permute(tl.reshape(tile, [ROWS, SPANS, 2, HALF // SPANS]), [0, 1, 3, 2])
+        left, right = tl.split(halves)
+        left, right = tl.reshape(left, [ROWS, HALF]), tl.reshape(right, [ROWS, HALF])
+        return in_pieces(left, PIECES // 2, SPANS) + in_pieces(right, PIECES // 2, SPANS)
+
+
+@triton.jit
+def columns_of_piece(piece, PIECES: tl.constexpr, SPANS: tl.constexpr, COLUMNS: tl.constexpr):
+    """As many from each of SPANS spans: where warps stand side by side, each has some of every piece in its registers."""
+    WIDTH: tl.constexpr = COLUMNS // (PIECES * SPANS)
+    o_piece = tl.arange(0, COLUMNS // PIECES)
+    return o_piece // WIDTH * (COLUMNS // SPANS) + piece * WIDTH + o_piece % WIDTH
+
+
 @triton.jit(do_not_specialize=["count", "source_count", "residual_count", "requests"])
 def forward_kernel(
     x, taps, weight, bias, ln_weight, ln_bias, mask, row_ends, residual, residual_rows, out, conv, mean, rstd,
     count, source_count, residual_count, requests, channels_in, channels_out, stride_tap, stride_channel, eps,
-    RESIDUAL: tl.constexpr, SAVE: tl.constexpr, TAPS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    RESIDUAL: tl.constexpr, SAVE: tl.constexpr, WHOLE: tl.constexpr, PIECES: tl.constexpr, TAPS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Output rows of a tile; on demand what backward needs. Padding is left as it is."""
@@ -110,34 +138,54 @@ def forward_kernel(
     o_columns = tl.arange(0, BLOCK_COLUMNS)
     m_columns = o_columns < channels_out
     steps = tl.where(first < last, TAPS * tl.cdiv(channels_in, DEPTH), 0)
-    z = gathered_product(
+    total = gathered_product(
         x, taps, weight, o_rows, m_rows, o_columns, m_columns, steps, source_count, channels_in,
         stride_tap, stride_channel, 1, TAPS, COMPUTE, PRECISION, BLOCK_ROWS, BLOCK_COLUMNS, DEPTH,
     )  # fmt: skip
-    z += tl.load(bias + o_columns, mask=m_columns, other=0.0).to(tl.float32)[None, :]
-    m_tile = m_rows[:, None] & m_columns[None, :]
-    o_tile = o_rows.to(tl.int64)[:, None] * channels_out + o_columns[None, :]
-    average = tl.sum(z, 1) / channels_out
-    if SAVE:
-        tl.store(conv + o_tile, z, mask=m_tile)
-    z = tl.where(m_columns[None, :], z - average[:, None], 0.0)
-    inverse = tl.rsqrt(tl.sum(z * z, 1) / channels_out + eps)
+    # Piece by piece, as vectors of channels and rows of the residual need registers beside those of the sums.
+    SPANS: tl.constexpr = (BLOCK_COLUMNS + 255) // 256
+    sums = in_pieces(total, PIECES, SPANS)
+    z = ()
+    average = tl.zeros([BLOCK_ROWS], tl.float32)
+    for piece in tl.static_range(PIECES):
+        o_piece = columns_of_piece(piece, PIECES, SPANS, BLOCK_COLUMNS)
+        m_piece = o_piece < channels_out
+        part = sums[piece] + tl.load(bias + o_piece, mask=m_piece, other=0.0).to(tl.float32)[None, :]
+        average += tl.sum(part, 1)
+        if SAVE:
+            p_conv = conv + o_rows.to(tl.int64)[:, None] * channels_out + o_piece[None, :]
+            tl.store(p_conv, part, mask=m_rows[:, None] & m_piece[None, :])
+        z = z + (part,)
+    average /= channels_out
+    variance = tl.zeros([BLOCK_ROWS], tl.float32)
+    for piece in tl.static_range(PIECES):
+        part = z[piece] - average[:, None]
+        if not WHOLE:
+            part = tl.where((columns_of_piece(piece, PIECES, SPANS, BLOCK_COLUMNS) < channels_out)[None, :], part, 0.0)
+        variance += tl.sum(part * part, 1)
+    inverse = tl.rsqrt(variance / channels_out + eps)
     if SAVE:
         tl.store(mean + o_rows, average, mask=m_rows)
         tl.store(rstd + o_rows, inverse, mask=m_rows)
-    scale = tl.load(ln_weight + o_columns, mask=m_columns, other=0.0).to(tl.float32)
-    shift = tl.load(ln_bias + o_columns, mask=m_columns, other=0.0).to(tl.float32)
-    p_mask = mask + request.to(tl.int64) * channels_out + o_columns
-    factor = tl.load(p_mask, mask=m_columns & (first < last), other=0.0).to(tl.float32)
-    y = z * inverse[:, None] * scale[None, :] + shift[None, :]
-    # Not a maximum, which may lose what is not a number.
-    y = tl.where(y <= 0.0, 0.0, y) * factor[None, :]
     if RESIDUAL:
         o_added = tl.load(residual_rows + o_rows, mask=m_rows, other=-1)
         m_added = (o_added >= 0) & (o_added < residual_count)
-        p_added = residual + o_added.to(tl.int64)[:, None] * channels_out + o_columns[None, :]
-        y += tl.load(p_added, mask=m_added[:, None] & m_columns[None, :], other=0.0).to(tl.float32)
-    tl.store(out + o_tile, y, mask=m_tile)
+        p_residual = residual + o_added.to(tl.int64) * channels_out
+    for piece in tl.static_range(PIECES):
+        o_piece = columns_of_piece(piece, PIECES, SPANS, BLOCK_COLUMNS)
+        m_piece = o_piece < channels_out
+        y = (z[piece] - average[:, None]) * inverse[:, None]
+        y *= tl.load(ln_weight + o_piece, mask=m_piece, other=0.0).to(tl.float32)[None, :]
+        y += tl.load(ln_bias + o_piece, mask=m_piece, other=0.0).to(tl.float32)[None, :]
+        # Not a maximum, which may lose what is not a number.
+        y = tl.where(y <= 0.0, 0.0, y)
+        p_mask = mask + request.to(tl.int64) * channels_out + o_piece
+        y *= tl.load(p_mask, mask=m_piece & (first < last), other=0.0).to(tl.float32)[None, :]
+        if RESIDUAL:
+            p_added = p_residual[:, None] + o_piece[None, :]
+            y += tl.load(p_added, mask=m_added[:, None] & m_piece[None, :], other=0.0).to(tl.float32)
+        p_out = out + o_rows.to(tl.int64)[:, None] * channels_out + o_piece[None, :]
+        tl.store(p_out, y, mask=m_rows[:, None] & m_piece[None, :])
 
 
 def packed_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -169,7 +217,7 @@ def forward(
     """
     device, dtype = x.device, x.dtype
     (count, kernel_size), (f_out, f_in, _), requests = taps.shape, weight.shape, mask.shape[0]
-    sizes = config("conv", device, dtype, f_out)
+    sizes, columns = config("conv", device, dtype, f_out), power_of_two(f_out)
     kernel = packed_weight(weight, dtype)
     kept = count if save else 0
     out, conv = result((count, f_out), dtype, device), result((kept, f_out), dtype, device)
@@ -182,7 +230,8 @@ def forward(
         row_ends=row_ends, residual=added, residual_rows=taps if residual_rows is None else residual_rows.contiguous(),
         out=out, conv=conv, mean=mean, rstd=rstd, count=count, source_count=x.shape[0], residual_count=added.shape[0],
         requests=requests, channels_in=f_in, channels_out=f_out, stride_tap=kernel.stride(0), stride_channel=kernel.stride(1),
-        eps=eps, RESIDUAL=residual is not None, SAVE=save, TAPS=kernel_size, COMPUTE=operand_dtype(x), PRECISION=precision,
-        BLOCK_ROWS=sizes.rows, BLOCK_COLUMNS=power_of_two(f_out), DEPTH=sizes.depth,
+        eps=float(eps), RESIDUAL=residual is not None, SAVE=save, WHOLE=f_out == columns, PIECES=max(columns // (sizes.columns or columns), 1),
+        TAPS=kernel_size,
+        COMPUTE=operand_dtype(x), PRECISION=precision, BLOCK_ROWS=sizes.rows, BLOCK_COLUMNS=columns, DEPTH=sizes.depth,
     )  # fmt: skip
     return finished(out, dtype), finished(conv, dtype), mean, rstd

@@ -7,6 +7,8 @@ weight's, whose rows are split into shares; then the ordered sums of what tiles 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -23,8 +25,8 @@ _BAGS = Config(rows=1, columns=64, depth=64, warps=4, stages=2)
 _GATHER = Config(rows=16, columns=0, depth=1, warps=4, stages=1)
 _FINISH = Config(rows=1, columns=32, depth=128, warps=4, stages=1)
 _ELEMENTS = 1024
-# Sums that each tile of rows leaves: for the mask, LayerNorm's weight and bias, the bias.
-_MASK, _LN_WEIGHT, _LN_BIAS, _BIAS, _SUMS = (tl.constexpr(n) for n in range(5))
+# Sums that each tile of rows leaves: for the mask, LayerNorm's weight, its bias, the bias.
+_SUMS = tl.constexpr(4)
 
 
 @triton.jit(do_not_specialize=["count", "requests"])
@@ -71,10 +73,10 @@ def norm_backward_kernel(
         tl.store(dz + o_step, d_z, mask=(o_rows < last)[:, None] & m_columns[None, :])
     p_sums = sums + tile.to(tl.int64) * _SUMS * channels + o_columns
     m_sums = m_columns & real & (first < last)
-    tl.store(p_sums + _MASK * channels, tl.sum(d_mask, 0), mask=m_sums)
-    tl.store(p_sums + _LN_WEIGHT * channels, tl.sum(d_scale, 0), mask=m_sums)
-    tl.store(p_sums + _LN_BIAS * channels, tl.sum(d_shift, 0), mask=m_sums)
-    tl.store(p_sums + _BIAS * channels, tl.sum(d_bias, 0), mask=m_sums)
+    found = (d_mask, d_scale, d_shift, d_bias)
+    for which in tl.static_range(_SUMS):
+        tl.store(p_sums, tl.sum(found[which], 0), mask=m_sums)
+        p_sums += channels
 
 
 @triton.jit(do_not_specialize=["count", "named"])
@@ -130,16 +132,21 @@ def weight_kernel(
     o_in = tl.program_id(1) % tiles_in * BLOCK_IN + tl.arange(0, BLOCK_IN)
     m_out, m_in = o_out < channels_out, o_in < channels_in
     total = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
-    for step in range(part * share, tl.minimum((part + 1) * share, tl.cdiv(count, DEPTH))):
-        o_rows = step * DEPTH + tl.arange(0, DEPTH)
-        m_rows = o_rows < count
-        o_source = tl.load(taps + o_rows.to(tl.int64) * TAPS + tap, mask=m_rows, other=-1)
+    begin, end = part * share, tl.minimum((part + 1) * share, tl.cdiv(count, DEPTH))
+    o_step = tl.arange(0, DEPTH)
+    o_source = tl.load(taps + (begin * DEPTH + o_step).to(tl.int64) * TAPS + tap, mask=begin * DEPTH + o_step < count, other=-1)
+    for step in range(begin, end):
+        o_rows = step * DEPTH + o_step
+        # A step ahead: an address that waits for a load of its own step would keep the loop from loading ahead.
+        p_next = taps + (o_rows + DEPTH).to(tl.int64) * TAPS + tap
+        following = tl.load(p_next, mask=o_rows + DEPTH < count, other=-1)
         m_source = (o_source >= 0) & (o_source < source_count)
         p_left = dz + o_rows.to(tl.int64)[:, None] * channels_out + o_out[None, :]
         p_right = x + o_source.to(tl.int64)[:, None] * channels_in + o_in[None, :]
-        left = tl.load(p_left, mask=m_rows[:, None] & m_out[None, :], other=0.0).to(COMPUTE)
+        left = tl.load(p_left, mask=(o_rows < count)[:, None] & m_out[None, :], other=0.0).to(COMPUTE)
         right = tl.load(p_right, mask=m_source[:, None] & m_in[None, :], other=0.0).to(COMPUTE)
         total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
+        o_source = following
     matrix = part.to(tl.int64) * TAPS + tap
     p_share = shares + (matrix * channels_out + o_out[:, None]) * channels_in + o_in[None, :]
     tl.store(p_share, total, mask=m_out[:, None] & m_in[None, :])
@@ -168,7 +175,7 @@ def _finish_sums(
     of_mask = which < requests
     begin = tiles_before(row_ends, tl.where(of_mask, which, 0), BLOCK_ROWS)
     end = tiles_before(row_ends, tl.where(of_mask, which + 1, requests), BLOCK_ROWS)
-    p_sums = sums + tl.where(of_mask, _MASK, which - requests + _LN_WEIGHT).to(tl.int64) * channels + o_columns
+    p_sums = sums + tl.where(of_mask, 0, which - requests + 1).to(tl.int64) * channels + o_columns
     total = tl.zeros([STEP, BLOCK_COLUMNS], tl.float32)
     for start in range(begin, end, STEP):
         o_tiles = start + tl.arange(0, STEP)
@@ -239,9 +246,11 @@ def backward(
     wide_grad, taps, row_ends = operand(grad.contiguous(), dtype), taps.contiguous(), row_ends.contiguous()
     dz = result((count + bags, f_out), dtype, device)[0]
     tiles = tile_count(count, requests, _NORM.rows)
-    sums = torch.empty((tiles, 4, f_out), dtype=torch.float32, device=device)
+    sums = torch.empty((tiles, _SUMS.value, f_out), dtype=torch.float32, device=device)
+    # A thread has the same share of a step whatever the channels, as far as that goes.
+    norm = replace(_NORM, warps=max(_NORM.warps, columns // 64))
     launch(
-        norm_backward_kernel, (tiles,), _NORM, device, grad=wide_grad, conv=operand(conv.contiguous(), dtype),
+        norm_backward_kernel, (tiles,), norm, device, grad=wide_grad, conv=operand(conv.contiguous(), dtype),
         mean=mean, rstd=rstd, ln_weight=vector(ln_weight), ln_bias=vector(ln_bias), mask=vector(mask), row_ends=row_ends,
         dz=dz, sums=sums, count=count, requests=requests, channels=f_out, BLOCK_ROWS=_NORM.rows, STEP=_NORM.depth,
         BLOCK_COLUMNS=columns,

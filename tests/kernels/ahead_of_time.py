@@ -27,9 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from teracon_fast import kernels
-from teracon_fast.kernels import configs, linear_cross_entropy, linear_rank, retention_mse
+from teracon_fast.kernels import configs, linear_cross_entropy, linear_rank, masked_conv, masked_conv_backward, retention_mse
 
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+TARGETS = {name: GPUTarget("cuda", int(name[3:]), 32) for name in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")}
+TARGETS |= {name: GPUTarget("hip", name, 64) for name in ("gfx90a", "gfx942")}
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
 }  # fmt: skip
@@ -55,6 +56,26 @@ def topk(dtype: torch.dtype, labels: int, channels: int) -> None:
     linear_rank.topk(*_head(dtype, labels, channels), 20, excluded, offsets)
 
 
+def conv_forward(dtype: torch.dtype, labels: int, channels: int) -> None:
+    x, weight, vector, taps, row_ends = _conv(dtype, channels)
+    masked_conv.forward(x, weight, *[vector] * 3, vector[None], taps, row_ends, x, taps[:, 0], 1e-8, True)
+
+
+def conv_backward(dtype: torch.dtype, labels: int, channels: int) -> None:
+    x, weight, vector, taps, row_ends = _conv(dtype, channels)
+    statistics, bags = torch.zeros(ROWS, 1), torch.zeros(2, dtype=torch.int32)
+    masked_conv_backward.backward(
+        x, x, weight, vector, vector, vector[None], taps, taps, taps[:, 0], bags, row_ends, taps[:, 0], x, statistics,
+        statistics, True,
+    )  # fmt: skip
+
+
+def _conv(dtype: torch.dtype, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rows, weights, a small parameter, a table of three taps, ends of one request."""
+    taps, row_ends = torch.zeros(ROWS, 3, dtype=torch.int32), torch.full((1,), ROWS, dtype=torch.int32)
+    return torch.zeros(ROWS, channels, dtype=dtype), torch.zeros(channels, channels, 3), torch.zeros(channels), taps, row_ends
+
+
 def _head(dtype: torch.dtype, labels: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.zeros(ROWS, channels, dtype=dtype), torch.zeros(labels, channels), torch.zeros(labels)
 
@@ -64,7 +85,9 @@ def _targets() -> tuple[Tensor, Tensor]:
 
 
 # Each calls an operation's launcher; its results are not looked at.
-RUNS: dict[str, Callable[[torch.dtype, int, int], None]] = {run.__name__: run for run in (forward, backward, retention, topk)}
+RUNS: dict[str, Callable[[torch.dtype, int, int], None]] = {
+    run.__name__: run for run in (forward, backward, retention, topk, conv_forward, conv_backward)
+}
 
 
 def compiled(kernel: Any, arguments: dict[str, Any], sizes: configs.Config, target: GPUTarget) -> Any:
@@ -89,7 +112,7 @@ def compiled(kernel: Any, arguments: dict[str, Any], sizes: configs.Config, targ
 
 def narrow_addresses(code: str) -> list[str]:
     """32-bit multiplications by a stride or a size: what an address is formed from must be widened first."""
-    narrow = set(re.findall(r"%(stride\w*|channels|count|labels|targets_count|rows_count)\b(?=: i32)", code))
+    narrow = set(re.findall(r"%(stride\w*|channels\w*|count|labels|targets_count|rows_count|source_count)\b(?=: i32)", code))
     found = []
     for line in code.splitlines():
         made = re.match(r"\s*%(\w+) = (\S+) (.*?) : (.*)", line)
@@ -126,7 +149,7 @@ def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
 
 def recorder(target: GPUTarget, found: list[dict[str, Any]]) -> Callable[..., None]:
     def record(kernel: Any, grid: tuple[int, ...], sizes: configs.Config, device: torch.device, **arguments: Any) -> None:
-        of_rows = {"count", "rows_count", "targets_count", "share", "parts"}
+        of_rows = {"count", "rows_count", "targets_count", "source_count", "residual_count", "named", "requests", "share", "parts"}
         keyed = [p.name for p in kernel.params if p.name in of_rows and not p.do_not_specialize]
         built = compiled(kernel, arguments, sizes, target)
         found.append({"kernel": kernel.__name__, "keyed": keyed, **facts(built, target)})
