@@ -84,6 +84,15 @@ def resolve(
     return backend
 
 
+def check_name(backend: str, operation: str = "masked_conv") -> None:
+    """Refuse a backend that can run no input of an operation here, before there is one.
+
+    Raises:
+        BackendError: when `backend` is not an implementation of `operation`, or what it needs is not installed.
+    """
+    resolve(backend, operation, torch.device("cuda") if backend == "triton" else _CPU)
+
+
 def env_report() -> dict[str, Any]:
     """What this machine and installation offer: versions, threads, devices, compilers, backends of each operation."""
     from teracon_fast import __version__

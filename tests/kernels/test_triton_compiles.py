@@ -17,14 +17,16 @@ require_triton()
 from teracon_fast.kernels.configs import SHARED
 
 HERE = Path(__file__).resolve().parent
-OPERATIONS = ("forward", "backward", "retention", "topk")
+OPERATIONS, CONV = ("forward", "backward", "retention", "topk"), ("conv_forward", "conv_backward")
 MANY, FEW = 10_000, 500
 # bfloat16 states and float32 weights, 256 channels, by the table's rows for many labels and, where the paper is trained, few.
 JOBS = [
     *((name, operation, "bfloat16", MANY, 256) for name in ("sm_80", "sm_90", "gfx942") for operation in OPERATIONS),
     *(("sm_90", operation, "bfloat16", FEW, 256) for operation in ("forward", "backward")),
     *(("sm_90", operation, "float32", MANY, 256) for operation in ("forward", "backward", "retention")),
-    *(("sm_90", operation, "bfloat16", 1, 1) for operation in OPERATIONS),  # sizes of one are constants: that compiles too
+    *(("sm_90", operation, "bfloat16", 1, 1) for operation in (*OPERATIONS, *CONV)),  # sizes of one are constants: that too
+    *((name, operation, "bfloat16", 1, 256) for name in ("sm_80", "sm_90", "gfx942") for operation in CONV),
+    *(("sm_90", operation, dtype, 1, f) for operation in CONV for dtype, f in (("float32", 256), ("bfloat16", 512), ("bfloat16", 100))),
 ]
 # What each operation launches; kernels after the bar multiply nothing.
 KERNELS = {
@@ -32,6 +34,8 @@ KERNELS = {
     "backward": "backward_kernel backward_kernel | row_sums_kernel",
     "retention": "retention_kernel |",
     "topk": "topk_kernel |",
+    "conv_forward": "forward_kernel |",
+    "conv_backward": "input_kernel weight_kernel | norm_backward_kernel bag_sums_kernel finish_kernel gather_kernel",
 }
 PRODUCTS = {"sm_80": "mma.sync.aligned.m16n8k16", "sm_90": "wgmma.mma_async.sync.aligned.m64", "gfx942": "v_mfma_f32"}
 
