@@ -30,8 +30,8 @@ class Config:
     """Tile sizes of a launch, all powers of two from 16.
 
     Attributes:
-        rows, columns: size of a tile of the result: rows and labels of a head's logits; rows and output channels of a
-            convolution (columns 0: all of them); input and output channels of its weight's gradient.
+        rows, columns: size of a tile of the result: rows and labels of a head's logits; rows of a convolution, which has all
+            channels, and how many of them are finished at once (0: all); output and input channels of its weight's gradient.
         depth: what one step of the product behind the tile takes: channels, or rows where those are summed over.
         features: channels of a gradient that one program owns at most; 0 where there is no second product.
         warps, stages: as Triton's num_warps and num_stages.
@@ -52,7 +52,7 @@ _INTERPRETED: dict[Operation, Config] = {
     "hidden": Config(32, 16, 16, 32),
     "retention": Config(16, 32, 16, 32),
     "topk": Config(16, 32, 16),
-    "conv": Config(16, 0, 16),
+    "conv": Config(16, 32, 16),
     "conv_input": Config(16, 0, 16),
     "conv_weight": Config(16, 32, 16),
 }

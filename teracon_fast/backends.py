@@ -25,7 +25,7 @@ _CPU = torch.device("cpu")
 # Names in order of preference, per operation. Reference code is the specification, not a backend. The Triton kernels are last:
 # they are verified by Triton's interpreter and by compilation, and have not run on a GPU yet.
 _NAMES: dict[str, tuple[str, ...]] = {
-    "masked_conv": ("cpu", "torch"),
+    "masked_conv": ("cpu", "torch", "triton"),
     "linear_cross_entropy": ("cpu", "torch", "triton"),
     "retention_mse": ("cpu", "torch", "triton"),
     "linear_rank": ("cpu", "torch", "triton"),
@@ -92,6 +92,15 @@ def of_model(backend: str, operation: str) -> str:
     implementation of that name but this one has none. Calls of the operation itself get what they ask for, or an error."""
     elsewhere = any(backend in names for names in _NAMES.values())
     return "torch" if elsewhere and backend not in _NAMES[operation] else backend
+
+
+def check_name(backend: str, operation: str = "masked_conv") -> None:
+    """Refuse a backend that can run no input of an operation here, before there is one.
+
+    Raises:
+        BackendError: when `backend` is not an implementation of `operation`, or what it needs is not installed.
+    """
+    resolve(backend, operation, torch.device("cuda") if backend == "triton" else _CPU)
 
 
 def env_report() -> dict[str, Any]:

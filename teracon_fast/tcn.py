@@ -162,7 +162,7 @@ class FastTCN(nn.Module):
             has_relation = len(labels) > 1 and variant != "none"
         self.model_para = dict(model_para) if model_para is not None else None
         _check_sizes(num_items, channels, labels, dilations, kernel_size)
-        backends.resolve(backend)  # an unknown name fails here, not in the first step
+        backends.check_name(backend)  # an unknown name fails here, not in the first step
         self.num_items, self.channels, self.labels = int(num_items), int(channels), [int(c) for c in labels]
         self.dilations, self.kernel_size = tuple(int(d) for d in dilations), int(kernel_size)
         low, high = task_embedding_range

@@ -1,4 +1,4 @@
-"""Nothing in a training step reads values of a tensor, has a shape that depends on them, or makes a tensor from the host's numbers:
+"""Nothing in a training step reads values of a tensor, has a shape that depends on them, or makes a tensor of the host's numbers:
 on a GPU each of these would wait for what is queued, or copy from pageable memory.
 
 Steps run on the CPU, watched in two ways. Methods of tensors that read values say who called them. The profiler sees every

@@ -29,15 +29,29 @@ from triton.compiler import ASTSource
 
 from teracon_fast import backends, kernels
 from teracon_fast import packing as packer
-from teracon_fast.kernels import configs, linear_cross_entropy, linear_rank, retention_mse
+from teracon_fast.kernels import (
+    configs,
+    linear_cross_entropy,
+    linear_rank,
+    masked_conv,
+    masked_conv_backward,
+    retention_mse,
+)
 from teracon_fast.kernels import masks as task_masks
 
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+TARGETS = {name: GPUTarget("cuda", int(name[3:]), 32) for name in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")}
+TARGETS |= {name: GPUTarget("hip", name, 64) for name in ("gfx90a", "gfx942")}
 TYPES = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int64: "*i64", torch.int32: "*i32",
 }  # fmt: skip
 ROWS, TARGETS_COUNT, SITES = 40, 64, 16
+# What differs from batch to batch, and from step to step: no value of it may have a kernel compiled again.
+OF_ROWS = {
+    "count", "length", "named", "padded", "parts", "requests", "residual_count", "rows", "rows_count", "share", "source_count",
+    "targets_count",
+}  # fmt: skip
+OF_STEPS = {"scale"}
 
 
 def forward(dtype: torch.dtype, labels: int, channels: int) -> None:
@@ -64,6 +78,26 @@ def packing(dtype: torch.dtype, labels: int, channels: int) -> None:
     geometry = packer.geometry(20, (1, 4))
     backends._why_not_triton = lambda device, dtype: None  # neither a GPU nor the interpreter is here
     packer.pack(users * 5, [packer.Streams(users), packer.Streams(users)], geometry, backend="triton", padded=True)
+
+
+def conv_forward(dtype: torch.dtype, labels: int, channels: int) -> None:
+    x, weight, vector, taps, row_ends = _conv(dtype, channels)
+    masked_conv.forward(x, weight, *[vector] * 3, vector[None], taps, row_ends, x, taps[:, 0], 1e-8, True)
+
+
+def conv_backward(dtype: torch.dtype, labels: int, channels: int) -> None:
+    x, weight, vector, taps, row_ends = _conv(dtype, channels)
+    statistics, bags = torch.zeros(ROWS, 1), torch.zeros(2, dtype=torch.int32)
+    masked_conv_backward.backward(
+        x, x, weight, vector, vector, vector[None], taps, taps, taps[:, 0], bags, row_ends, taps[:, 0], x, statistics,
+        statistics, True,
+    )  # fmt: skip
+
+
+def _conv(dtype: torch.dtype, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rows, weights, a small parameter, a table of three taps, ends of one request."""
+    taps, row_ends = torch.zeros(ROWS, 3, dtype=torch.int32), torch.full((1,), ROWS, dtype=torch.int32)
+    return torch.zeros(ROWS, channels, dtype=dtype), torch.zeros(channels, channels, 3), torch.zeros(channels), taps, row_ends
 
 
 def _head(dtype: torch.dtype, labels: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,7 +130,7 @@ def _tasks(dtype: torch.dtype, tasks: int, channels: int) -> task_masks.Paramete
 
 # Each calls an operation's launcher; its results are not looked at.
 RUNS: dict[str, Callable[[torch.dtype, int, int], None]] = {
-    run.__name__: run for run in (forward, backward, retention, topk, packing, masks)
+    run.__name__: run for run in (forward, backward, retention, topk, packing, masks, conv_forward, conv_backward)
 }
 
 
@@ -122,7 +156,8 @@ def compiled(kernel: Any, arguments: dict[str, Any], sizes: configs.Config, targ
 
 def narrow_addresses(code: str) -> list[str]:
     """32-bit multiplications by a stride or a size: what an address is formed from must be widened first."""
-    narrow = set(re.findall(r"%(stride\w*|channels|count|length|rows|padded|labels|targets_count|rows_count)\b(?=: i32)", code))
+    sizes = r"stride\w*|channels\w*|count|length|rows|padded|labels|targets_count|rows_count|source_count"
+    narrow = set(re.findall(rf"%({sizes})\b(?=: i32)", code))
     found = []
     for line in code.splitlines():
         made = re.match(r"\s*%(\w+) = (\S+) (.*?) : (.*)", line)
@@ -159,10 +194,8 @@ def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
 
 def recorder(target: GPUTarget, found: list[dict[str, Any]]) -> Callable[..., None]:
     def record(kernel: Any, grid: tuple[int, ...], sizes: configs.Config, device: torch.device, **arguments: Any) -> None:
-        of_rows = {"count", "length", "padded", "parts", "rows", "rows_count", "share", "targets_count"}
-        of_steps = {"scale"}  # another number at every step
-        keyed = [p.name for p in kernel.params if p.name in of_rows and not p.do_not_specialize]
-        keyed += [p.name for p in kernel.params if p.name in of_steps and p.is_constexpr]
+        keyed = [p.name for p in kernel.params if p.name in OF_ROWS and not p.do_not_specialize]
+        keyed += [p.name for p in kernel.params if p.name in OF_STEPS and p.is_constexpr]
         built = compiled(kernel, arguments, sizes, target)
         found.append({"kernel": kernel.__name__, "keyed": keyed, **facts(built, target)})
 

@@ -25,8 +25,7 @@ def test_every_architecture_has_every_operation_in_tiles_that_triton_takes(name:
         chosen = config(operation, torch.device("cuda"), dtype, size)
         assert isinstance(chosen, Config)
         assert (chosen.features > 0) == (operation in SECOND_PRODUCT)
-        whole_row = operation in ("conv", "conv_input")
-        assert (chosen.columns == 0) == whole_row
+        assert chosen.columns > 0 or operation in ("conv", "conv_input")
         sizes = (chosen.rows, chosen.columns or 16, chosen.depth, chosen.features or 16)
         assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
 
