@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import gpu_cases, gpu_measure, gpu_report, heads, report
 from bench.gpu_cases import FULL, OURS, QUICK
 from bench.gpu_measure import BLOCK_SECONDS, Meter, Result
-from bench.gpu_report import Run, Tests
+from bench.gpu_report import Equivalence, Run
 from bench.heads import CrossEntropy, Rank, Retention, Spec
 from bench.measure import ROOT
 
@@ -64,7 +64,7 @@ def tests_of_gpus() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in chosen if not left_out.match(path.name)]
 
 
-def run_tests(arguments: Sequence[str]) -> Tests:
+def run_tests(arguments: Sequence[str]) -> Equivalence:
     """Run pytest in a process of its own, its output on the terminal, and keep its last line."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "pytest", "-q", *arguments]
@@ -74,7 +74,7 @@ def run_tests(arguments: Sequence[str]) -> Tests:
         for line in process.stdout:
             print(line, end="", flush=True)
             last = line.strip() or last
-    return Tests(process.returncode, last.strip("= "), time.perf_counter() - start)
+    return Equivalence(process.returncode, last.strip("= "), time.perf_counter() - start)
 
 
 def head_specs(sizes: heads.Sizes) -> dict[str, Spec]:
@@ -126,7 +126,7 @@ def run_parts(run: Run, meter: Meter, wanted: Sequence[str], tests: Sequence[str
                 yield gpu_report.result_lines(run, run.heads[name])
     if "kernels" in wanted:
         with noted(run, "profile"):
-            run.kernels = gpu_measure.kernels(everything[0], OURS, meter)
+            run.kernels = gpu_measure.kernels(everything[0], OURS, meter, 1 if quick else 5)
             yield gpu_report.kernel_lines(run.kernels)
 
 
@@ -179,7 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of itself on the terminal
     tests = tests_of_gpus() if given.tests == "gpu" else ["tests"]
-    for lines in run_parts(run, Meter(device, block=0.001 if given.quick else BLOCK_SECONDS), wanted, tests, Options(given.quick, given.compile, together)):
+    meter = Meter(device, block=0.001 if given.quick else BLOCK_SECONDS)
+    for lines in run_parts(run, meter, wanted, tests, Options(given.quick, given.compile, together)):
         print("\n".join(lines), end="\n\n", flush=True)
     print("\n".join(gpu_report.bar_lines(run)), end="\n\n")
     folder = given.results or (None if given.quick else ROOT / "bench" / "results")

@@ -368,25 +368,26 @@ class AdamStep(GpuCase):
         items = self.shape.items(self.users).to(self.device).reshape(-1)
         model = self.fast(3, side) if side in self.own else self.reference(3)
         optimizer = trainer.make_optimizer(model, 1e-3) if side in self.own else self.adam(model, 1e-3)
-        rows: Any = model.embeding.rows if isinstance(model, FastTCN) else model.embeding
+        embedding: Any = model.embeding
+        rows = embedding.rows if isinstance(model, FastTCN) else embedding
         with torch.random.fork_rng(), self.device:
             torch.manual_seed(1)
             slope = torch.randn(len(items), self.shape.channels)
             for head in model.task_classifier:
                 for parameter in head.parameters():
                     parameter.grad = torch.randn_like(parameter)
-        weights = [head.weight for head in model.task_classifier]
-        start = [weight.detach().clone() for weight in (model.embeding.weight, *weights)]
+        weights: list[Any] = [head.weight for head in model.task_classifier]
+        start = [weight.detach().clone() for weight in (embedding.weight, *weights)]
 
         def run() -> Tensor:
-            for parameter in model.embeding.parameters():
+            for parameter in embedding.parameters():
                 parameter.grad = None
             rows(items).backward(slope)
             optimizer.step()
             return items
 
         def moved() -> Tensor:
-            now: list[Any] = [model.embeding.weight, *weights]
+            now: list[Any] = [embedding.weight, *weights]
             return torch.cat([(a.detach() - b).flatten() for a, b in zip(now, start, strict=True)])
 
         self.moved[side] = moved

@@ -92,9 +92,9 @@ class Meter:
         return float(torch.cuda.max_memory_allocated(self.device) - before)
 
     def forget(self) -> None:
-        """Give unused memory back."""
-        gc.collect()
+        """Give unused memory of the device back."""
         if self.is_gpu:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def replayed(self, run: Run) -> Callable[[], object]:
@@ -236,7 +236,8 @@ def measure(
             result.replayed = replayed(runs[OURS], meter, result.sides[OURS].calls)
         del runs
     case.check(answers)
-    torch.compiler.reset()
+    if compiled:
+        torch.compiler.reset()
     meter.forget()
     return result
 

@@ -30,7 +30,7 @@ BUSY = 0.9
 
 
 @dataclass(frozen=True)
-class Tests:
+class Equivalence:
     """What pytest said: exit status, and its last line."""
 
     status: int
@@ -61,7 +61,7 @@ class Run:
     rounds: int
     backend: str
     rates: Rates | None = None
-    tests: Tests | None = None
+    tests: Equivalence | None = None
     results: dict[str, Result] = field(default_factory=dict)
     heads: dict[str, Result] = field(default_factory=dict)
     kernels: Kernels | None = None
@@ -84,7 +84,7 @@ def bars(run: Run) -> list[Bar]:
     ]
 
 
-def _tests(tests: Tests | None) -> Bar:
+def _tests(tests: Equivalence | None) -> Bar:
     met = None if tests is None else tests.status == 0
     return Bar("equivalence", "all of these tests pass", "not run" if tests is None else tests.said, met)
 
