@@ -108,22 +108,24 @@ class PackedBatch:
             return self
         if device.type == "cuda" and self.cells.device.type == "cpu":
             return self.copied(device)
-        return self._mapped(lambda tensor: tensor.to(device))
+        return self.mapped(lambda tensor: tensor.to(device))
 
     def copied(self, device: torch.device) -> PackedBatch:
         """Tables of the host copied to a device as parts of one buffer, see `transfers.together`."""
-        found = {id(tensor): tensor for tensor in self._tensors()}
+        found = {id(tensor): tensor for tensor in self.tensors()}
         copies = transfers.together([tensor.numpy() for tensor in found.values()], device)
         moved = dict(zip(found, copies, strict=True))
-        return self._mapped(lambda tensor: moved[id(tensor)])
+        return self.mapped(lambda tensor: moved[id(tensor)])
 
-    def _tensors(self) -> Iterator[Tensor]:
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors of all tables; one that several share comes several times."""
         yield self.cells
         yield from self.outputs
         yield from (tensor for table in self.convolutions for tensor in table.tensors)
         yield from (tensor for residual in self.residuals for tensor in residual)
 
-    def _mapped(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """The same tables with another tensor in place of each."""
         tables = {id(table): table.mapped(function) for table in self.convolutions}
         return PackedBatch(
             function(self.cells),
