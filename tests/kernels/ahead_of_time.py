@@ -27,7 +27,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from teracon_fast import kernels
-from teracon_fast.kernels import configs, linear_cross_entropy, linear_rank, masked_conv, masked_conv_backward, retention_mse
+from teracon_fast.kernels import (
+    configs,
+    linear_cross_entropy,
+    linear_rank,
+    masked_conv,
+    masked_conv_backward,
+    retention_mse,
+)
 
 TARGETS = {name: GPUTarget("cuda", int(name[3:]), 32) for name in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")}
 TARGETS |= {name: GPUTarget("hip", name, 64) for name in ("gfx90a", "gfx942")}
@@ -35,6 +42,8 @@ TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
 }  # fmt: skip
 ROWS, TARGETS_COUNT = 40, 64
+# Arguments that vary from batch to batch.
+OF_A_BATCH = ("count", "rows_count", "targets_count", "source_count", "residual_count", "named", "requests", "share", "parts")
 
 
 def forward(dtype: torch.dtype, labels: int, channels: int) -> None:
@@ -149,8 +158,7 @@ def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
 
 def recorder(target: GPUTarget, found: list[dict[str, Any]]) -> Callable[..., None]:
     def record(kernel: Any, grid: tuple[int, ...], sizes: configs.Config, device: torch.device, **arguments: Any) -> None:
-        of_rows = {"count", "rows_count", "targets_count", "source_count", "residual_count", "named", "requests", "share", "parts"}
-        keyed = [p.name for p in kernel.params if p.name in of_rows and not p.do_not_specialize]
+        keyed = [p.name for p in kernel.params if p.name in OF_A_BATCH and not p.do_not_specialize]
         built = compiled(kernel, arguments, sizes, target)
         found.append({"kernel": kernel.__name__, "keyed": keyed, **facts(built, target)})
 
