@@ -80,9 +80,9 @@ def gathered_product(
     p_table = table + o_rows.to(tl.int64) * TAPS
     p_weight = weight + o_columns.to(tl.int64) * stride_column
     # Loaded beforehand: an address that waits for a load within the loop would keep the loop from loading ahead.
-    rows = ()
-    for number in tl.static_range(TAPS):
-        rows = rows + (tl.load(p_table + number, mask=m_rows, other=-1),)
+    rows = (tl.load(p_table, mask=m_rows, other=-1),)
+    for number in tl.static_range(1, TAPS):
+        rows = rows + (tl.load(p_table + number, mask=m_rows, other=-1),)  # type: ignore[assignment]
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     # One loop over channels and taps, so that loads of the next tap overlap products of this one.
     for step in range(steps):
@@ -127,7 +127,8 @@ def columns_of_piece(piece, PIECES: tl.constexpr, SPANS: tl.constexpr, COLUMNS: 
 def forward_kernel(
     x, taps, weight, bias, ln_weight, ln_bias, mask, row_ends, residual, residual_rows, out, conv, mean, rstd,
     count, source_count, residual_count, requests, channels_in, channels_out, stride_tap, stride_channel, eps,
-    RESIDUAL: tl.constexpr, SAVE: tl.constexpr, WHOLE: tl.constexpr, PIECES: tl.constexpr, TAPS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    RESIDUAL: tl.constexpr, SAVE: tl.constexpr, WHOLE: tl.constexpr, PIECES: tl.constexpr,
+    TAPS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Output rows of a tile; on demand what backward needs. Padding is left as it is."""
@@ -143,6 +144,7 @@ def forward_kernel(
         stride_tap, stride_channel, 1, TAPS, COMPUTE, PRECISION, BLOCK_ROWS, BLOCK_COLUMNS, DEPTH,
     )  # fmt: skip
     # Piece by piece, as vectors of channels and rows of the residual need registers beside those of the sums.
+    # 256 channels are the most that a warp has of a product.
     SPANS: tl.constexpr = (BLOCK_COLUMNS + 255) // 256
     sums = in_pieces(total, PIECES, SPANS)
     z = ()
@@ -155,7 +157,7 @@ def forward_kernel(
         if SAVE:
             p_conv = conv + o_rows.to(tl.int64)[:, None] * channels_out + o_piece[None, :]
             tl.store(p_conv, part, mask=m_rows[:, None] & m_piece[None, :])
-        z = z + (part,)
+        z = z + (part,)  # type: ignore[assignment]
     average /= channels_out
     variance = tl.zeros([BLOCK_ROWS], tl.float32)
     for piece in tl.static_range(PIECES):
@@ -230,8 +232,8 @@ def forward(
         row_ends=row_ends, residual=added, residual_rows=taps if residual_rows is None else residual_rows.contiguous(),
         out=out, conv=conv, mean=mean, rstd=rstd, count=count, source_count=x.shape[0], residual_count=added.shape[0],
         requests=requests, channels_in=f_in, channels_out=f_out, stride_tap=kernel.stride(0), stride_channel=kernel.stride(1),
-        eps=float(eps), RESIDUAL=residual is not None, SAVE=save, WHOLE=f_out == columns, PIECES=max(columns // (sizes.columns or columns), 1),
-        TAPS=kernel_size,
+        eps=float(eps), RESIDUAL=residual is not None, SAVE=save, WHOLE=f_out == columns,
+        PIECES=max(columns // (sizes.columns or columns), 1), TAPS=kernel_size,
         COMPUTE=operand_dtype(x), PRECISION=precision, BLOCK_ROWS=sizes.rows, BLOCK_COLUMNS=columns, DEPTH=sizes.depth,
     )  # fmt: skip
     return finished(out, dtype), finished(conv, dtype), mean, rstd
