@@ -1,5 +1,5 @@
-"""Nothing in a training step reads values of a tensor, has a shape that depends on them, or makes a tensor from the host's numbers:
-on a GPU each of these would wait for what is queued, or copy from pageable memory.
+"""A training step reads no tensor's values, has no shape that depends on them, and makes no tensor from numbers of the host: on a
+GPU each of these would wait for what is queued, or copy from pageable memory.
 
 Steps run on the CPU, watched in two ways. Methods of tensors that read values say who called them. The profiler sees every
 operation, those that PyTorch calls from C++ too, and what it sees must lie in a call that is on the list.
