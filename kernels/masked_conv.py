@@ -131,10 +131,11 @@ def forward_kernel(
     TAPS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Output rows of a tile; on demand what backward needs. Padding is left as it is."""
+    """Output rows of a tile, 0 for padding; on demand what backward needs of the others."""
     request, first, last = rows_of_tile(tl.program_id(0), row_ends, requests, count, BLOCK_ROWS)
-    last = tl.where(request < requests, last, first)
     o_rows = first + tl.arange(0, BLOCK_ROWS)
+    m_out = o_rows < last
+    last = tl.where(request < requests, last, first)
     m_rows = o_rows < last
     o_columns = tl.arange(0, BLOCK_COLUMNS)
     m_columns = o_columns < channels_out
@@ -187,7 +188,7 @@ def forward_kernel(
             p_added = p_residual[:, None] + o_piece[None, :]
             y += tl.load(p_added, mask=m_added[:, None] & m_piece[None, :], other=0.0).to(tl.float32)
         p_out = out + o_rows.to(tl.int64)[:, None] * channels_out + o_piece[None, :]
-        tl.store(p_out, y, mask=m_rows[:, None] & m_piece[None, :])
+        tl.store(p_out, y, mask=m_out[:, None] & m_piece[None, :])
 
 
 def packed_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -208,7 +209,7 @@ def forward(
         weight: `[f_out, f_in, K]`, of that dtype or float32, f_out at most `MOST_CHANNELS`. bias, ln_weight, ln_bias: `[f_out]`.
         mask: `[requests, f_out]`.
         taps: int32 `[rows, K]`. row_ends: int32 `[requests]`, behind the last row of each request; rows from the last of them
-            on are padding, whose results are left unwritten.
+            on are padding: 0 in the output, and left unwritten in what is saved.
         residual: `[n, f_out]` of x's dtype. residual_rows: int32 `[rows]`. Both or none.
         save: whether what backward needs is wanted.
         precision: of products of float32: "ieee" or "tf32".
