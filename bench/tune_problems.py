@@ -160,7 +160,7 @@ _TILES: dict[Kind, dict[Operation, list[tuple[int, int, int, int]]]] = {
     "half": {
         "scan": [
             (64, 64, 32, 4), (64, 64, 64, 4), (64, 128, 64, 4), (128, 64, 32, 8), (128, 64, 64, 4), (128, 128, 32, 8),
-            (128, 128, 64, 8), (128, 256, 64, 8),
+            (128, 128, 64, 8),
         ],
         "weight": [(32, 64, 32, 4), (64, 64, 32, 8), (64, 64, 64, 8), (64, 128, 64, 8), (128, 64, 64, 8)],
         "hidden": [(64, 32, 32, 4), (64, 64, 32, 8), (64, 64, 64, 8), (64, 128, 64, 8), (128, 64, 64, 8)],
@@ -186,8 +186,8 @@ _TILES: dict[Kind, dict[Operation, list[tuple[int, int, int, int]]]] = {
 }  # fmt: skip
 _FEATURES: dict[Kind, tuple[int, ...]] = {"half": (128, 256), "single": (64, 128)}
 _STAGES = (2, 3)
-# Numbers of the sums of products that a thread may hold in registers, of at most 255.
-_SUMS = 160
+# Sums of products that a thread may hold in its at most 255 registers: heads need more for other things, and spill from here on.
+_SUMS_OF_HEADS, _SUMS_OF_CONVOLUTIONS = 90, 128
 
 
 def candidates(problem: Problem, architecture: str) -> list[Config]:
@@ -198,22 +198,28 @@ def candidates(problem: Problem, architecture: str) -> list[Config]:
         for rows, columns, depth, warps in _TILES[problem.kind][problem.operation] for owned in features for stages in _STAGES
     ]  # fmt: skip
     lanes = 64 if architecture.startswith("gfx") else 32
-    return [
-        tried for tried in grid
-        if shared_kib(problem, tried) <= configs.SHARED[architecture] and sums(problem, tried) <= _SUMS * tried.warps * lanes
-    ]  # fmt: skip
+    fitting = [tried for tried in grid if shared_kib(problem, tried, architecture) <= configs.SHARED[architecture]]
+    most = _SUMS_OF_CONVOLUTIONS if problem.operation in CONVOLUTIONS else _SUMS_OF_HEADS
+    return [tried for tried in fitting if sums(problem, tried) <= most * tried.warps * lanes]
 
 
-def shared_kib(problem: Problem, tried: Config) -> float:
-    """KiB of shared memory that a program should take: each stage's operands, and those of a second product where there is one.
+def shared_kib(problem: Problem, tried: Config, architecture: str) -> float:
+    """KiB of shared memory that a program should take: each waiting stage's operands.
 
-    An estimate: what does not fit after all fails to launch, and is passed over.
+    An estimate, which agrees with what the compiler takes for products without a second one: what does not fit after all fails
+    to launch, and is passed over.
     """
     columns = tried.columns or problem.channels
-    numbers = tried.stages * (tried.rows + columns) * tried.depth
-    if tried.features:
-        numbers += tried.rows * columns + max(tried.rows, columns) * min(tried.features, problem.channels)
-    return numbers * DTYPES[problem.kind].itemsize / 1024
+    bytes_of = DTYPES[problem.kind].itemsize
+    # A head's weight is float32 until it is in registers; those of convolutions are rounded before.
+    across = bytes_of if problem.operation in CONVOLUTIONS else 4
+    taken = (tried.stages - 1) * (tried.rows * bytes_of + columns * across) * tried.depth
+    if problem.kind == "half" and architecture in ("sm_90", "sm_100"):
+        taken += (tried.rows + columns) * tried.depth * bytes_of  # what their products read
+    if tried.features:  # one product after the other
+        second = tried.rows * columns + max(tried.rows, columns) * min(tried.features, problem.channels)
+        taken = max(taken, second * bytes_of)
+    return taken / 1024
 
 
 def sums(problem: Problem, tried: Config) -> int:
