@@ -100,7 +100,7 @@ def compiled(kernel: Any, arguments: dict[str, Any], sizes: configs.Config, targ
 
 def narrow_addresses(code: str) -> list[str]:
     """32-bit multiplications by a stride or a size: what an address is formed from must be widened first."""
-    narrow = set(re.findall(r"%(stride\w*|channels|count|length|rows|padded|labels|targets_count|rows_count)\b(?=: i32)", code))
+    narrow = set(re.findall(r"%(stride\w*|channels|count|length|padded_count|labels|targets_count|rows_count)\b(?=: i32)", code))
     found = []
     for line in code.splitlines():
         made = re.match(r"\s*%(\w+) = (\S+) (.*?) : (.*)", line)
@@ -137,7 +137,7 @@ def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
 
 def recorder(target: GPUTarget, found: list[dict[str, Any]]) -> Callable[..., None]:
     def record(kernel: Any, grid: tuple[int, ...], sizes: configs.Config, device: torch.device, **arguments: Any) -> None:
-        of_rows = {"count", "rows_count", "targets_count", "share", "parts", "rows", "padded", "length"}
+        of_rows = {"count", "rows_count", "targets_count", "share", "parts", "padded_count", "length"}
         keyed = [p.name for p in kernel.params if p.name in of_rows and not p.do_not_specialize]
         built = compiled(kernel, arguments, sizes, target)
         found.append({"kernel": kernel.__name__, "keyed": keyed, **facts(built, target)})
