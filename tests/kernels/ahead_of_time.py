@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from teracon_fast import kernels
+from teracon_fast.kernels import adam as adam_kernels
 from teracon_fast.kernels import configs, linear_cross_entropy, linear_rank, retention_mse
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -55,6 +56,17 @@ def topk(dtype: torch.dtype, labels: int, channels: int) -> None:
     linear_rank.topk(*_head(dtype, labels, channels), 20, excluded, offsets)
 
 
+def adam(dtype: torch.dtype, rows: int, channels: int) -> None:
+    """The embedding has `labels` rows; its gradient has the dtype."""
+    arrays, constants = [torch.zeros(rows, channels) for _ in range(3)], (0.9, 0.999, 1e-8)
+    items, values = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS, channels, dtype=dtype)
+    last, history = torch.zeros(rows, dtype=torch.int32), torch.zeros(256, 2)
+    adam_kernels.step(*arrays, last, items, values, history, 16, 0.1, 0.1, *constants)
+    adam_kernels.catch_up(*arrays, last, items, history, 16, *constants)
+    adam_kernels.catch_up(*arrays, last, None, history, 16, *constants)
+    adam_kernels.whole_step(*arrays, items, values, 0.1, 0.1, *constants)
+
+
 def _head(dtype: torch.dtype, labels: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.zeros(ROWS, channels, dtype=dtype), torch.zeros(labels, channels), torch.zeros(labels)
 
@@ -64,7 +76,9 @@ def _targets() -> tuple[Tensor, Tensor]:
 
 
 # Each calls an operation's launcher; its results are not looked at.
-RUNS: dict[str, Callable[[torch.dtype, int, int], None]] = {run.__name__: run for run in (forward, backward, retention, topk)}
+RUNS: dict[str, Callable[[torch.dtype, int, int], None]] = {
+    run.__name__: run for run in (forward, backward, retention, topk, adam)
+}
 
 
 def compiled(kernel: Any, arguments: dict[str, Any], sizes: configs.Config, target: GPUTarget) -> Any:
@@ -84,7 +98,9 @@ def compiled(kernel: Any, arguments: dict[str, Any], sizes: configs.Config, targ
             if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
                 aligned[(number,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=target, options={"num_warps": sizes.warps, "num_stages": sizes.stages})
+    options = {"num_warps": sizes.warps, "num_stages": sizes.stages}
+    options |= {name: arguments[name] for name in ("enable_fp_fusion",) if name in arguments}
+    return triton.compile(source, target=target, options=options)
 
 
 def narrow_addresses(code: str) -> list[str]:
@@ -126,7 +142,7 @@ def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
 
 def recorder(target: GPUTarget, found: list[dict[str, Any]]) -> Callable[..., None]:
     def record(kernel: Any, grid: tuple[int, ...], sizes: configs.Config, device: torch.device, **arguments: Any) -> None:
-        of_rows = {"count", "rows_count", "targets_count", "share", "parts"}
+        of_rows = {"count", "rows_count", "targets_count", "share", "parts", "taken"}
         keyed = [p.name for p in kernel.params if p.name in of_rows and not p.do_not_specialize]
         built = compiled(kernel, arguments, sizes, target)
         found.append({"kernel": kernel.__name__, "keyed": keyed, **facts(built, target)})
