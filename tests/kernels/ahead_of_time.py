@@ -1,10 +1,11 @@
 """Compiles what the launchers would run, for GPUs that need not be there: `python ahead_of_time.py JOBS`.
 
 JOBS is JSON, `[[architecture, operation, dtype, labels, channels], ...]`, operations those of `RUNS`; labels mean nothing to
-those that are not of heads. The launchers run on small tensors in memory, but their launches are compiled with the table's
-configuration instead of run. Prints a JSON list with, of every kernel, the
-registers, spilled bytes, shared memory and matrix instructions that its machine code has, the multiplications of sizes that
-are too narrow, and the numbers of rows whose value would have it compiled again ("keyed"). Not in Triton's interpreter.
+those that are not of heads, and are the embedding's rows to "adam". The launchers run on small tensors in memory, but their
+launches are compiled with their configuration instead of run. Prints a JSON list with, of every kernel, the registers, spilled
+bytes, shared memory and matrix instructions that its machine code has, the operations that NVIDIA's assembler may fuse
+("fusible"), the multiplications of sizes that are too narrow, and the numbers of rows whose value would have it compiled again
+("keyed"). Not in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -123,6 +124,7 @@ def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
         # Scalar registers spill into lanes of vector registers; only those spill to memory, called private here.
         spilled = max(int(size) for size in re.findall(r"\.private_segment_fixed_size: (\d+)", code))
         registers, products = max(int(n) for n in re.findall(r"\.vgpr_count: +(\d+)", code)), re.findall(r"v_mfma\w+", code)
+        fusible: list[str] = []
     else:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(built.asm["cubin"])
@@ -134,9 +136,11 @@ def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
         registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
         code = built.asm["ptx"]
         products = re.findall(r"(?:wgmma\.mma_async|mma)\.sync\.[\w.]+", code)
+    # Products and sums without a rounding mode: those that the assembler may fuse.
+    fusible = re.findall(r"\b(?:add|sub|mul)(?:\.ftz)?\.f32", code)
     return {
         "registers": registers, "spilled": spilled, "shared": built.metadata.shared,
-        "products": sorted(set(products)), "narrow": narrow_addresses(built.asm["ttir"]),
+        "products": sorted(set(products)), "fusible": sorted(set(fusible)), "narrow": narrow_addresses(built.asm["ttir"]),
     }  # fmt: skip
 
 

@@ -25,6 +25,9 @@ JOBS = [
     *(("sm_90", operation, "bfloat16", FEW, 256) for operation in ("forward", "backward")),
     *(("sm_90", operation, "float32", MANY, 256) for operation in ("forward", "backward", "retention")),
     *(("sm_90", operation, "bfloat16", 1, 1) for operation in OPERATIONS),  # sizes of one are constants: that compiles too
+    # An embedding of so many rows, and channels of its gradient.
+    *((name, "adam", "float32", MANY, 256) for name in ("sm_80", "sm_90", "gfx942")),
+    ("sm_80", "adam", "bfloat16", MANY, 256), ("sm_80", "adam", "float32", MANY, 600), ("sm_90", "adam", "float32", 1, 1),
 ]
 # What each operation launches; kernels after the bar multiply nothing.
 KERNELS = {
@@ -32,6 +35,7 @@ KERNELS = {
     "backward": "backward_kernel backward_kernel | row_sums_kernel",
     "retention": "retention_kernel |",
     "topk": "topk_kernel |",
+    "adam": "| step_kernel catch_up_kernel catch_up_kernel whole_step_kernel",
 }
 PRODUCTS = {"sm_80": "mma.sync.aligned.m16n8k16", "sm_90": "wgmma.mma_async.sync.aligned.m64", "gfx942": "v_mfma_f32"}
 
@@ -68,6 +72,13 @@ def test_machine_code(compiled: list[dict[str, Any]], job: tuple[str, str, str, 
             assert kernel["products"] == [], "exact products of float32 run on the ordinary units"
         if multiplies:
             assert kernel["shared"] > 0, "tiles of operands go through shared memory"
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job[1] == "adam"], ids=lambda job: "-".join(map(str, job)))
+def test_adam_rounds_alike_in_every_kernel(compiled: list[dict[str, Any]], job: tuple[str, str, str, int, int]) -> None:
+    """No product and sum that the compiler may fuse here and not there: each has its rounding, or is a written `fma`."""
+    for kernel in of_job(compiled, job):
+        assert kernel["fusible"] == [], kernel
 
 
 @pytest.mark.parametrize("job", [job for job in JOBS if job[1] == "forward"], ids=lambda job: "-".join(map(str, job)))
