@@ -69,9 +69,7 @@ class Adam(torch.optim.Adam):
     deferred: bool = False
     backend: str = "auto"
 
-    def __init__(
-        self, params: Any, *args: Any, deferred: bool = False, backend: str = "auto", **kwargs: Any
-    ) -> None:  # fmt: skip
+    def __init__(self, params: Any, *args: Any, deferred: bool = False, backend: str = "auto", **kwargs: Any) -> None:
         super().__init__(params, *args, **kwargs)
         backends.check_name(backend, "adam")
         self.deferred, self.backend = deferred, backend
@@ -176,7 +174,7 @@ class Adam(torch.optim.Adam):
     def _implementation(self, group: Mapping[str, Any], parameter: Tensor) -> str:
         """What takes a step of this parameter with a sparse gradient: "cpu", "triton", or "torch" with a dense one."""
         chosen = backends.resolve(self.backend, "adam", parameter.device, parameter.dtype)
-        # `resolve` remembers its answers.
+        # Asked again, since `resolve` remembers its answers.
         if chosen == "torch" or (self.backend == "auto" and not _native.available()):
             return "torch"
         state = self.state[parameter]
