@@ -84,7 +84,7 @@ def run_sum(
 
 @triton.jit(do_not_specialize=["count", "taken"])
 def step_kernel(
-    parameter, exp_avg, exp_avg_sq, last, values, ordered, order, history, count, taken, rows, channels, stride_values,
+    parameter, exp_avg, exp_avg_sq, last, values, ordered, order, history, count, taken, items, channels, stride_values,
     step_size, root, coefficient, beta2, rest2, eps,
     NEAR_OLD: tl.constexpr, TOGETHER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def step_kernel(
         tl.store(history + 2 * (taken - 1) + 1, root)
     row = tl.load(ordered + place, mask=place < count, other=-1)
     before = tl.load(ordered + place - 1, mask=(place > 0) & (place < count), other=-1)
-    if (row >= 0) & (row < rows) & (row != before):
+    if (row >= 0) & (row < items) & (row != before):
         done = tl.load(last + row)
         begin = tl.where(done < 0, taken - 1, done)
         for piece in range(tl.cdiv(channels, BLOCK)):
@@ -123,17 +123,17 @@ def step_kernel(
 
 @triton.jit(do_not_specialize=["count", "taken"])
 def catch_up_kernel(
-    parameter, exp_avg, exp_avg_sq, last, ordered, history, count, taken, rows, channels, coefficient, beta2, rest2, eps,
+    parameter, exp_avg, exp_avg_sq, last, ordered, history, count, taken, items, channels, coefficient, beta2, rest2, eps,
     ALL: tl.constexpr, NEAR_OLD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Brings rows to the end of `taken` steps: all `count` of them, or those at the `count` places of `ordered`."""
     place = tl.program_id(0)
     if ALL:
-        row, wanted = place, place < rows
+        row, wanted = place, place < items
     else:
         row = tl.load(ordered + place)
         before = tl.load(ordered + place - 1, mask=place > 0, other=-1)
-        wanted = (row >= 0) & (row < rows) & (row != before)
+        wanted = (row >= 0) & (row < items) & (row != before)
     done = tl.load(last + row, mask=wanted, other=-1)
     if (done >= 0) & (done < taken):
         for piece in range(tl.cdiv(channels, BLOCK)):
@@ -154,7 +154,7 @@ def catch_up_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def whole_step_kernel(
-    parameter, exp_avg, exp_avg_sq, values, ordered, order, count, rows, channels, stride_values,
+    parameter, exp_avg, exp_avg_sq, values, ordered, order, count, items, channels, stride_values,
     step_size, root, coefficient, beta2, rest2, eps,
     NEAR_OLD: tl.constexpr, TOGETHER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -165,7 +165,7 @@ def whole_step_kernel(
     a whole tile takes at once.
     """
     o_rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    m_rows = o_rows < rows
+    m_rows = o_rows < items
     o_channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_channels = o_channels < channels
     # The first place that is not below a row.
@@ -190,8 +190,8 @@ def whole_step_kernel(
     tl.store(exp_avg_sq + o_elements, v, mask=m_elements)
 
     place = tl.min(low, 0)
-    end = tl.minimum((tl.program_id(0) + 1) * ROWS, rows)
-    row = tl.load(ordered + place, mask=place < count, other=rows)
+    end = tl.minimum((tl.program_id(0) + 1) * ROWS, items)
+    row = tl.load(ordered + place, mask=place < count, other=items)
     while row < end:
         gradient, place = run_sum(
             values, ordered, order, place, row, count, o_channels, m_channels, stride_values, TOGETHER
@@ -206,7 +206,7 @@ def whole_step_kernel(
         tl.store(parameter + o_own, own_p, mask=m_channels)
         tl.store(exp_avg + o_own, own_m, mask=m_channels)
         tl.store(exp_avg_sq + o_own, own_v, mask=m_channels)
-        row = tl.load(ordered + place, mask=place < count, other=rows)
+        row = tl.load(ordered + place, mask=place < count, other=items)
 
 
 def step(
@@ -227,12 +227,11 @@ def step(
         beta1, beta2, eps: of Adam.
     """
     ordered, order = _sorted(rows)
-    wide, count = _matrix(values), rows.shape[0]
+    count = rows.shape[0]
     launch(
         step_kernel, (max(count, 1),), _ROW, parameter.device, **_elements(parameter, exp_avg, exp_avg_sq), last=last,
-        values=wide, ordered=ordered, order=order, history=history, count=count, taken=taken, stride_values=wide.stride(0),
-        step_size=float(step_size), root=float(root), **_constants(beta1, beta2, eps), TOGETHER=_TOGETHER,
-        BLOCK=_block(parameter, _ROW),
+        **_matrix(values), ordered=ordered, order=order, history=history, count=count, taken=taken, step_size=float(step_size),
+        root=float(root), **_constants(beta1, beta2, eps), TOGETHER=_TOGETHER, BLOCK=_block(parameter, _ROW),
     )  # fmt: skip
 
 
@@ -257,12 +256,12 @@ def whole_step(
 ) -> None:  # fmt: skip
     """A step of all rows, in one pass over the parameter and its moments. Arguments are as in `step`."""
     ordered, order = _sorted(rows)
-    wide, block, elements = _matrix(values), _block(parameter, _ALL), _elements(parameter, exp_avg, exp_avg_sq)
+    block, elements = _block(parameter, _ALL), _elements(parameter, exp_avg, exp_avg_sq)
     launch(
-        whole_step_kernel, (triton.cdiv(elements["rows"], _ALL.rows), triton.cdiv(elements["channels"], block)), _ALL,
-        parameter.device, **elements, values=wide, ordered=ordered, order=order, count=rows.shape[0],
-        stride_values=wide.stride(0), step_size=float(step_size), root=float(root), **_constants(beta1, beta2, eps),
-        TOGETHER=_TOGETHER, ROWS=_ALL.rows, BLOCK=block,
+        whole_step_kernel, (triton.cdiv(elements["items"], _ALL.rows), triton.cdiv(elements["channels"], block)), _ALL,
+        parameter.device, **elements, **_matrix(values), ordered=ordered, order=order, count=rows.shape[0],
+        step_size=float(step_size), root=float(root), **_constants(beta1, beta2, eps), TOGETHER=_TOGETHER, ROWS=_ALL.rows,
+        BLOCK=block,
     )  # fmt: skip
 
 
@@ -274,15 +273,17 @@ def _sorted(rows: Tensor) -> tuple[Tensor, Tensor]:
     return ordered, order
 
 
-def _matrix(values: Tensor) -> Tensor:
-    """`values` as `[n, channels]`, each row side by side."""
-    return operand(values.flatten(1) if values.dim() > 1 else values[:, None], values.dtype)
+def _matrix(values: Tensor) -> dict[str, Any]:
+    """`values` as `[n, channels]`, each row side by side, and from row to row."""
+    matrix = operand(values.flatten(1) if values.dim() > 1 else values[:, None], values.dtype)
+    # The stride of a single row may be anything, and is compiled for.
+    return {"values": matrix, "stride_values": matrix.stride(0) if len(matrix) > 1 else matrix.shape[1]}
 
 
 def _elements(parameter: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> dict[str, Any]:
     rows = parameter.shape[0]
     arrays = {"parameter": parameter.detach(), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    return {**arrays, "rows": rows, "channels": parameter.numel() // max(rows, 1)}
+    return {**arrays, "items": rows, "channels": parameter.numel() // max(rows, 1)}
 
 
 def _constants(beta1: float, beta2: float, eps: float) -> dict[str, Any]:
