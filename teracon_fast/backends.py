@@ -58,16 +58,6 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def check_name(backend: str, operation: str) -> None:
-    """Refuse what is neither "auto" nor the name of an implementation of the operation.
-
-    Raises:
-        BackendError: for any other name.
-    """
-    if backend != "auto" and backend not in _NAMES[operation]:
-        raise BackendError(f"backend {backend!r} cannot run {operation}, expected 'auto' or one of {list(_NAMES[operation])}")
-
-
 @lru_cache(maxsize=256)
 def resolve(
     backend: str, operation: str = "masked_conv", device: torch.device = _CPU, dtype: torch.dtype = torch.float32
@@ -82,12 +72,13 @@ def resolve(
     Raises:
         BackendError: when `backend` is not an implementation of `operation`, or cannot run this input here.
     """
-    check_name(backend, operation)
     names = _NAMES[operation]
     if backend == "auto":
         choice = next(name for name in names if _why_not(name, device, dtype) is None)
         _LOG.debug("backend auto: %s of %s on %s runs on %s", operation, dtype, device, choice)
         return choice
+    if backend not in names:
+        raise BackendError(f"backend {backend!r} cannot run {operation}, expected 'auto' or one of {list(names)}")
     reason = _why_not(backend, device, dtype)
     if reason is not None:
         raise BackendError(f"backend {backend!r} cannot run {operation} here: {reason}")
