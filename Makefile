@@ -6,12 +6,14 @@
 #   make bench       ours beside the eager reference and torch.compile of it (BENCH=--quick for a smoke run)
 #   make bench-scaling   how the cost of ours grows with length, batch and number of past tasks (BENCH=--quick)
 #   make bench-large   heads over hundreds of thousands of labels, beside PyTorch's (BENCH=--quick)
+#   make bench-gpu   on a GPU: equivalence tests, then ours beside eager and the device's own limits (BENCH=--quick)
+#   make tune        on a GPU: measure launch configurations, rewrite its row of kernels/configs.json (TUNE="--operation conv")
 #   make lint        ruff      make typecheck   mypy      make clean   remove what was built here
 #
 # PYTHON  interpreter that .venv is made with (python3)
 # VENV    environment to install into (.venv); an active one: make test VENV=$VIRTUAL_ENV
 # TORCH   what to give `pip install` when the environment has no torch. By default the CPU build of TORCH_VERSION, from where
-#         pip looks or else from PyTorch's own index. For CUDA: make demo TORCH=torch
+#         pip looks or else from PyTorch's own index. For CUDA: make bench-gpu TORCH=torch, in an environment that has none
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +21,10 @@ TORCH ?=
 TORCH_VERSION ?= 2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BENCH ?=
+TUNE ?=
 PYTEST_ARGS ?=
+# As many processes as cores; a file's tests stay together, since they share what takes long to make.
+PARALLEL ?= --numprocesses auto --dist loadfile
 
 BIN := $(VENV)/bin
 # Byte code is made at first import instead of for everything at once: a third of the time of an install.
@@ -27,16 +32,16 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 # A change of any of these installs again; Python files need no installing, the package is editable.
 BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: help demo test asan bench bench-scaling bench-large lint typecheck clean
+.PHONY: help demo test asan bench bench-scaling bench-large bench-gpu tune lint typecheck clean
 
 help:
-	@sed -n '3,15s/^# \{0,1\}//p' Makefile
+	@sed -n '3,17s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 # Python is not built with the sanitizers, so their libraries are loaded before it; so is libstdc++, whose exceptions they
 # watch. A finding ends the process, and with it what pytest has captured: so pytest captures only what Python prints.
@@ -52,7 +57,7 @@ asan: $(VENV)/.installed-dev
 	  $(BIN)/python -m pytest tests/ops/test_masked_conv.py tests/ops/test_linear_cross_entropy.py \
 	  tests/ops/test_retention_mse.py tests/ops/test_linear_rank.py tests/test_encoder.py \
 	  tests/test_packing.py tests/test_native_packing.py tests/test_native.py tests/test_optim.py \
-	  --threads 2 --timeout 1200 --capture sys -k "not matrix_product and not gradcheck and not opcheck and not compiles and not 32_bits and not torch \
+	  $(PARALLEL) --threads 2 --timeout 1200 --capture sys -k "not matrix_product and not gradcheck and not opcheck and not compiles and not 32_bits and not torch \
 	  and not generic and not avx512]" $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed-dev
@@ -63,6 +68,13 @@ bench-scaling: $(VENV)/.installed-dev
 
 bench-large: $(VENV)/.installed-dev
 	$(BIN)/python bench/large_catalogues.py $(BENCH)
+
+# The tests are run by the script, which keeps what they say beside the figures, and refuses at once where there is no GPU.
+bench-gpu: $(VENV)/.installed-dev
+	$(BIN)/python bench/gpu.py $(BENCH)
+
+tune: $(VENV)/.installed-dev
+	$(BIN)/python bench/tune.py $(TUNE)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .

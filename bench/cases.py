@@ -52,11 +52,11 @@ class NotMeasured(Exception):
     """A side that a case does not have; says why."""
 
 
-def bf16(run: Run) -> Run:
-    """The same under autocast."""
+def bf16(run: Run, device: str = "cpu") -> Run:
+    """The same under autocast of a kind of device."""
 
     def cast() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             return run().float()
 
     return cast

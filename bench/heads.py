@@ -92,16 +92,24 @@ class HeadCase(ABC):
         sides: names. The first one's answers are what the others' are compared with.
         products: matrix products of [rows, f] with [labels, f] in a call that needs no detours: 2 * rows * labels * f each.
         options: arguments of `torch.nn.LinearCrossEntropyOptions` for the side "fused", None for its `options=None`.
+        backend: of our sides.
     """
 
     what: ClassVar[str]
     products: ClassVar[int]
     sides: tuple[str, ...]
     options: Mapping[str, Any] | None = None
+    backend: str = "auto"
 
     def __init__(self, sizes: Sizes, labels: int) -> None:
         self.sizes, self.labels = sizes, labels
         self.generator = torch.Generator().manual_seed(labels)
+
+    def to(self, device: torch.device) -> None:
+        """Move parameters and inputs."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.detach().to(device))
 
     @property
     @abstractmethod
@@ -179,7 +187,7 @@ class CrossEntropy(HeadCase):
             rows, eps = self.row_of if merged else None, FILTER_EPS if "filtered" in side else 0.0
 
             def loss() -> Tensor:
-                return ops.linear_cross_entropy(hidden, weight, bias, targets, rows, filter_eps=eps)
+                return ops.linear_cross_entropy(hidden, weight, bias, targets, rows, filter_eps=eps, backend=self.backend)
 
         elif side == "fused":
             if not hasattr(F, "linear_cross_entropy"):
@@ -192,7 +200,7 @@ class CrossEntropy(HeadCase):
         else:
 
             def loss() -> Tensor:
-                with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                with torch.autocast(hidden.device.type, torch.bfloat16, enabled=low):
                     return F.cross_entropy(F.linear(hidden, weight, bias), targets)
 
         return Call(_differentiable(loss), {"hidden": hidden, "weight": weight, "bias": bias}, len(hidden))
@@ -226,7 +234,7 @@ class Retention(HeadCase):
 
         def loss() -> Tensor:
             if side.startswith("ours"):
-                return ops.retention_mse(hidden, weight, bias, *pseudo, form=form)
+                return ops.retention_mse(hidden, weight, bias, *pseudo, form=form, backend=self.backend)
             with torch.no_grad():
                 wanted = F.linear(*pseudo)
             return F.mse_loss(F.linear(hidden, weight, bias), wanted)
@@ -260,9 +268,9 @@ class Rank(HeadCase):
         @torch.no_grad()
         def run() -> Tensor:
             if side.startswith("ours-topk"):
-                return self._places(ops.linear_topk(hidden, self.weight, self.bias, k)[1])
+                return self._places(ops.linear_topk(hidden, self.weight, self.bias, k, backend=self.backend)[1])
             if side.startswith("ours"):
-                return ops.linear_rank(hidden, self.weight, self.bias, self.targets).clamp_max(k)
+                return ops.linear_rank(hidden, self.weight, self.bias, self.targets, backend=self.backend).clamp_max(k)
             logits = F.linear(hidden, self.weight, self.bias)
             logits.topk(5)
             return self._places(logits.topk(k).indices)
@@ -353,8 +361,8 @@ def timed(call: Call) -> tuple[Tensor, float]:
     return answer, time.perf_counter() - start
 
 
-def in_turns(case: HeadCase, rounds: int) -> dict[str, Measured]:
-    """Times of all sides of a case.
+def in_turns(case: HeadCase, rounds: int, clock: Callable[[Call], tuple[Tensor, float]] = timed) -> dict[str, Measured]:
+    """Times of all sides of a case, by `clock`.
 
     The first call of each side, not timed, must give the first side's answer and gradients. Then each round calls every side
     once, starting with another one each time. Gradients are dropped after each call, so only one side's memory is in use.
@@ -367,11 +375,11 @@ def in_turns(case: HeadCase, rounds: int) -> dict[str, Measured]:
         found[side] = Measured()
         try:
             call = case.call(side)
-        except NotMeasured as reason:
+            answers = {"answer": call.run()}
+        except (NotMeasured, torch.OutOfMemoryError) as reason:
             found[side].problem = str(reason)
             continue
         found[side].rows, found[side].gflop = call.rows, case.operations(call.rows) / 1e9
-        answers = {"answer": call.run()}
         found[side].answer = float(answers["answer"].double().mean())
         answers |= {name: leaf.grad for name, leaf in call.leaves.items() if leaf.grad is not None}
         expected = expected or answers
@@ -381,7 +389,7 @@ def in_turns(case: HeadCase, rounds: int) -> dict[str, Measured]:
     for number in range(rounds):
         order = list(calls)
         for side in order[number % len(order) :] + order[: number % len(order)]:
-            found[side].seconds.append(timed(calls[side])[1])
+            found[side].seconds.append(clock(calls[side])[1])
             calls[side].forget()
     return found
 

@@ -241,6 +241,8 @@ def judged(value: float | None, asked: float | None, unit: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:,.1f} µs"
     return f"{seconds * 1e3:,.1f} ms" if seconds < 1 else f"{seconds:,.2f} s"
 
 

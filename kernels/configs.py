@@ -8,7 +8,8 @@ and "other", which serves every one that is not listed, under 64 KiB.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,8 +31,8 @@ class Config:
     """Tile sizes of a launch, all powers of two from 16.
 
     Attributes:
-        rows, columns: size of a tile of the result: rows and labels of a head's logits; rows and output channels of a
-            convolution (columns 0: all of them); input and output channels of its weight's gradient.
+        rows, columns: size of a tile of the result: rows and labels of a head's logits; rows of a convolution, which has all
+            channels, and how many of them are finished at once (0: all); output and input channels of its weight's gradient.
         depth: what one step of the product behind the tile takes: channels, or rows where those are summed over.
         features: channels of a gradient that one program owns at most; 0 where there is no second product.
         warps, stages: as Triton's num_warps and num_stages.
@@ -52,10 +53,28 @@ _INTERPRETED: dict[Operation, Config] = {
     "hidden": Config(32, 16, 16, 32),
     "retention": Config(16, 32, 16, 32),
     "topk": Config(16, 32, 16),
-    "conv": Config(16, 0, 16),
+    "conv": Config(16, 32, 16),
     "conv_input": Config(16, 0, 16),
     "conv_weight": Config(16, 32, 16),
 }
+
+
+# Configurations under measurement. Not a context variable: backward passes run in threads of their own.
+_CANDIDATES: dict[Operation, Config] = {}
+
+
+@contextmanager
+def using(operation: Operation, candidate: Config) -> Iterator[None]:
+    """Every launch of `operation` takes `candidate` instead of what the table says; `make tune` measures so."""
+    before = _CANDIDATES.get(operation)
+    _CANDIDATES[operation] = candidate
+    try:
+        yield
+    finally:
+        if before is None:
+            del _CANDIDATES[operation]
+        else:
+            _CANDIDATES[operation] = before
 
 
 def config(operation: Operation, device: torch.device, dtype: torch.dtype, size: int) -> Config:
@@ -64,10 +83,16 @@ def config(operation: Operation, device: torch.device, dtype: torch.dtype, size:
     Args:
         size: what the operation's buckets go by: labels of a head, or output channels of a convolution.
     """
+    if operation in _CANDIDATES:
+        return _CANDIDATES[operation]
     name = architecture(device)
     if name == "interpreter":
         return _INTERPRETED[operation]
-    buckets = _rows()[name, "single" if dtype == torch.float32 else "half", operation]
+    return of_size(_rows()[name, "single" if dtype == torch.float32 else "half", operation], size)
+
+
+def of_size(buckets: list[tuple[int | None, Config]], size: int) -> Config:
+    """The configuration of the first bucket that holds `size`."""
     return next(found for up_to, found in buckets if up_to is None or size <= up_to)
 
 
@@ -76,13 +101,14 @@ def _rows() -> Mapping[tuple[str, str, str], list[tuple[int | None, Config]]]:
     """Buckets, the last without a bound, by (architecture, kind, operation). What an architecture lacks "other" has."""
     table = read()
     other = {(kind, operation) for kind, operations in kinds(table["other"]) for operation in operations}
-    rows = {}
-    for name, (kind, operation) in ((name, key) for name in table for key in other):
-        entries = table[name].get(kind, {}).get(operation) or table["other"][kind][operation]
-        rows[name, kind, operation] = [
-            (entry.get("up_to"), Config(**{key: value for key, value in entry.items() if key != "up_to"})) for entry in entries
-        ]
-    return rows
+    keys = [(name, kind, operation) for name in table for kind, operation in other]
+    return {key: buckets(table, *key) for key in keys}
+
+
+def buckets(table: Mapping[str, Mapping[str, Any]], name: str, kind: str, operation: str) -> list[tuple[int | None, Config]]:
+    """Bounds and configurations of an operation on an architecture, the last without a bound: its own, or those of "other"."""
+    entries = table[name].get(kind, {}).get(operation) or table["other"][kind][operation]
+    return [(entry.get("up_to"), Config(**{key: value for key, value in entry.items() if key != "up_to"})) for entry in entries]
 
 
 def read(path: Path = TABLE) -> dict[str, dict[str, Any]]:

@@ -32,20 +32,22 @@ _PIECE = 64
 @triton.jit(do_not_specialize=["count", "share"])
 def retention_kernel(
     hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, d_hidden, d_weight, d_bias, squares,
-    count, labels, channels, share, stride_hidden, stride_weight, stride_teacher_hidden, stride_teacher_weight, coefficient,
-    GRADIENTS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    coefficient, valid, count, labels, channels, share, stride_hidden, stride_weight, stride_teacher_hidden,
+    stride_teacher_weight, GRADIENTS: tl.constexpr, PADDED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_LABELS: tl.constexpr, DEPTH: tl.constexpr, FEATURES: tl.constexpr,
     PIECE: tl.constexpr,
 ):  # fmt: skip
     """`squares` `[shares, BLOCK_LABELS]`, `d_hidden` `[shares, n, f]`, d(weight) and d(bias) of the share's labels."""
     part = tl.program_id(0)
+    twice = 2 * tl.load(coefficient)
+    real = tl.load(valid) if PADDED else count
     o_features = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     m_features = o_features < channels
     square = tl.zeros([BLOCK_LABELS], tl.float32)
     last = tl.minimum((part + 1) * share, tl.cdiv(labels, BLOCK_LABELS))
     for row_tile in range(tl.cdiv(count, BLOCK_ROWS)):
         o_rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        m_rows = o_rows < count
+        m_rows = o_rows < real
         if GRADIENTS:
             hidden_sum = tl.zeros([BLOCK_ROWS, FEATURES], tl.float32)
         for tile in range(part * share, last):
@@ -69,7 +71,7 @@ def retention_kernel(
                 values = feature_tile(weight, o_labels, m_labels, o_features, channels, stride_weight, COMPUTE)
                 hidden_sum = tl.dot(low, values, hidden_sum, input_precision=PRECISION)
                 m_bias = m_labels & (tl.program_id(1) == 0)
-                bias_sum = tl.sum(difference, 0) * (2 * coefficient)
+                bias_sum = tl.sum(difference, 0) * twice
                 if row_tile > 0:
                     bias_sum += tl.load(d_bias + o_labels, mask=m_bias, other=0.0).to(tl.float32)
                 tl.store(d_bias + o_labels, bias_sum, mask=m_bias)
@@ -77,7 +79,7 @@ def retention_kernel(
                 for piece in tl.static_range(FEATURES // PIECE):
                     o_piece = tl.program_id(1) * FEATURES + piece * PIECE + tl.arange(0, PIECE)
                     rows = feature_tile(hidden, o_rows, m_rows, o_piece, channels, stride_hidden, COMPUTE)
-                    product = tl.dot(tl.trans(low), rows, input_precision=PRECISION) * (2 * coefficient)
+                    product = tl.dot(tl.trans(low), rows, input_precision=PRECISION) * twice
                     p_weight = d_weight + o_labels.to(tl.int64)[:, None] * channels + o_piece[None, :]
                     m_weight = m_labels[:, None] & (o_piece < channels)[None, :]
                     if row_tile > 0:
@@ -85,7 +87,7 @@ def retention_kernel(
                     tl.store(p_weight, product, mask=m_weight)
         if GRADIENTS:
             p_hidden = d_hidden + (part.to(tl.int64) * count + o_rows)[:, None] * channels + o_features[None, :]
-            tl.store(p_hidden, hidden_sum * (2 * coefficient), mask=m_rows[:, None] & m_features[None, :])
+            tl.store(p_hidden, hidden_sum * twice, mask=(o_rows < count)[:, None] & m_features[None, :])
             # What one thread wrote another may read for the next rows.
             tl.debug_barrier()
     if tl.program_id(1) == 0:
@@ -94,7 +96,7 @@ def retention_kernel(
 
 def forward_backward(
     student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor,
-    coefficient: float, need_grad: bool, precision: str = "ieee",
+    coefficient: Tensor, need_grad: bool, valid: Tensor | None = None, precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`coefficient * sum((student logits - teacher logits)^2)` and its gradients with respect to the student's tensors.
 
@@ -103,8 +105,9 @@ def forward_backward(
     Args:
         student_hidden, teacher_hidden: `[n, f]`, float32, bfloat16 or float16.
         weight, teacher_weight: `[C, f]`, of that dtype or float32, C below 2^31. bias, teacher_bias: `[C]`.
-        coefficient: of the sum; a mean over rows and labels has 1 / (n * C) in it.
+        coefficient: of the sum, a scalar on the device; a mean over rows and labels has 1 / (n * C) in it.
         need_grad: whether gradients are wanted.
+        valid: int32 scalar on the device: rows from there on are padding and count as no difference.
         precision: of products of float32: "ieee" or "tf32".
 
     Returns:
@@ -112,6 +115,7 @@ def forward_backward(
         empty without `need_grad`.
     """
     device, dtype = student_hidden.device, student_hidden.dtype
+    coefficient = coefficient.float()
     (count, channels), labels = student_hidden.shape, weight.shape[0]
     sizes = config("retention", device, dtype, labels)
     features = min(sizes.features, power_of_two(channels))
@@ -134,7 +138,8 @@ def forward_backward(
         d_hidden=d_hidden, d_weight=d_weight, d_bias=d_bias, squares=squares, count=count, labels=labels, channels=channels,
         share=share, stride_hidden=wide_hidden.stride(0), stride_weight=wide_weight.stride(0),
         stride_teacher_hidden=wide_teacher_hidden.stride(0), stride_teacher_weight=wide_teacher_weight.stride(0),
-        coefficient=float(coefficient), GRADIENTS=need_grad, COMPUTE=operand_dtype(student_hidden), PRECISION=precision,
+        coefficient=coefficient, valid=coefficient if valid is None else valid, GRADIENTS=need_grad, PADDED=valid is not None,
+        COMPUTE=operand_dtype(student_hidden), PRECISION=precision,
         BLOCK_ROWS=sizes.rows, BLOCK_LABELS=sizes.columns, DEPTH=sizes.depth, FEATURES=features,
         PIECE=min(features, _PIECE),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the kernels of linear heads share: a tile of logits, the operands' preparation, targets by row, launching.
+"""What the kernels share: a tile of logits, the operands' preparation, targets by row, launching.
 
 Row numbers and labels are 32-bit inside a tile and 64-bit wherever they are multiplied by a stride: rows * f and labels * f
 may pass 2^31. Names: `o_*` offsets, `p_*` pointers, `m_*` masks.
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teracon_fast.kernels.configs import Config
+from teracon_fast.kernels.configs import Config, architecture
 
 # Beginning of a running maximum: finite, because -inf less itself would be NaN.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -58,6 +58,16 @@ INTERPRETED = not isinstance(product_tile, triton.JITFunction)
 def operand_dtype(hidden: Tensor) -> Any:
     """Triton's dtype of the operands of products. The interpreter is silently wrong for products of bfloat16: fp32 there."""
     return tl.float32 if INTERPRETED else _DTYPES[hidden.dtype]
+
+
+def dot_precision(device: torch.device) -> str:
+    """How products of float32 are formed: "ieee", exactly, or "tf32" once `torch.set_float32_matmul_precision` allows it.
+
+    Of AMD's chips only gfx942 has the latter.
+    """
+    if torch.get_float32_matmul_precision() == "highest" or (torch.version.hip and architecture(device) != "gfx942"):
+        return "ieee"
+    return "tf32"
 
 
 def operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:

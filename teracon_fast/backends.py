@@ -25,10 +25,13 @@ _CPU = torch.device("cpu")
 # Names in order of preference, per operation. Reference code is the specification, not a backend. The Triton kernels are last:
 # they are verified by Triton's interpreter and by compilation, and have not run on a GPU yet.
 _NAMES: dict[str, tuple[str, ...]] = {
-    "masked_conv": ("cpu", "torch"),
+    "masked_conv": ("cpu", "torch", "triton"),
     "linear_cross_entropy": ("cpu", "torch", "triton"),
     "retention_mse": ("cpu", "torch", "triton"),
     "linear_rank": ("cpu", "torch", "triton"),
+    # All but triton build on the host, wherever the tables go.
+    "packing": ("cpu", "torch", "triton"),
+    "task_masks": ("torch", "triton"),  # on the CPU too little work for kernels of its own
     "adam": ("cpu", "torch", "triton"),
 }
 
@@ -83,6 +86,22 @@ def resolve(
     if reason is not None:
         raise BackendError(f"backend {backend!r} cannot run {operation} here: {reason}")
     return backend
+
+
+def of_model(backend: str, operation: str) -> str:
+    """What a model that was given `backend` asks of one of its operations: the same, or "torch" where other operations have an
+    implementation of that name but this one has none. Calls of the operation itself get what they ask for, or an error."""
+    elsewhere = any(backend in names for names in _NAMES.values())
+    return "torch" if elsewhere and backend not in _NAMES[operation] else backend
+
+
+def check_name(backend: str, operation: str = "masked_conv") -> None:
+    """Refuse a backend that can run no input of an operation here, before there is one.
+
+    Raises:
+        BackendError: when `backend` is not an implementation of `operation`, or what it needs is not installed.
+    """
+    resolve(backend, operation, torch.device("cuda") if backend == "triton" else _CPU)
 
 
 def env_report() -> dict[str, Any]:

@@ -1,20 +1,27 @@
 """Task embeddings to output masks, all sites and tasks at once; annealing of the mask scale; user sampling rates.
 
-A *site* is a place where a mask is applied: two per residual block, in network order.
+A *site* is a place where a mask is applied: two per residual block, in network order. The formulas here are plain PyTorch, with
+autograd's gradients; `ops.task_masks` runs them, or kernels in their place.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from teracon_fast.errors import ConfigError
 
 MaskVariant = Literal["relation", "positive_only", "none"]
 Parity = Literal["official", "paper"]
+
+# Least length of a mask in a cosine.
+COSINE_EPS = 1e-6
 
 
 def check_variant(variant: str) -> MaskVariant:
@@ -34,7 +41,20 @@ def plain_masks(embeddings: Tensor, s: float | Tensor) -> Tensor:
     return torch.sigmoid(s * embeddings)
 
 
-def _columns(num_tasks: int, variant: MaskVariant, tasks: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def of_tasks(masks: Tensor, tasks: Sequence[int]) -> Tensor:
+    """The masks of some tasks, `[S, T, f]` to `[S, n, f]`; a task may be asked for several times."""
+    if tuple(tasks) == tuple(range(masks.shape[1])):
+        return masks
+    if not tasks:
+        return masks[:, :0]
+    # Not by a list of indices, which is copied to the device, waiting for it.
+    parts = masks.unbind(1)
+    return torch.stack([parts[task] for task in tasks], 1)
+
+
+def _columns(
+    num_tasks: int, variant: MaskVariant, tasks: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """For each requested task t and task i: column of w_t that holds i, column of its negated row, and whether it has one."""
     positive, negative, negated = [], [], []
     for t in tasks:
@@ -45,7 +65,16 @@ def _columns(num_tasks: int, variant: MaskVariant, tasks: tuple[int, ...]) -> tu
         has = [variant == "relation" and i != t for i in range(num_tasks)]
         negative.append([plus[i] + 1 if h else 0 for i, h in enumerate(has)])
         negated.append([float(h) for h in has])
-    return torch.tensor(positive), torch.tensor(negative), torch.tensor(negated)
+    return tuple(torch.tensor(part, device=device) for part in (positive, negative, negated))  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=256)
+def _kept_columns(
+    num_tasks: int, variant: MaskVariant, tasks: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_columns`, copied to a device once."""
+    with torch.inference_mode(False):  # whoever asks first: training may ask next
+        return _columns(num_tasks, variant, tasks, device)
 
 
 def relation_masks(
@@ -74,7 +103,9 @@ def relation_masks(
     """
     num_tasks = embeddings.shape[1]
     tasks = tuple(range(num_tasks)) if tasks is None else tasks
-    positive, negative, negated = (t.to(embeddings.device) for t in _columns(num_tasks, variant, tasks))
+    traced = torch.compiler.is_compiling() or is_fake(weights)
+    columns = _columns if traced else _kept_columns
+    positive, negative, negated = columns(num_tasks, variant, tasks, embeddings.device)
     sites = embeddings.shape[0]
     mixing = weights.gather(2, positive.expand(sites, -1, -1))
     if variant == "relation":
@@ -100,7 +131,7 @@ def annealed_scale(batch_index: int, num_batches: float, s_max: float = 50.0, pa
     return low + (s_max - low) * (batch_index / last if last else 0.0)
 
 
-def similarity(first: Tensor, second: Tensor, eps: float = 1e-6) -> Tensor:
+def similarity(first: Tensor, second: Tensor, eps: float = COSINE_EPS) -> Tensor:
     """Cosine similarity over channels, `[..., f]` and `[..., f]` to `[...]`."""
     return torch.cosine_similarity(first, second, dim=-1, eps=eps)
 

@@ -10,7 +10,7 @@ number of rows small without changing any result:
 
 Everything follows from arithmetic on the users' real lengths, so row counts are known on the host and nothing here looks
 at activations. Numbers per user and per offset are worked out here; the tables, with an entry per row, are filled by the
-compiled extension or, where it is missing, by `_numpy_packing`.
+compiled extension or, where it is missing, by `_numpy_packing`; or on a GPU, by `kernels.packing`.
 
 Vocabulary: an *offset* counts positions back from a sequence's last position; a *stream* is one user under one mask; a
 *chain* is the pad prefix that the streams of one request share. Streams and chains are both spans of offsets `[low, high)`;
@@ -19,9 +19,9 @@ each span owns consecutive rows, ordered by offset, in every layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from teracon_fast import _native, _numpy_packing
+from teracon_fast import _native, _numpy_packing, backends, padding, transfers
 from teracon_fast.errors import ShapeError
 
 IntArray = npt.NDArray[np.int32]
@@ -60,13 +60,17 @@ class TapTable:
 
     def to(self, device: torch.device) -> TapTable:
         """The same table on another device."""
+        return self.mapped(partial(transfers.to_device, device=device))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.taps, self.readers, self.bag_rows, self.bag_offsets, self.row_ends
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> TapTable:
+        """The same table with another tensor in place of each."""
+        taps, readers, bag_rows, bag_offsets, row_ends = map(function, self.tensors)
         return replace(
-            self,
-            taps=self.taps.to(device, non_blocking=True),
-            readers=self.readers.to(device, non_blocking=True),
-            bag_rows=self.bag_rows.to(device, non_blocking=True),
-            bag_offsets=self.bag_offsets.to(device, non_blocking=True),
-            row_ends=self.row_ends.to(device, non_blocking=True),
+            self, taps=taps, readers=readers, bag_rows=bag_rows, bag_offsets=bag_offsets, row_ends=row_ends
         )
 
 
@@ -99,12 +103,33 @@ class PackedBatch:
     outputs: list[Tensor]
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same tables on another device."""
+        """The same tables on another device; from the host to a GPU by one copy, and without waiting for the GPU."""
+        if self.cells.device == device:
+            return self
+        if device.type == "cuda" and self.cells.device.type == "cpu":
+            return self.copied(device)
+        return self._mapped(lambda tensor: tensor.to(device))
+
+    def copied(self, device: torch.device) -> PackedBatch:
+        """Tables of the host copied to a device as parts of one buffer, see `transfers.together`."""
+        found = {id(tensor): tensor for tensor in self._tensors()}
+        copies = transfers.together([tensor.numpy() for tensor in found.values()], device)
+        moved = dict(zip(found, copies, strict=True))
+        return self._mapped(lambda tensor: moved[id(tensor)])
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield self.cells
+        yield from self.outputs
+        yield from (tensor for table in self.convolutions for tensor in table.tensors)
+        yield from (tensor for residual in self.residuals for tensor in residual)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
+        tables = {id(table): table.mapped(function) for table in self.convolutions}
         return PackedBatch(
-            self.cells.to(device, non_blocking=True),
-            [table.to(device) for table in self.convolutions],
-            [ResidualTable(t.rows.to(device), t.readers.to(device)) for t in self.residuals],
-            [rows.to(device) for rows in self.outputs],
+            function(self.cells),
+            [tables[id(table)] for table in self.convolutions],
+            [ResidualTable(*map(function, residual)) for residual in self.residuals],
+            [function(rows) for rows in self.outputs],
         )
 
     @property
@@ -130,9 +155,21 @@ class ConvGeometry:
     reader_rank: IntArray  # [K, |O_in|] its rank in the output layer
 
 
-@dataclass(frozen=True)
+class TableForm(NamedTuple):
+    """What a table of the network depends on. Equal tables are built once."""
+
+    lookups: ConvGeometry
+    inputs: int  # numbers of the layers that it reads and makes, among the distinct ones
+    outputs: int
+    dilation: int
+
+
+@dataclass(frozen=True, eq=False)
 class Geometry:
-    """Offsets that every layer must produce, for one length, network and kind of output. Layer 0 is the embedding."""
+    """Offsets that every layer must produce, for one length, network and kind of output. Layer 0 is the embedding.
+
+    Equal to itself only, and hashable: `geometry` returns the same one for the same arguments.
+    """
 
     length: int
     kernel_size: int
@@ -142,6 +179,37 @@ class Geometry:
     ranks: tuple[IntArray, ...]  # ranks[l][o] = number of offsets of layer l below o, for o in 0..length
     convolutions: tuple[ConvGeometry, ...]
     residuals: tuple[ConvGeometry, ...]  # a block's input is read through one tap that stays at the row's own offset
+
+    @cached_property
+    def layer_numbers(self) -> tuple[int, ...]:
+        """Of each layer its number among the distinct ones: neighbours with the same offsets are one."""
+        new = [i == 0 or offsets is not self.offsets[i - 1] for i, offsets in enumerate(self.offsets)]
+        return tuple(int(number) - 1 for number in np.cumsum(new))
+
+    @cached_property
+    def distinct_layers(self) -> tuple[int, ...]:
+        """One layer of each number."""
+        return tuple(self.layer_numbers.index(number) for number in range(self.layer_numbers[-1] + 1))
+
+    @cached_property
+    def rank_table(self) -> IntArray:
+        """Ranks of the distinct layers, int32 `[layers, L + 1]`."""
+        return np.stack([self.ranks[layer] for layer in self.distinct_layers])
+
+    @cached_property
+    def tables(self) -> tuple[list[TableForm], list[int], list[int]]:
+        """The distinct tables, and which of them each convolution and each residual block has."""
+        forms: dict[tuple[int, int, int], TableForm] = {}
+
+        def key(lookups: ConvGeometry, i: int, o: int, dilation: int) -> tuple[int, int, int]:
+            form = TableForm(lookups, self.layer_numbers[i], self.layer_numbers[o], dilation)
+            forms.setdefault(form[1:], form)
+            return form[1:]
+
+        convolutions = [key(conv, i, i + 1, self.dilations[i]) for i, conv in enumerate(self.convolutions)]
+        residuals = [key(conv, 2 * i, 2 * i + 2, 0) for i, conv in enumerate(self.residuals)]
+        numbers = {found: number for number, found in enumerate(forms)}
+        return list(forms.values()), [numbers[k] for k in convolutions], [numbers[k] for k in residuals]
 
 
 @lru_cache(maxsize=64)
@@ -255,24 +323,41 @@ class Spans:
 class Layer:
     """Rows of one layer."""
 
-    def __init__(self, spans: Spans, offsets: IntArray, rank: IntArray) -> None:
-        counts = rank[spans.high] - rank[spans.low]
-        ends = np.cumsum(counts, dtype=np.int64)
-        self.rows = int(ends[-1]) if len(ends) else 0
+    def __init__(
+        self, offsets: IntArray, rank: IntArray, counts: IntArray, start: IntArray, request_ends: IntArray,
+        rows_per_request: Sequence[int],
+    ) -> None:  # fmt: skip
+        self.rows = sum(rows_per_request)
         if self.rows >= 2**31:
             raise ShapeError(f"packed batch has {self.rows} rows, expected less than 2**31: encode fewer users at once")
         # Row of (span, offset) = start[span] + rank[offset].
-        self.start = (ends - counts - rank[spans.low]).astype(np.int32)
-        bounds = ends[np.array(spans.request_ends, dtype=np.int64) - 1] if spans.request_ends else ends
-        self.rows_per_request = tuple(int(n) for n in np.diff(bounds, prepend=0))
-        self.row_ends = torch.from_numpy(bounds.astype(np.int32))
+        self.start = start
+        self.request_ends, self.rows_per_request = request_ends, tuple(rows_per_request)
         self.offsets, self.rank, self._counts = offsets, rank, counts
+
+    @cached_property
+    def row_ends(self) -> Tensor:
+        """int32 `[requests]`, behind the last row of each request."""
+        return torch.from_numpy(self.request_ends)
 
     @cached_property
     def spans_and_places(self) -> tuple[IntArray, IntArray]:
         """For each row its span and its place, int32 `[rows]` each. Only numpy needs them."""
         span = np.repeat(np.arange(len(self._counts), dtype=np.int32), self._counts)
         return span, np.arange(self.rows, dtype=np.int32) - self.start[span]
+
+
+def _layers(spans: Spans, geo: Geometry) -> list[Layer]:
+    """The distinct layers: numbers of all of them are worked out at once."""
+    ranks = geo.rank_table
+    below = ranks.take(spans.low, axis=1)
+    counts = ranks.take(spans.high, axis=1) - below
+    ends = np.cumsum(counts, axis=1, dtype=np.int64)
+    start = (ends - counts - below).astype(np.int32)
+    request_ends = ends.take(np.array(spans.request_ends, dtype=np.int64) - 1, axis=1)
+    rows = np.diff(request_ends, prepend=0, axis=1).tolist()
+    parts = zip(geo.distinct_layers, ranks, counts, start, request_ends.astype(np.int32), rows, strict=True)
+    return [Layer(geo.offsets[layer], *of_layer) for layer, *of_layer in parts]
 
 
 def _tap_table(spans: Spans, geo: ConvGeometry, inputs: Layer, outputs: Layer) -> TapTable:
@@ -292,16 +377,23 @@ def _cells(spans: Spans, first: Layer, length: int) -> Tensor:
     return torch.from_numpy(_numpy_packing.cells(spans, first, length))
 
 
-def pack(lengths: npt.NDArray[np.int64], requests: Sequence[Streams], geo: Geometry) -> PackedBatch:
-    """Build the tables of one packed pass.
+def pack(
+    lengths: npt.NDArray[np.int64], requests: Sequence[Streams], geo: Geometry, device: torch.device | None = None,
+    backend: str = "auto", padded: bool = False,
+) -> PackedBatch:  # fmt: skip
+    """Build the tables of one packed pass. Never waits for the device.
 
     Args:
         lengths: int64 `[B]`, real length of every row of `x` (see `real_lengths`), at most `geo.length`.
         requests: one entry per (mask, set of users); request `i` uses mask `i` of each site.
         geo: from `geometry(...)`.
+        device: where the tables shall be; None for the host.
+        backend: "triton" builds them there, by `kernels.packing`; every other one on the host. The numbers are the same.
+        padded: whether tables have the sizes of the batch's bucket, see `padding.pad`.
 
     Raises:
         ShapeError: for lengths, users or drop_last outside their range.
+        BackendError: when an explicitly requested backend is not available for this device.
     """
     lengths = np.asarray(lengths)
     if lengths.ndim != 1 or (len(lengths) and not (0 <= lengths.min() and lengths.max() <= geo.length)):
@@ -310,31 +402,32 @@ def pack(lengths: npt.NDArray[np.int64], requests: Sequence[Streams], geo: Geome
         users = request.users
         if len(users) and not (0 <= users.min() and users.max() < len(lengths)):
             raise ShapeError(f"request {i} names users {users.min()}..{users.max()}, expected 0..{len(lengths) - 1}")
+    device = torch.device("cpu") if device is None else device
+    chosen = backends.resolve(backend, "packing", device)
     spans = Spans(lengths, requests, geo.length)
-    layers: list[Layer] = []
-    for i, offsets in enumerate(geo.offsets):
-        same = i > 0 and offsets is geo.offsets[i - 1]
-        layers.append(layers[-1] if same else Layer(spans, offsets, geo.ranks[i]))
-    built: dict[tuple[int, int, int], TapTable] = {}
-
-    def table(conv: ConvGeometry, i: int, o: int, dilation: int) -> TapTable:
-        key = (id(layers[i]), id(layers[o]), dilation)
-        if key not in built:
-            built[key] = _tap_table(spans, conv, layers[i], layers[o])
-        return built[key]
-
-    convolutions = [table(conv, i, i + 1, geo.dilations[i]) for i, conv in enumerate(geo.convolutions)]
-    added = [table(conv, 2 * i, 2 * i + 2, 0) for i, conv in enumerate(geo.residuals)]
-    residuals = [ResidualTable(one.taps.view(-1), one.readers.view(-1)) for one in added]
+    layers = _layers(spans, geo)
     outputs = [_output_rows(spans, layers[-1], geo, part) for part in spans.stream_slices]
-    return PackedBatch(_cells(spans, layers[0], geo.length), convolutions, residuals, outputs)
+    if chosen == "triton":
+        from teracon_fast.kernels import packing as kernels
+
+        return kernels.pack(spans, layers, outputs, geo, device, padded)
+    forms, convolutions, residuals = geo.tables
+    tables = [_tap_table(spans, form.lookups, layers[form.inputs], layers[form.outputs]) for form in forms]
+    added = {n: ResidualTable(tables[n].taps.view(-1), tables[n].readers.view(-1)) for n in residuals}
+    packed = PackedBatch(
+        _cells(spans, layers[0], geo.length),
+        [tables[number] for number in convolutions],
+        [added[number] for number in residuals],
+        [torch.from_numpy(rows) for rows in outputs],
+    )
+    return (padding.pad(packed) if padded else packed).to(device)
 
 
-def _output_rows(spans: Spans, last: Layer, geo: Geometry, streams: slice) -> Tensor:
+def _output_rows(spans: Spans, last: Layer, geo: Geometry, streams: slice) -> npt.NDArray[np.int64]:
     """Rows of a request's outputs: the last position's, or those of positions 0..L-1 in order."""
     available = int(spans.total[streams.start - 1])
     offsets = np.arange(available - 1, -1, -1, dtype=np.int32) if geo.every_position else np.zeros(1, np.int32)
     own = offsets[None, :] < spans.high[streams][:, None]
     start = np.where(own, last.start[streams][:, None], last.start[spans.chain[streams]][:, None])
     rows = (start + geo.ranks[-1][offsets][None, :]).astype(np.int64)
-    return torch.from_numpy(rows if geo.every_position else rows[:, 0])
+    return rows if geo.every_position else rows[:, 0]

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from teracon_fast import backends, masks, ops, packing
+from teracon_fast import backends, masks, ops, packing, transfers
 from teracon_fast.deferred import Embedding
 from teracon_fast.encoder import Encoder
 from teracon_fast.errors import ConfigError, ShapeError
-from teracon_fast.masks import MaskVariant
+from teracon_fast.masks import MaskVariant, of_tasks
 
 LAYER_NORM_EPS = 1e-8
 # Without gradient, from so many users on packing the weights for an encoder pays.
@@ -118,7 +118,8 @@ class FastTCN(nn.Module):
         kernel_size: at least 2.
         task_embedding_range: bounds of the uniform initialisation of task embeddings.
         mask: "relation" (Eq. 12), "positive_only" (no negated rows) or "none" (Eq. 6).
-        backend: of the compiled operations, see `teracon_fast.env_report()`.
+        backend: of the compiled operations, see `teracon_fast.env_report()`. An operation that has no implementation of that
+            name (task masks of `cpu`) runs on "torch".
         algorithm: of the convolutions, "auto", "direct" or "winograd", see `ops.masked_conv`.
 
     With one task the native form has no relation weights and uses the plain mask (Eq. 6), like the published task-1 network.
@@ -161,7 +162,7 @@ class FastTCN(nn.Module):
             has_relation = len(labels) > 1 and variant != "none"
         self.model_para = dict(model_para) if model_para is not None else None
         _check_sizes(num_items, channels, labels, dilations, kernel_size)
-        backends.resolve(backend)  # an unknown name fails here, not in the first step
+        backends.check_name(backend)  # an unknown name fails here, not in the first step
         self.num_items, self.channels, self.labels = int(num_items), int(channels), [int(c) for c in labels]
         self.dilations, self.kernel_size = tuple(int(d) for d in dilations), int(kernel_size)
         low, high = task_embedding_range
@@ -235,6 +236,31 @@ class FastTCN(nn.Module):
         chosen = tuple(range(self.num_tasks)) if tasks is None else tuple(tasks)
         for task in chosen:
             self._check_task(task)
+        embeddings, weights, biases, variant = self._mask_parameters(chosen, plain)
+        # Plain masks: the embeddings are those of the chosen tasks alone.
+        numbers = None if weights is None else chosen
+        return ops.task_masks(
+            embeddings, weights, biases, s, variant=variant, tasks=numbers, backend=self._backend_of("task_masks")
+        )
+
+    def step_masks(self, teacher: FastTCN, s: float | Tensor, c: float = 6.0) -> ops.StepMasks:
+        """Masks of all tasks and the teacher's at every site, and the sampling rates that follow from them (Eq. 12, 15).
+
+        Args:
+            teacher: of the past tasks; without gradient.
+            s: mask scale of both.
+            c: scale of the cosine between the teacher's masks and that of the last task.
+
+        Returns:
+            `masks(s)` `[S, T, f]`; the teacher's `masks(s)` `[S, J, f]`; rho, float64 `[J]`, for the next step.
+        """
+        own = self._mask_parameters(tuple(range(self.num_tasks)))
+        with torch.no_grad():
+            its = teacher._mask_parameters(tuple(range(teacher.num_tasks)))
+        return ops.step_masks(own, its, s, c, backend=self._backend_of("task_masks"))
+
+    def _mask_parameters(self, chosen: tuple[int, ...], plain: bool = False) -> ops.MaskParameters:
+        """What the masks of the chosen tasks are formed from; for plain masks the chosen tasks' embeddings only."""
         plain = plain or not self.has_relation
         # A parameter that the chosen masks do not depend on stays out of the graph: its gradient is None, as published.
         used = chosen if plain else tuple(range(self.num_tasks))
@@ -242,11 +268,14 @@ class FastTCN(nn.Module):
         embeddings = torch.stack([block.task_embeddings[t] for block in self.blocks for t in used])
         embeddings = embeddings.view(sites // 2, len(used), 2, -1).transpose(1, 2).reshape(sites, len(used), -1)
         if plain:
-            return masks.plain_masks(embeddings, s)
+            return ops.MaskParameters(embeddings, variant=self.mask_variant)
         linears = [block.relation_weights(t)[site] for block in self.blocks for site in (0, 1) for t in chosen]
         weights = torch.cat([linear.weight for linear in linears]).view(sites, len(chosen), -1)
         biases = torch.cat([linear.bias for linear in linears]).view(sites, len(chosen))
-        return masks.relation_masks(embeddings, weights, biases, s, self.mask_variant, chosen)
+        return ops.MaskParameters(embeddings, weights, biases, self.mask_variant)
+
+    def _backend_of(self, operation: str) -> str:
+        return backends.of_model(self.backend, operation)
 
     def encode(
         self, x: Tensor, requests: Sequence[Request], s: float = 50.0, masks: Tensor | None = None,
@@ -266,8 +295,7 @@ class FastTCN(nn.Module):
         """
         for request in requests:
             self._check_task(request.task)
-        masks = self.masks(s) if masks is None else masks
-        chosen = masks[:, [request.task for request in requests]]
+        chosen = of_tasks(self.masks(s) if masks is None else masks, [request.task for request in requests])
         return self._last_states(x, [(r.users, r.drop_last) for r in requests], chosen, lengths)
 
     def encoder(self, s: float = 50.0) -> Encode:
@@ -311,7 +339,7 @@ class FastTCN(nn.Module):
         """States of every position under one task's mask, equal pad states merged. Arguments as `encode`."""
         self._check_task(task)
         masks = self.masks(s) if masks is None else masks
-        hidden, packed = self._run(x, [(None, 0)], masks[:, [task]], lengths, every_position=True)
+        hidden, packed = self._run(x, [(None, 0)], of_tasks(masks, [task]), lengths, every_position=True)
         return PackedPositions(hidden, packed.outputs[0])
 
     def next_item_loss(
@@ -400,11 +428,8 @@ class FastTCN(nn.Module):
             packing.Streams(everyone if users is None else users.detach().cpu().numpy().astype(np.int64), drop)
             for users, drop in requests
         ]
-        packed = packing.pack(lengths, streams, geometry)
-        device = self.device
-        if device.type != "cpu":
-            packed = packed.to(device)
-        items = x.to(device).reshape(-1)[packed.cells]
+        packed = packing.pack(lengths, streams, geometry, self.device, self.backend)
+        items = transfers.to_device(x, self.device).reshape(-1)[packed.cells]
         hidden = self.embeding.rows(items)
         for rows in self.layers(hidden, chosen, packed):
             hidden = rows
@@ -514,9 +539,9 @@ class FastTCN(nn.Module):
     @torch.no_grad()
     def clamp_task_embeddings(self, bound: float = 6.0) -> None:
         """Clamp all task embeddings to [-bound, bound], as after every optimiser step."""
-        for block in self.blocks:
-            for embedding in block.task_embeddings:
-                embedding.clamp_(-bound, bound)
+        embeddings = [embedding for block in self.blocks for embedding in block.task_embeddings]
+        torch._foreach_clamp_min_(embeddings, -bound)
+        torch._foreach_clamp_max_(embeddings, bound)
 
     def _check_task(self, task: int) -> None:
         if not 0 <= task < self.num_tasks:

@@ -17,11 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teracon_fast import _native, ops, packing
-from teracon_fast.data import ahead, epoch_batches, fetch
+from teracon_fast import _native, ops, packing, transfers
+from teracon_fast.data import BatchSource, ahead, epoch_batches
 from teracon_fast.errors import TeraconError
 from teracon_fast.masks import Parity, annealed_scale
-from teracon_fast.masks import rho as sampling_rates
 from teracon_fast.metrics import selection_value
 from teracon_fast.optim import Adam
 from teracon_fast.tcn import FastTCN, Request
@@ -52,7 +51,8 @@ class HostCopy:
             self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._values.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+            # The copy's own stream, which is not the current device's where the tensor is on another.
+            self._event.record(torch.cuda.current_stream(tensor.device))
         else:
             self._values = tensor
 
@@ -167,10 +167,9 @@ def continual_step(
     lengths = packing.real_lengths(x) if lengths is None else lengths  # as in `t1_step`
     x, y = to_device(x, model), to_device(y, model)
     with _forward(model, precision):
-        masks = model.masks(s)
+        masks, teacher_masks, rates = model.step_masks(teacher, s, c)
+        next_rho = HostCopy(rates)  # on its way before anything else is queued
         with torch.no_grad():
-            teacher_masks = teacher.masks(s)
-            next_rho = HostCopy(sampling_rates(teacher_masks, masks[:, current].detach(), c))
             # Task 1 predicts the last item of a sequence, so it must not see it.
             asked = [Request(j, users[j], int(j == 0)) for j in past]
             pseudo = teacher.encode(x, asked, s, teacher_masks, lengths)
@@ -197,10 +196,7 @@ def continual_step(
 
 def to_device(tensor: Tensor, model: FastTCN) -> Tensor:
     """The tensor where the model is; from the host to a GPU without waiting for what the GPU is doing."""
-    device = model.device
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return transfers.to_device(tensor, model.device)
 
 
 def drawing_rates(rho: Sequence[float], sampling: Sampling) -> list[float]:
@@ -351,11 +347,12 @@ def train_task(task: TaskTraining, host: Host) -> None:
     at, config = task.position, task.config
     num_batches = len(task.split.train) / config.batch_size  # a float: the official annealing does not round it
     read_always = not waits_for_device(task.model)
+    source = BatchSource(task.data, task.model.device)
     while at.epoch < config.epochs and at.stale < config.patience:
         batches = epoch_batches(task.split.train, config.batch_size, task.order_seed, at.epoch)
-        rest = (_prepared(task.data, batches[k]) for k in range(at.batch, len(batches)))
+        rest = (source.prepare(batches[k]) for k in range(at.batch, len(batches)))
         with closing(ahead(rest)) as ready:
-            for x, y, lengths in ready:
+            for x, y, lengths in map(source.load, ready):
                 s = annealed_scale(at.batch, num_batches, config.s_max, task.parity)
                 logged = at.step % task.log_every == 0
                 task.losses.add(run_step(task, x, y, s, lengths, logged))
@@ -371,12 +368,6 @@ def train_task(task: TaskTraining, host: Host) -> None:
         host.log("valid", task, epoch=at.epoch, step=at.step - 1, metrics=metrics, best=best, **at.mean_losses())
         at.end_epoch(score)
         host.checkpoint(task)
-
-
-def _prepared(data: TaskData, samples: NDArray[np.int64]) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
-    """All that a step needs of a batch: sequences, labels, and real lengths of the sequences."""
-    x, y = fetch(data, samples)
-    return x, y, packing.real_lengths(x)
 
 
 def waits_for_device(model: FastTCN) -> bool:

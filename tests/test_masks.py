@@ -55,3 +55,15 @@ def test_annealing_ends() -> None:
 def test_unknown_variant_is_refused() -> None:
     with pytest.raises(ConfigError, match="'negative', expected one of"):
         masks.check_variant("negative")
+
+
+def test_masks_of_some_tasks_and_their_gradient() -> None:
+    everything = torch.randn(4, 3, 5, requires_grad=True)
+    assert masks.of_tasks(everything, [0, 1, 2]) is everything
+    assert masks.of_tasks(everything, []).shape == (4, 0, 5)
+    for tasks in ([2, 0, 1], [1], [2, 2, 0, 2]):
+        weight = torch.randn(4, len(tasks), 5)
+        got, expected = masks.of_tasks(everything, tasks), everything[:, tasks]
+        assert torch.equal(got, expected)
+        pairs = [torch.autograd.grad((one * weight).sum(), everything)[0] for one in (got, expected)]
+        assert torch.equal(*pairs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from unittest import mock
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_tables import Pass, assert_same, passes
 from torch import Tensor
 
 from teracon_fast import _native, packing
@@ -22,42 +22,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@st.composite
-def passes(draw: st.DrawFn) -> tuple[np.ndarray, list[Streams], packing.Geometry]:
-    length, batch = draw(st.integers(1, 40)), draw(st.integers(0, 8))
-    dilations = draw(st.lists(st.integers(1, 9), max_size=4))
-    geometry = packing.geometry(length, tuple(dilations), draw(st.integers(2, 5)), draw(st.booleans()))
-    lengths = draw(st.lists(st.integers(0, length), min_size=batch, max_size=batch))
-    users = st.lists(st.integers(0, batch - 1), max_size=12) if batch else st.just([])
-    chosen = draw(st.lists(st.tuples(users, st.integers(0, length - 1)), max_size=3))
-    return np.array(lengths, np.int64), [Streams(np.array(u, np.int64), drop) for u, drop in chosen], geometry
-
-
 def in_numpy(lengths: np.ndarray, requests: list[Streams], geometry: packing.Geometry) -> PackedBatch:
     with mock.patch.object(_native, "available", return_value=False):
         return packing.pack(lengths, requests, geometry)
 
 
-def tensors(packed: PackedBatch) -> Iterator[Tensor]:
-    yield packed.cells
-    yield from packed.outputs
-    for table in packed.convolutions:
-        yield from (table.taps, table.readers, table.bag_rows, table.bag_offsets)
-    for residual in packed.residuals:
-        yield from residual
-
-
-def assert_same(result: PackedBatch, expected: PackedBatch) -> None:
-    for one, other in zip(tensors(result), tensors(expected), strict=True):
-        assert one.is_contiguous()
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
-    for table, other_table in zip(result.convolutions, expected.convolutions, strict=True):
-        assert table.rows_per_request == other_table.rows_per_request and table.rows_in == other_table.rows_in
-
-
 @settings(max_examples=200, deadline=None)
 @given(passes(), st.integers(1, 3))
-def test_tables_equal_numpy(case: tuple[np.ndarray, list[Streams], packing.Geometry], threads: int) -> None:
+def test_tables_equal_numpy(case: Pass, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -8,6 +8,7 @@ import torch
 from dense_check import assert_close, gradients, ragged, twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_tables import Pass, assert_same, passes, tensors
 
 from teracon_fast import Request, packing
 from teracon_fast.errors import ShapeError
@@ -181,3 +182,16 @@ def test_geometry_refuses_impossible_networks() -> None:
     for arguments, message in [((0, (1,)), "length is 0"), ((5, (0,)), "dilations"), ((5, (1,), 1), "kernel_size is 1")]:
         with pytest.raises(ShapeError, match=message):
             packing.geometry(*arguments)
+
+
+@settings(max_examples=30, deadline=None)
+@given(passes())
+def test_a_copy_in_one_buffer_is_the_same_batch(case: Pass) -> None:
+    packed = packing.pack(*case)
+    result = packed.copied(torch.device("cpu"))
+    assert_same(result, packed)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors(result) if tensor.numel()}) <= 1
+    tables, copies = ([id(table) for table in batch.convolutions] for batch in (packed, result))
+    assert [tables.index(i) for i in tables] == [copies.index(i) for i in copies], "equal tables stay one"
+    assert packed.to(torch.device("cpu")) is packed
+    assert packed.to(torch.device("meta")).cells.device.type == "meta"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from teracon_fast import FastTCN, packing, trainer
 from teracon_fast.config import TaskConfig
 from teracon_fast.data import TaskData, epoch_batches, fetch, split_task
+from teracon_fast.data import device as data_device
 from teracon_fast.reference import ReferenceTCN
 from teracon_fast.reference import continual_step as reference_step
 from teracon_fast.trainer import (
@@ -323,7 +324,7 @@ def test_batches_are_prepared_in_a_thread_and_its_error_stops_the_loop_at_its_ba
 
     stopped = tiny_training(tiny, 2, epochs=2)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
-        patch.setattr(trainer, "fetch", failing)
+        patch.setattr(data_device, "fetch", failing)
         train_task(stopped, ScriptedHost([]))
     assert makers == {False} and threading.active_count() == before
     assert (stopped.position.batch, stopped.position.step) == (2, 2), "the batches before it have been trained on"

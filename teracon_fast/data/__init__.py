@@ -11,6 +11,7 @@ for batch in epoch_batches(split.train, 32, seed=0, epoch=0):
 
 from teracon_fast.data.batches import EpochBatches, epoch_batches, fetch
 from teracon_fast.data.blocks import Block, pad_left
+from teracon_fast.data.device import Batch, BatchSource
 from teracon_fast.data.dictionaries import Dictionary, read_published_index
 from teracon_fast.data.layout import TaskMeta
 from teracon_fast.data.official import read_sequences_csv
@@ -20,6 +21,8 @@ from teracon_fast.data.store import DatasetWriter, TaskData, TaskSequence, open_
 from teracon_fast.data.tabular import read_parquet
 
 __all__ = [
+    "Batch",
+    "BatchSource",
     "Block",
     "DatasetWriter",
     "Dictionary",

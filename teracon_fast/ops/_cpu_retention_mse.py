@@ -48,20 +48,36 @@ def factors_are_faster(form: str, rows: int, weight: Tensor, dtype: torch.dtype)
 
 def distance(
     student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor,
-    coefficient: float, form: str, needs: Needs, factored: bool,
+    coefficient: Tensor, valid: Tensor | None, form: str, needs: Needs, factored: bool,
 ) -> Result:  # fmt: skip
-    """As `_torch_retention_mse.distance`. Only the direct form has factors."""
+    """As `_torch_retention_mse.distance`. Only the direct form has factors, and those have no padding rows."""
+    if valid is not None:
+        return _of_valid_rows(
+            int(valid), student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, coefficient, form, needs
+        )
+    scale = float(coefficient)
     arguments = (student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
     if not factored and chosen_form(form, len(student_hidden), weight.shape[1], student_hidden.dtype) == "gram":
-        return _by_gram(*arguments, coefficient, needs)
+        return _by_gram(*arguments, scale, needs)
     d_hidden, d_weight, d_bias = _room(student_hidden, weight, bias, (needs[0], needs[1] and not factored, needs[2]))
     d_logits = torch.empty(weight.shape[0], len(student_hidden)) if factored else torch.empty(0)
     loss = torch.ops.teracon_fast.retention_mse_cpu(
-        *dense_head(student_hidden, weight, bias), *dense_head(teacher_hidden, teacher_weight, teacher_bias), coefficient,
+        *dense_head(student_hidden, weight, bias), *dense_head(teacher_hidden, teacher_weight, teacher_bias), scale,
         *schedule(weight.shape[0]), d_hidden, d_weight, d_bias, d_logits,
     )  # fmt: skip
     d_weight = d_logits if factored else d_weight
     return torch.tensor(loss, dtype=torch.float32), d_hidden.to(student_hidden.dtype), d_weight, d_bias.to(bias.dtype)
+
+
+def _of_valid_rows(
+    valid: int, student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
+    teacher_bias: Tensor, coefficient: Tensor, form: str, needs: Needs,
+) -> Result:  # fmt: skip
+    heads = (weight, bias, teacher_hidden[:valid], teacher_weight, teacher_bias)
+    loss, d_hidden, d_weight, d_bias = distance(student_hidden[:valid], *heads, coefficient, None, form, needs, False)
+    if needs[0]:
+        d_hidden = torch.cat([d_hidden, torch.zeros_like(student_hidden[valid:])])
+    return loss, d_hidden, d_weight, d_bias
 
 
 def _room(hidden: Tensor, weight: Tensor, bias: Tensor, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:

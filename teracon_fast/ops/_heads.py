@@ -83,6 +83,30 @@ def keep_gradients(ctx: Any, gradients: tuple[Tensor, ...]) -> None:
     ctx.gradients = gradients
 
 
+_UNITS: dict[torch.device, Tensor] = {}
+
+
+def unit_gradient(loss: Tensor) -> Tensor:
+    """A 1 to start a backward pass from: `loss.backward(unit_gradient(loss))`.
+
+    Operations that form gradients with their loss know it where it reaches them, and hand those on as they are. A GPU's
+    numbers they cannot look at without waiting, so another gradient costs them a pass over all of theirs.
+    """
+    if loss.dtype != torch.float32:
+        return torch.ones_like(loss)
+    if loss.device not in _UNITS:
+        _UNITS[loss.device] = torch.ones((), device=loss.device)
+    return _UNITS[loss.device]
+
+
+def _is_unit(grad: Tensor) -> bool:
+    if torch.compiler.is_compiling() or is_fake(grad):
+        return False
+    if grad.device.type == "cpu":
+        return float(grad) == 1.0
+    return grad is _UNITS.get(grad.device) and grad._version == 0
+
+
 def kept_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
     """Those gradients, times what came down to the loss.
 
@@ -94,7 +118,7 @@ def kept_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError("got a second backward pass through a loss, expected retain_graph=True in the first one")
     if not torch._C._autograd._get_current_graph_task_keep_graph():
         ctx.gradients = None
-    # A loss that is not scaled further, the usual case, needs no pass over d(weight). On a GPU looking would wait for it.
-    if not torch.compiler.is_compiling() and not is_fake(grad) and grad.device.type == "cpu" and float(grad) == 1.0:
+    # A loss that is not scaled further, the usual case, needs no pass over d(weight).
+    if _is_unit(grad):
         return gradients
     return tuple(gradient * grad.to(gradient.dtype) for gradient in gradients)

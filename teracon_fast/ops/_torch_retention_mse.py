@@ -3,6 +3,7 @@ The `torch` backend."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,15 +17,18 @@ _BLOCK_BYTES = 64 << 20
 
 def distance(
     student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor,
-    coefficient: float, form: str, needs: Needs, factored: bool,
+    coefficient: Tensor, valid: Tensor | None, form: str, needs: Needs, factored: bool,
 ) -> Result:  # fmt: skip
     """`coefficient * sum((student logits - teacher logits)^2)`, and its gradients, empty where not needed.
+
+    `coefficient` is a scalar; rows from `valid` on, an int32 scalar, are padding and count as no difference.
 
     With `factored`, the gradient of the logits `[C, n]` stands for that of the weight: only the `cpu` backend is asked for it.
     """
     assert not factored
     dtype = student_hidden.dtype
     wide = sums_dtype(dtype)
+    coefficient = coefficient.to(wide)
     loss = student_hidden.new_zeros((), dtype=wide)
     d_hidden = student_hidden.new_zeros(student_hidden.shape if needs[0] else (0,), dtype=wide)
     d_weight = weight.new_empty(weight.shape if needs[1] else (0,))
@@ -36,6 +40,8 @@ def distance(
         student = F.linear(student_hidden, own, bias[part].to(dtype))
         teacher = F.linear(teacher_hidden, teacher_weight[part].to(dtype), teacher_bias[part].to(dtype))
         difference = student.to(wide) - teacher.to(wide)
+        if valid is not None:
+            difference.masked_fill_((torch.arange(len(difference), device=valid.device) >= valid)[:, None], 0)
         loss += difference.square().sum()
         difference *= 2 * coefficient
         low_difference = difference.to(dtype)

@@ -18,10 +18,13 @@ def forward(
 ) -> Forward:
     """As `_torch_linear_cross_entropy.forward`."""
     from teracon_fast.kernels import linear_cross_entropy as kernels
+    from teracon_fast.kernels.tiles import dot_precision
 
     require_range("linear_cross_entropy", targets, weight.shape[0], "targets")
     require_range("linear_cross_entropy", rows, hidden.shape[0], "rows")
-    losses, statistics, best, rank = kernels.forward(hidden, weight, bias, targets, rows, predict)
+    losses, statistics, best, rank = kernels.forward(
+        hidden, weight, bias, targets, rows, predict, dot_precision(hidden.device)
+    )
     return losses, statistics, statistics.new_empty(0), statistics.new_empty(0), best, rank
 
 
@@ -31,7 +34,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `_torch_linear_cross_entropy.backward`."""
     from teracon_fast.kernels import linear_cross_entropy as kernels
+    from teracon_fast.kernels.tiles import dot_precision
 
     return kernels.backward(
-        grad, hidden, weight, bias, targets, rows, statistics, need_hidden, need_weight, filter_eps
+        grad, hidden, weight, bias, targets, rows, statistics, need_hidden, need_weight, filter_eps,
+        dot_precision(hidden.device),
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from teracon_fast import backends
 from teracon_fast.errors import ShapeError
-from teracon_fast.ops import _cpu_masked_conv, _torch_masked_conv
+from teracon_fast.ops import _cpu_masked_conv, _torch_masked_conv, _triton_masked_conv
 from teracon_fast.packing import ResidualTable, TapTable
 
 
@@ -36,7 +36,9 @@ class _Implementation(Protocol):
 
 
 ALGORITHMS = ("auto", "direct", "winograd")
-_IMPLEMENTATIONS: dict[str, _Implementation] = {"cpu": _cpu_masked_conv, "torch": _torch_masked_conv}
+_IMPLEMENTATIONS: dict[str, _Implementation] = {
+    "cpu": _cpu_masked_conv, "torch": _torch_masked_conv, "triton": _triton_masked_conv
+}  # fmt: skip
 
 
 def masked_conv(

@@ -8,6 +8,7 @@ so no [users, labels] matrix is ever held.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ class _Implementation(Protocol):
 
     def distance(
         self, student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-        teacher_bias: Tensor, coefficient: float, form: str, needs: Needs, factored: bool,
+        teacher_bias: Tensor, coefficient: Tensor, valid: Tensor | None, form: str, needs: Needs, factored: bool,
     ) -> Result: ...  # fmt: skip
 
 
@@ -42,7 +43,7 @@ OneOrMore = Tensor | Sequence[Tensor]
 def retention_mse(
     student_hidden: OneOrMore, weight: OneOrMore, bias: OneOrMore, teacher_hidden: OneOrMore, teacher_weight: OneOrMore,
     teacher_bias: OneOrMore, rho: Sequence[float] | Tensor | None = None, *, scale: float = 1.0, form: str = "auto",
-    factored_gradients: bool = False, backend: str = "auto",
+    factored_gradients: bool = False, valid: Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Retention loss of one past task, or of several with their own heads and users.
 
@@ -54,13 +55,15 @@ def retention_mse(
         weight: the student's heads `[C_j, f]`, of the dtype of the hidden states, or float32 where that is a half precision.
             bias: `[C_j]`, as the weight.
         teacher_weight, teacher_bias: the teacher's heads, as the student's.
-        rho: per past task, the rate that its users were drawn with; None for equal ones. Read on the host.
+        rho: per past task, the rate that its users were drawn with; None for equal ones. A tensor stays where it is.
         scale: what the loss is multiplied by (alpha of Eq. 18). Gradients are formed with the loss, so a factor here costs
             nothing, while one outside costs a pass over every gradient.
         form: "direct", or "gram", whose cost does not depend on the number of users (`cpu` backend only), or "auto": what
             measures faster.
         factored_gradients: leave the gradient of large weights as factors for `optim.Adam`, where that measures faster (`cpu`
             backend, weights that are leaves): `weight.grad` then lacks it, see `teracon_fast.factored`. Not in compiled code.
+        valid: int32 `[J]`, for each past task how many of its rows are users, at least 1; the others are padding, which counts
+            for nothing. None: all of them. With a `rho` on the same device, neither is read on the host.
         backend: "auto", "torch", or another that `teracon_fast.env_report()` lists as available.
 
     Returns:
@@ -72,8 +75,8 @@ def retention_mse(
         BackendError: when an explicitly requested backend or form is not available for this input.
     """
     parts = [_sequence(part) for part in (student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)]
-    rates = [1.0] * len(parts[0]) if rho is None else [float(rate) for rate in rho]
-    counts = [len(part) for part in (*parts, rates)]
+    rates = [1.0] * len(parts[0]) if rho is None else rho
+    counts = [len(part) for part in (*parts, rates, *([] if valid is None else [valid]))]
     if len(set(counts)) != 1 or not counts[0]:
         raise ShapeError(f"retention_mse: got {counts} past tasks, expected the same positive number of each argument")
     if form not in FORMS:
@@ -82,18 +85,28 @@ def retention_mse(
     for j, (student, own_weight, own_bias, teacher, its_weight, its_bias) in enumerate(zip(*parts, strict=True)):
         student, teacher = autocast_hidden(student), autocast_hidden(teacher).detach()
         _check(j, student, own_weight, own_bias, teacher, its_weight, its_bias)
-        coefficient = scale * rates[j] / sum(rates) / (student.shape[0] * own_weight.shape[0])
+        rows = student.shape[0] if valid is None else valid[j]
+        share = rates[j] / (rates.sum() if isinstance(rates, Tensor) else sum(rates))
+        coefficient = _scalar(scale * share / (rows * own_weight.shape[0]), student.device)
         grad = torch.is_grad_enabled()
         needs = [grad and tensor.requires_grad for tensor in (student, own_weight, own_bias)]
         leave = factored_gradients and needs[1] and own_weight.is_leaf and not torch.compiler.is_compiling() and (
-            backends.resolve(backend, "retention_mse", student.device, student.dtype) == "cpu"
+            valid is None and backends.resolve(backend, "retention_mse", student.device, student.dtype) == "cpu"
             and _cpu_retention_mse.factors_are_faster(form, len(student), own_weight, student.dtype)
         )  # fmt: skip
         terms.append(_retention_mse(
-            student, own_weight, own_bias, teacher, its_weight.detach(), its_bias.detach(), coefficient, form, backend, *needs,
-            leave,
+            student, own_weight, own_bias, teacher, its_weight.detach(), its_bias.detach(), coefficient,
+            None if valid is None else rows, form, backend, *needs, leave,
         )[0])  # fmt: skip
-    return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+    # By additions, through which a gradient passes as the tensor that it is: see `unit_gradient`.
+    return functools.reduce(torch.add, terms)
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """The value on the device, in double precision; a number is filled in there, without a copy to wait for."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def _sequence(part: OneOrMore) -> Sequence[Tensor]:
@@ -120,21 +133,21 @@ def _check(
 
 def _distance(
     student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor,
-    coefficient: float, form: str, backend: str, need_hidden: bool, need_weight: bool, need_bias: bool,
+    coefficient: Tensor, valid: Tensor | None, form: str, backend: str, need_hidden: bool, need_weight: bool, need_bias: bool,
     factored: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     chosen = backends.resolve(backend, "retention_mse", student_hidden.device, student_hidden.dtype)
     if form == "gram" and chosen != "cpu":
         raise backends.BackendError(f"retention_mse: backend {chosen!r} has no form 'gram', expected 'auto' or 'direct'")
     return _IMPLEMENTATIONS[chosen].distance(
-        student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, coefficient, form,
+        student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, coefficient, valid, form,
         (need_hidden, need_weight, need_bias), factored,
     )  # fmt: skip
 
 
 def _distance_fake(
     student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor,
-    coefficient: float, form: str, backend: str, need_hidden: bool, need_weight: bool, need_bias: bool,
+    coefficient: Tensor, valid: Tensor | None, form: str, backend: str, need_hidden: bool, need_weight: bool, need_bias: bool,
     factored: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     inputs, needs = (student_hidden, weight, bias), (need_hidden, need_weight, need_bias)
@@ -150,13 +163,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 13
+        return (None,) * 14
     gradients, needed = kept_gradients(ctx, grad), list(ctx.needs_input_grad[:3])
     if ctx.left_for is not None:
         weight, hidden = ctx.left_for
         factored.leave(weight, factored.Factors(gradients[1], hidden))
         needed[1] = False
-    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), *(None,) * 10)
+    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), *(None,) * 11)
 
 
 _NAME = "teracon_fast::retention_mse"

@@ -1,7 +1,7 @@
 """Compiles what the launchers would run, for GPUs that need not be there: `python ahead_of_time.py JOBS`.
 
-JOBS is JSON, `[[architecture, operation, dtype, labels, channels], ...]`, operations those of `RUNS`; labels mean nothing to
-those that are not of heads, and are the embedding's rows to "adam". The launchers run on small tensors in memory, but their
+JOBS is JSON, `[[architecture, operation, dtype, labels, channels], ...]`, operations those of `RUNS`; for "masks" the number of
+labels is that of tasks, for "adam" that of the embedding's rows. The launchers run on small tensors in memory, but their
 launches are compiled with their configuration instead of run. Prints a JSON list with, of every kernel, the registers, spilled
 bytes, shared memory and matrix instructions that its machine code has, the operations that NVIDIA's assembler may fuse
 ("fusible"), the multiplications of sizes that are too narrow, and the numbers of rows whose value would have it compiled again
@@ -21,21 +21,39 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from teracon_fast import kernels
+from teracon_fast import backends, kernels
+from teracon_fast import packing as packer
+from teracon_fast.kernels import (
+    configs,
+    linear_cross_entropy,
+    linear_rank,
+    masked_conv,
+    masked_conv_backward,
+    retention_mse,
+)
 from teracon_fast.kernels import adam as adam_kernels
-from teracon_fast.kernels import configs, linear_cross_entropy, linear_rank, retention_mse
+from teracon_fast.kernels import masks as task_masks
 
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+TARGETS = {name: GPUTarget("cuda", int(name[3:]), 32) for name in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")}
+TARGETS |= {name: GPUTarget("hip", name, 64) for name in ("gfx90a", "gfx942")}
 TYPES = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int64: "*i64", torch.int32: "*i32",
 }  # fmt: skip
-ROWS, TARGETS_COUNT = 40, 64
+ROWS, TARGETS_COUNT, SITES = 40, 64, 16
+# What differs from batch to batch, and from step to step: no value of it may have a kernel compiled again.
+OF_ROWS = {
+    "count", "length", "named", "padded", "parts", "requests", "residual_count", "rows", "rows_count", "share", "source_count",
+    "taken", "targets_count",
+}  # fmt: skip
+OF_STEPS = {"scale"}
 
 
 def forward(dtype: torch.dtype, labels: int, channels: int) -> None:
@@ -49,7 +67,7 @@ def backward(dtype: torch.dtype, labels: int, channels: int) -> None:
 
 def retention(dtype: torch.dtype, labels: int, channels: int) -> None:
     head = _head(dtype, labels, channels)
-    retention_mse.forward_backward(*head, *head, 1.0, True)
+    retention_mse.forward_backward(*head, *head, torch.tensor(1.0), True)
 
 
 def topk(dtype: torch.dtype, labels: int, channels: int) -> None:
@@ -58,7 +76,7 @@ def topk(dtype: torch.dtype, labels: int, channels: int) -> None:
 
 
 def adam(dtype: torch.dtype, rows: int, channels: int) -> None:
-    """The embedding has `labels` rows; its gradient has the dtype."""
+    """Of a gradient of that dtype."""
     arrays, constants = [torch.zeros(rows, channels) for _ in range(3)], (0.9, 0.999, 1e-8)
     items, values = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS, channels, dtype=dtype)
     last, history = torch.zeros(rows, dtype=torch.int32), torch.zeros(256, 2)
@@ -66,6 +84,33 @@ def adam(dtype: torch.dtype, rows: int, channels: int) -> None:
     adam_kernels.catch_up(*arrays, last, items, history, 16, *constants)
     adam_kernels.catch_up(*arrays, last, None, history, 16, *constants)
     adam_kernels.whole_step(*arrays, items, values, 0.1, 0.1, *constants)
+
+
+def packing(dtype: torch.dtype, labels: int, channels: int) -> None:
+    users = np.arange(4)
+    geometry = packer.geometry(20, (1, 4))
+    backends._why_not_triton = lambda device, dtype: None  # neither a GPU nor the interpreter is here
+    packer.pack(users * 5, [packer.Streams(users), packer.Streams(users)], geometry, backend="triton", padded=True)
+
+
+def conv_forward(dtype: torch.dtype, labels: int, channels: int) -> None:
+    x, weight, vector, taps, row_ends = _conv(dtype, channels)
+    masked_conv.forward(x, weight, *[vector] * 3, vector[None], taps, row_ends, x, taps[:, 0], 1e-8, True)
+
+
+def conv_backward(dtype: torch.dtype, labels: int, channels: int) -> None:
+    x, weight, vector, taps, row_ends = _conv(dtype, channels)
+    statistics, bags = torch.zeros(ROWS, 1), torch.zeros(2, dtype=torch.int32)
+    masked_conv_backward.backward(
+        x, x, weight, vector, vector, vector[None], taps, taps, taps[:, 0], bags, row_ends, taps[:, 0], x, statistics,
+        statistics, True,
+    )  # fmt: skip
+
+
+def _conv(dtype: torch.dtype, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rows, weights, a small parameter, a table of three taps, ends of one request."""
+    taps, row_ends = torch.zeros(ROWS, 3, dtype=torch.int32), torch.full((1,), ROWS, dtype=torch.int32)
+    return torch.zeros(ROWS, channels, dtype=dtype), torch.zeros(channels, channels, 3), torch.zeros(channels), taps, row_ends
 
 
 def _head(dtype: torch.dtype, labels: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,9 +121,29 @@ def _targets() -> tuple[Tensor, Tensor]:
     return torch.zeros(TARGETS_COUNT, dtype=torch.int64), torch.zeros(TARGETS_COUNT, dtype=torch.int64)
 
 
+def masks(dtype: torch.dtype, tasks: int, channels: int) -> None:
+    """With a teacher and a scale that is a number; with a scale in memory and some tasks of all; plain masks."""
+    own, teacher = _tasks(dtype, tasks, channels), _tasks(dtype, max(1, tasks - 1), channels)
+    every = tuple(range(tasks))
+    task_masks.forward(own, 50.0, every, teacher, 6.0, tasks - 1)
+    task_masks.backward(torch.zeros(SITES, tasks, channels), own, 1.0, every)
+    gaps, scale = (tasks - 1, 0), torch.zeros(())
+    some = own._replace(weights=torch.zeros(SITES, 2, 2 * tasks - 1), biases=torch.zeros(SITES, 2))
+    task_masks.forward(some, scale, gaps)
+    task_masks.backward(torch.zeros(SITES, 2, channels), some, scale, gaps)
+    plain = task_masks.Parameters(own.embeddings, None, None, True)
+    task_masks.forward(plain, 50.0, every, plain, 6.0, tasks - 1)
+    task_masks.backward(torch.zeros(SITES, tasks, channels), plain, 50.0, every)
+
+
+def _tasks(dtype: torch.dtype, tasks: int, channels: int) -> task_masks.Parameters:
+    shapes = (SITES, tasks, channels), (SITES, tasks, 2 * tasks - 1), (SITES, tasks)
+    return task_masks.Parameters(*(torch.zeros(shape, dtype=dtype) for shape in shapes), True)
+
+
 # Each calls an operation's launcher; its results are not looked at.
 RUNS: dict[str, Callable[[torch.dtype, int, int], None]] = {
-    run.__name__: run for run in (forward, backward, retention, topk, adam)
+    run.__name__: run for run in (forward, backward, retention, topk, adam, packing, masks, conv_forward, conv_backward)
 }
 
 
@@ -106,7 +171,8 @@ def compiled(kernel: Any, arguments: dict[str, Any], sizes: configs.Config, targ
 
 def narrow_addresses(code: str) -> list[str]:
     """32-bit multiplications by a stride or a size: what an address is formed from must be widened first."""
-    narrow = set(re.findall(r"%(stride\w*|channels|count|labels|targets_count|rows_count)\b(?=: i32)", code))
+    sizes = r"stride\w*|channels\w*|count|length|rows|padded|labels|targets_count|rows_count|source_count"
+    narrow = set(re.findall(rf"%({sizes})\b(?=: i32)", code))
     found = []
     for line in code.splitlines():
         made = re.match(r"\s*%(\w+) = (\S+) (.*?) : (.*)", line)
@@ -136,8 +202,8 @@ def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
         registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
         code = built.asm["ptx"]
         products = re.findall(r"(?:wgmma\.mma_async|mma)\.sync\.[\w.]+", code)
-    # Products and sums without a rounding mode: those that the assembler may fuse.
-    fusible = re.findall(r"\b(?:add|sub|mul)(?:\.ftz)?\.f32", code)
+        # Products and sums without a rounding mode are those that the assembler may fuse.
+        fusible = re.findall(r"\b(?:add|sub|mul)(?:\.ftz)?\.f32", code)
     return {
         "registers": registers, "spilled": spilled, "shared": built.metadata.shared,
         "products": sorted(set(products)), "fusible": sorted(set(fusible)), "narrow": narrow_addresses(built.asm["ttir"]),
@@ -146,8 +212,8 @@ def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
 
 def recorder(target: GPUTarget, found: list[dict[str, Any]]) -> Callable[..., None]:
     def record(kernel: Any, grid: tuple[int, ...], sizes: configs.Config, device: torch.device, **arguments: Any) -> None:
-        of_rows = {"count", "rows_count", "targets_count", "share", "parts", "taken"}
-        keyed = [p.name for p in kernel.params if p.name in of_rows and not p.do_not_specialize]
+        keyed = [p.name for p in kernel.params if p.name in OF_ROWS and not p.do_not_specialize]
+        keyed += [p.name for p in kernel.params if p.name in OF_STEPS and p.is_constexpr]
         built = compiled(kernel, arguments, sizes, target)
         found.append({"kernel": kernel.__name__, "keyed": keyed, **facts(built, target)})
 

@@ -17,14 +17,20 @@ require_triton()
 from teracon_fast.kernels.configs import SHARED
 
 HERE = Path(__file__).resolve().parent
-OPERATIONS = ("forward", "backward", "retention", "topk")
+OPERATIONS, CONV = ("forward", "backward", "retention", "topk"), ("conv_forward", "conv_backward")
 MANY, FEW = 10_000, 500
 # bfloat16 states and float32 weights, 256 channels, by the table's rows for many labels and, where the paper is trained, few.
 JOBS = [
     *((name, operation, "bfloat16", MANY, 256) for name in ("sm_80", "sm_90", "gfx942") for operation in OPERATIONS),
     *(("sm_90", operation, "bfloat16", FEW, 256) for operation in ("forward", "backward")),
     *(("sm_90", operation, "float32", MANY, 256) for operation in ("forward", "backward", "retention")),
-    *(("sm_90", operation, "bfloat16", 1, 1) for operation in OPERATIONS),  # sizes of one are constants: that compiles too
+    *((name, "packing", "float32", 1, 1) for name in ("sm_80", "sm_90", "gfx942")),
+    *((name, "masks", "float32", 6, 256) for name in ("sm_80", "sm_90", "gfx942")),  # six tasks
+    *(("sm_90", "masks", "float32", *size) for size in ((64, 512), (1, 1))),
+    *(("sm_90", operation, "bfloat16", 1, 1) for operation in (*OPERATIONS, *CONV)),  # sizes of one are constants: that too
+    *((name, operation, "bfloat16", 1, 256) for name in ("sm_80", "sm_90", "gfx942") for operation in CONV),
+    *(("sm_90", operation, "float32", 1, 256) for operation in CONV),
+    *(("sm_90", operation, "bfloat16", 1, channels) for operation in CONV for channels in (512, 100)),
     # An embedding of so many rows, and channels of its gradient.
     *((name, "adam", "float32", MANY, 256) for name in ("sm_80", "sm_90", "gfx942")),
     ("sm_80", "adam", "bfloat16", MANY, 256), ("sm_80", "adam", "float32", MANY, 600), ("sm_90", "adam", "float32", 1, 1),
@@ -35,6 +41,10 @@ KERNELS = {
     "backward": "backward_kernel backward_kernel | row_sums_kernel",
     "retention": "retention_kernel |",
     "topk": "topk_kernel |",
+    "packing": "| tables_kernel bags_kernel cells_kernel",
+    "masks": "| " + 3 * "task_masks_kernel task_masks_backward_kernel ",
+    "conv_forward": "forward_kernel |",
+    "conv_backward": "input_kernel weight_kernel | norm_backward_kernel bag_sums_kernel finish_kernel gather_kernel",
     "adam": "| step_kernel catch_up_kernel catch_up_kernel whole_step_kernel",
 }
 PRODUCTS = {"sm_80": "mma.sync.aligned.m16n8k16", "sm_90": "wgmma.mma_async.sync.aligned.m64", "gfx942": "v_mfma_f32"}
@@ -61,7 +71,7 @@ def of_job(compiled: list[dict[str, Any]], job: tuple[str, str, str, int, int]) 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: "-".join(map(str, job)))
 def test_machine_code(compiled: list[dict[str, Any]], job: tuple[str, str, str, int, int]) -> None:
     for kernel in of_job(compiled, job):
-        assert kernel["spilled"] == 0 or job[4] == 1, kernel
+        assert kernel["spilled"] == 0 or (job[4] == 1 and job[1] != "packing"), kernel
         assert kernel["shared"] <= SHARED[job[0]] << 10, kernel
         assert kernel["narrow"] == [], kernel
         assert kernel["keyed"] == [], "a batch of another size must not compile again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from typing import get_args
 
 import pytest
@@ -25,8 +26,7 @@ def test_every_architecture_has_every_operation_in_tiles_that_triton_takes(name:
         chosen = config(operation, torch.device("cuda"), dtype, size)
         assert isinstance(chosen, Config)
         assert (chosen.features > 0) == (operation in SECOND_PRODUCT)
-        whole_row = operation in ("conv", "conv_input")
-        assert (chosen.columns == 0) == whole_row
+        assert chosen.columns > 0 or operation in ("conv", "conv_input")
         sizes = (chosen.rows, chosen.columns or 16, chosen.depth, chosen.features or 16)
         assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
 
@@ -69,3 +69,26 @@ def test_shares_cover_all_tiles_and_none_is_empty(owners: int) -> None:
         assert (parts - 1) * share < tiles <= parts * share
         assert parts == 1 or max(owners, 1) * parts <= configs.programs(device)
     assert split(owners, 0, device)[0] == 1
+
+
+def test_a_candidate_is_used_while_it_is_tried_and_for_its_operation_only() -> None:
+    device, candidate, other = torch.device("cpu"), Config(128, 32, 16), Config(64, 32, 16)
+    before = config("scan", device, torch.float32, 100), config("topk", device, torch.float32, 100)
+    with configs.using("scan", candidate):
+        assert config("scan", device, torch.float32, 100) == candidate
+        assert config("topk", device, torch.float32, 100) == before[1]
+        with configs.using("scan", other):
+            assert config("scan", device, torch.float32, 100) == other
+        assert config("scan", device, torch.float32, 100) == candidate
+    with pytest.raises(RuntimeError, match="fails"), configs.using("scan", candidate):
+        raise RuntimeError("fails")
+    assert config("scan", device, torch.float32, 100) == before[0]
+
+
+def test_a_backward_pass_in_a_thread_of_its_own_meets_the_candidate() -> None:
+    found = []
+    with configs.using("weight", Config(16, 16, 16, 64)):
+        thread = threading.Thread(target=lambda: found.append(config("weight", torch.device("cpu"), torch.float32, 100)))
+        thread.start()
+        thread.join()
+    assert found == [Config(16, 16, 16, 64)]

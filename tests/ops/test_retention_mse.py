@@ -11,7 +11,7 @@ from torch import Tensor
 from teracon_fast import env_report, ops
 from teracon_fast.backends import BackendError
 from teracon_fast.errors import ShapeError
-from teracon_fast.ops import _cpu_retention_mse
+from teracon_fast.ops import _cpu_retention_mse, _heads
 from teracon_fast.ops.retention_mse import _retention_mse
 from teracon_fast.reference import retention_loss
 
@@ -94,6 +94,47 @@ def test_several_tasks_weigh_by_rho_and_spare_the_teacher(backend: str) -> None:
             torch.testing.assert_close(t.grad, e, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_rows_and_weights_that_stay_on_the_device_change_nothing(backend: str) -> None:
+    tasks, rho = [pair(3, 5, 4, 1.0), pair(20, 300, 4, 1.0)], [0.3, 0.1]
+    padded = [
+        [torch.cat([v, torch.randn(9, 4)]).detach().requires_grad_(i == 0) if i % 3 == 0 else v for i, v in enumerate(task)]
+        for task in tasks
+    ]
+    whole, padding = ([list(part) for part in zip(*some, strict=True)] for some in (tasks, padded))
+    loss = ops.retention_mse(*whole, rho, scale=0.7, form="direct", backend=backend)
+    valid = torch.tensor([3, 20], dtype=torch.int32)
+    same = ops.retention_mse(*padding, torch.tensor(rho), scale=0.7, form="direct", valid=valid, backend=backend)
+    torch.testing.assert_close(same, loss, rtol=1e-6, atol=0)
+    for task, more in zip(tasks, padded, strict=True):
+        expected = torch.autograd.grad(loss, task[:3], retain_graph=True)
+        d_hidden, *got = torch.autograd.grad(same, more[:3], retain_graph=True)
+        assert not d_hidden[len(task[0]) :].any()
+        for g, e in zip((d_hidden[: len(task[0])], *got), expected, strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ShapeError, match="past tasks"):
+        ops.retention_mse(*padding, rho, valid=valid[:1], backend=backend)
+
+
+def test_a_unit_gradient_is_known_where_its_value_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU looking would wait for it; a pass over the gradients, to multiply them by one, is spared all the same."""
+    tasks = [pair(3, 5, 4, 1.0), pair(20, 300, 4, 1.0)]
+    parameters, whole = [v for task in tasks for v in task[:3]], [list(part) for part in zip(*tasks, strict=True)]
+    found: list[bool] = []
+    monkeypatch.setattr(_heads, "_is_unit", lambda grad: found.append(grad is _heads._UNITS.get(grad.device)) or found[-1])
+
+    def gradients(start: Tensor | None, times: float) -> tuple[Tensor, ...]:
+        loss = times * torch.ones((), requires_grad=True) + ops.retention_mse(*whole, backend="torch")
+        return torch.autograd.grad(loss, parameters, start)
+
+    unit = ops.unit_gradient(torch.zeros(()))
+    assert unit is ops.unit_gradient(torch.zeros(())) and float(unit) == 1.0
+    kept, multiplied = gradients(unit, 2.0), gradients(torch.ones(()), 2.0)
+    assert found == [True, True, False, False]
+    assert all(torch.equal(one, other) for one, other in zip(kept, multiplied, strict=True))
+    assert ops.unit_gradient(torch.zeros((), dtype=torch.float64)).dtype == torch.float64
+
+
 def test_gradcheck() -> None:
     values = pair(3, 7, 4, 1.0, torch.float64)
     torch.autograd.gradcheck(lambda *v: ops.retention_mse(*v, *values[3:], scale=0.7), values[:3])
@@ -114,7 +155,7 @@ def test_only_the_gradients_that_are_asked_for(backend: str, form: str, needed: 
 def test_nothing_but_the_loss_without_gradients(backend: str, form: str) -> None:
     values = [v.detach() for v in pair(20, 300, 6, 1.0)]
     torch.testing.assert_close(ops.retention_mse(*values, form=form, backend=backend), naive(*values))
-    outputs = _retention_mse(*values, 1.0, form, backend, False, False, False, False)
+    outputs = _retention_mse(*values, torch.tensor(1.0), None, form, backend, False, False, False, False)
     assert [t.numel() for t in outputs] == [1, 0, 0, 0]
     same = ops.retention_mse(*values[:3], *values[:3], form=form, backend=backend)
     assert float(same) == 0.0
@@ -181,8 +222,9 @@ def test_the_gram_matrix_of_a_teacher_is_computed_once() -> None:
 @pytest.mark.parametrize(("backend", "form"), FORMS)
 def test_opcheck_and_compile(backend: str, form: str) -> None:
     values = pair(5, 11, 4, 0.1)
-    torch.library.opcheck(_retention_mse, (*values, 0.5, form, backend, True, True, True, False))
-    torch.library.opcheck(_retention_mse, (*(v.detach() for v in values), 0.5, form, backend, False, False, False, False))
+    options = torch.tensor(0.5), None, form, backend
+    torch.library.opcheck(_retention_mse, (*values, *options, True, True, True, False))
+    torch.library.opcheck(_retention_mse, (*(v.detach() for v in values), *options, False, False, False, False))
 
     def step(*v: Tensor) -> Tensor:
         return ops.retention_mse(*v, *values[3:], form=form, backend=backend) * 2
