@@ -60,8 +60,8 @@ class Adam(torch.optim.Adam):
         All others: of `torch.optim.Adam`.
 
     Raises:
-        BackendError: for a backend that is unknown or not installed; at a step with a sparse gradient, for one that was named and cannot take it: for
-            another device or dtype, a parameter that is not contiguous, fused=False or foreach=True.
+        BackendError: for a backend that is unknown or not installed; at a step with a sparse gradient, for one that was named
+            and cannot take it: for another device or dtype, a parameter that is not contiguous, fused=False or foreach=True.
         ConfigError: at a step with a sparse gradient, for weight_decay, amsgrad, maximize, capturable, differentiable or a
             GradScaler with fused=True, or for a gradient that is sparse in more than its rows.
     """

@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 
 from teracon_fast import backends, kernels
 from teracon_fast import packing as packer
+from teracon_fast.kernels import adam as adam_kernels
 from teracon_fast.kernels import (
     configs,
     linear_cross_entropy,
@@ -38,7 +39,6 @@ from teracon_fast.kernels import (
     masked_conv_backward,
     retention_mse,
 )
-from teracon_fast.kernels import adam as adam_kernels
 from teracon_fast.kernels import masks as task_masks
 
 TARGETS = {name: GPUTarget("cuda", int(name[3:]), 32) for name in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")}
