@@ -6,7 +6,8 @@ Each operation in each size bucket (`bench.tune_problems`) is called with the pr
 compilation each; candidates that fail to compile or launch, or give other results than the present configuration, are passed
 over. The fastest ones and the present one then take turns, and the present one stays unless another is at least 2 % faster:
 so a second run changes nothing. Times are of a graph of the call's launches, without the host's part, where it can
-be captured. Other architectures' rows stay as they are. About half an hour for everything.
+be captured. Other architectures' rows stay as they are. Everything is about 700 candidates of some seconds each: half an hour
+or more.
 
 `--device cpu --quick --architecture NAME --table FILE` is a self-test without a GPU: with TRITON_INTERPRET=1 the heads' kernels
 run in Triton's interpreter, convolutions by plain PyTorch operations, all at tiny sizes; the times mean nothing.

@@ -24,6 +24,8 @@ Kind = Literal["half", "single"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 DTYPES = {"half": torch.bfloat16, "single": torch.float32}
 CONVOLUTIONS: tuple[Operation, ...] = ("conv", "conv_input", "conv_weight")
+# Their tiles have all channels; columns are a share of them that is finished at once, 0 for all.
+WHOLE_ROWS: tuple[Operation, ...] = ("conv", "conv_input")
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 
 Answer = tuple[Tensor, ...]
@@ -160,14 +162,17 @@ _TILES: dict[Kind, dict[Operation, list[tuple[int, int, int, int]]]] = {
     "half": {
         "scan": [
             (64, 64, 32, 4), (64, 64, 64, 4), (64, 128, 64, 4), (128, 64, 32, 8), (128, 64, 64, 4), (128, 128, 32, 8),
-            (128, 128, 64, 8), (128, 256, 64, 8),
+            (128, 128, 64, 8),
         ],
         "weight": [(32, 64, 32, 4), (64, 64, 32, 8), (64, 64, 64, 8), (64, 128, 64, 8), (128, 64, 64, 8)],
         "hidden": [(64, 32, 32, 4), (64, 64, 32, 8), (64, 64, 64, 8), (64, 128, 64, 8), (128, 64, 64, 8)],
         "retention": [(32, 32, 32, 4), (32, 64, 32, 4), (32, 64, 64, 8), (64, 32, 32, 8), (64, 64, 64, 8)],
         "topk": [(16, 128, 32, 4), (16, 128, 64, 8), (32, 128, 32, 8), (32, 128, 64, 8), (64, 128, 32, 8), (64, 128, 64, 8)],
-        "conv": [(r, 0, d, w) for r in (32, 64, 128) for d in (16, 32, 64) for w in (4, 8) if d > 16 or r == 32],
-        "conv_input": [(r, 0, d, w) for r in (32, 64, 128) for d in (16, 32, 64) for w in (4, 8) if d > 16 or r == 32],
+        "conv": [
+            *((r, c, d, 8) for r in (64, 128) for c in (0, 64) for d in (32, 64)), (32, 0, 16, 8), (32, 0, 32, 4),
+            (32, 128, 32, 8), (64, 0, 32, 4),
+        ],
+        "conv_input": [*((r, 0, d, 8) for r in (64, 128) for d in (32, 64)), (32, 0, 16, 8), (32, 0, 32, 4), (64, 0, 32, 4)],
         "conv_weight": [
             (64, 64, 32, 4), (64, 64, 64, 4), (64, 128, 32, 4), (128, 64, 64, 4), (128, 128, 32, 8), (128, 128, 64, 8),
             (128, 256, 64, 8),
@@ -185,39 +190,52 @@ _TILES: dict[Kind, dict[Operation, list[tuple[int, int, int, int]]]] = {
     },
 }  # fmt: skip
 _FEATURES: dict[Kind, tuple[int, ...]] = {"half": (128, 256), "single": (64, 128)}
-_STAGES = (2, 3)
-# Numbers of the sums of products that a thread may hold in registers, of at most 255.
-_SUMS = 160
+_STAGES, _STAGES_OF_CONVOLUTIONS = (2, 3), (2, 3, 4)
+# Sums of products that a thread may hold in its at most 255 registers: heads need more for other things, and spill from here on.
+_SUMS_OF_HEADS, _SUMS_OF_CONVOLUTIONS = 90, 128
 
 
 def candidates(problem: Problem, architecture: str) -> list[Config]:
     """Configurations to try: those of a small grid that should fit the architecture's registers and shared memory."""
     features = _FEATURES[problem.kind] if problem.operation in ("weight", "hidden", "retention") else (0,)
+    several = _STAGES_OF_CONVOLUTIONS if problem.operation in CONVOLUTIONS else _STAGES
     grid = [
         Config(rows, columns, depth, owned, warps, stages)
-        for rows, columns, depth, warps in _TILES[problem.kind][problem.operation] for owned in features for stages in _STAGES
+        for rows, columns, depth, warps in _TILES[problem.kind][problem.operation] for owned in features for stages in several
+        if problem.operation not in WHOLE_ROWS or columns < problem.channels
     ]  # fmt: skip
     lanes = 64 if architecture.startswith("gfx") else 32
-    return [
-        tried for tried in grid
-        if shared_kib(problem, tried) <= configs.SHARED[architecture] and sums(problem, tried) <= _SUMS * tried.warps * lanes
-    ]  # fmt: skip
+    fitting = [tried for tried in grid if shared_kib(problem, tried, architecture) <= configs.SHARED[architecture]]
+    most = _SUMS_OF_CONVOLUTIONS if problem.operation in CONVOLUTIONS else _SUMS_OF_HEADS
+    return [tried for tried in fitting if sums(problem, tried) <= most * tried.warps * lanes]
 
 
-def shared_kib(problem: Problem, tried: Config) -> float:
-    """KiB of shared memory that a program should take: each stage's operands, and those of a second product where there is one.
+def shared_kib(problem: Problem, tried: Config, architecture: str) -> float:
+    """KiB of shared memory that a program should take: each waiting stage's operands.
 
-    An estimate: what does not fit after all fails to launch, and is passed over.
+    An estimate, which agrees with what the compiler takes for products without a second one: what does not fit after all fails
+    to launch, and is passed over.
     """
-    columns = tried.columns or problem.channels
-    numbers = tried.stages * (tried.rows + columns) * tried.depth
-    if tried.features:
-        numbers += tried.rows * columns + max(tried.rows, columns) * min(tried.features, problem.channels)
-    return numbers * DTYPES[problem.kind].itemsize / 1024
+    columns = width(problem, tried)
+    bytes_of = DTYPES[problem.kind].itemsize
+    # A head's weight is float32 until it is in registers; those of convolutions are rounded before.
+    across = bytes_of if problem.operation in CONVOLUTIONS else 4
+    taken = (tried.stages - 1) * (tried.rows * bytes_of + columns * across) * tried.depth
+    if problem.kind == "half" and architecture in ("sm_90", "sm_100"):
+        taken += (tried.rows + columns) * tried.depth * bytes_of  # what their products read
+    if tried.features:  # one product after the other
+        second = tried.rows * columns + max(tried.rows, columns) * min(tried.features, problem.channels)
+        taken = max(taken, second * bytes_of)
+    return taken / 1024
+
+
+def width(problem: Problem, tried: Config) -> int:
+    """Columns of a tile's sums."""
+    return problem.channels if problem.operation in WHOLE_ROWS else tried.columns
 
 
 def sums(problem: Problem, tried: Config) -> int:
     """Sums of products that a program holds: a tile of the result, and its part of a gradient."""
-    columns = tried.columns or problem.channels
+    columns = width(problem, tried)
     owned = {"weight": columns, "hidden": tried.rows, "retention": tried.rows}.get(problem.operation, 0)
     return tried.rows * columns + owned * min(tried.features, problem.channels)

@@ -80,9 +80,9 @@ def gathered_product(
     p_table = table + o_rows.to(tl.int64) * TAPS
     p_weight = weight + o_columns.to(tl.int64) * stride_column
     # Loaded beforehand: an address that waits for a load within the loop would keep the loop from loading ahead.
-    rows = ()
-    for number in tl.static_range(TAPS):
-        rows = rows + (tl.load(p_table + number, mask=m_rows, other=-1),)
+    rows = (tl.load(p_table, mask=m_rows, other=-1),)
+    for number in tl.static_range(1, TAPS):
+        rows = rows + (tl.load(p_table + number, mask=m_rows, other=-1),)  # type: ignore[assignment]
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     # One loop over channels and taps, so that loads of the next tap overlap products of this one.
     for step in range(steps):
@@ -127,13 +127,15 @@ def columns_of_piece(piece, PIECES: tl.constexpr, SPANS: tl.constexpr, COLUMNS: 
 def forward_kernel(
     x, taps, weight, bias, ln_weight, ln_bias, mask, row_ends, residual, residual_rows, out, conv, mean, rstd,
     count, source_count, residual_count, requests, channels_in, channels_out, stride_tap, stride_channel, eps,
-    RESIDUAL: tl.constexpr, SAVE: tl.constexpr, WHOLE: tl.constexpr, PIECES: tl.constexpr, TAPS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    RESIDUAL: tl.constexpr, SAVE: tl.constexpr, WHOLE: tl.constexpr, PIECES: tl.constexpr,
+    TAPS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Output rows of a tile; on demand what backward needs. Padding is left as it is."""
+    """Output rows of a tile, 0 for padding; on demand what backward needs of the others."""
     request, first, last = rows_of_tile(tl.program_id(0), row_ends, requests, count, BLOCK_ROWS)
-    last = tl.where(request < requests, last, first)
     o_rows = first + tl.arange(0, BLOCK_ROWS)
+    m_out = o_rows < last
+    last = tl.where(request < requests, last, first)
     m_rows = o_rows < last
     o_columns = tl.arange(0, BLOCK_COLUMNS)
     m_columns = o_columns < channels_out
@@ -143,6 +145,7 @@ def forward_kernel(
         stride_tap, stride_channel, 1, TAPS, COMPUTE, PRECISION, BLOCK_ROWS, BLOCK_COLUMNS, DEPTH,
     )  # fmt: skip
     # Piece by piece, as vectors of channels and rows of the residual need registers beside those of the sums.
+    # 256 channels are the most that a warp has of a product.
     SPANS: tl.constexpr = (BLOCK_COLUMNS + 255) // 256
     sums = in_pieces(total, PIECES, SPANS)
     z = ()
@@ -155,7 +158,7 @@ def forward_kernel(
         if SAVE:
             p_conv = conv + o_rows.to(tl.int64)[:, None] * channels_out + o_piece[None, :]
             tl.store(p_conv, part, mask=m_rows[:, None] & m_piece[None, :])
-        z = z + (part,)
+        z = z + (part,)  # type: ignore[assignment]
     average /= channels_out
     variance = tl.zeros([BLOCK_ROWS], tl.float32)
     for piece in tl.static_range(PIECES):
@@ -185,7 +188,7 @@ def forward_kernel(
             p_added = p_residual[:, None] + o_piece[None, :]
             y += tl.load(p_added, mask=m_added[:, None] & m_piece[None, :], other=0.0).to(tl.float32)
         p_out = out + o_rows.to(tl.int64)[:, None] * channels_out + o_piece[None, :]
-        tl.store(p_out, y, mask=m_rows[:, None] & m_piece[None, :])
+        tl.store(p_out, y, mask=m_out[:, None] & m_piece[None, :])
 
 
 def packed_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -206,7 +209,7 @@ def forward(
         weight: `[f_out, f_in, K]`, of that dtype or float32, f_out at most `MOST_CHANNELS`. bias, ln_weight, ln_bias: `[f_out]`.
         mask: `[requests, f_out]`.
         taps: int32 `[rows, K]`. row_ends: int32 `[requests]`, behind the last row of each request; rows from the last of them
-            on are padding, whose results are left unwritten.
+            on are padding: 0 in the output, and left unwritten in what is saved.
         residual: `[n, f_out]` of x's dtype. residual_rows: int32 `[rows]`. Both or none.
         save: whether what backward needs is wanted.
         precision: of products of float32: "ieee" or "tf32".
@@ -230,8 +233,8 @@ def forward(
         row_ends=row_ends, residual=added, residual_rows=taps if residual_rows is None else residual_rows.contiguous(),
         out=out, conv=conv, mean=mean, rstd=rstd, count=count, source_count=x.shape[0], residual_count=added.shape[0],
         requests=requests, channels_in=f_in, channels_out=f_out, stride_tap=kernel.stride(0), stride_channel=kernel.stride(1),
-        eps=float(eps), RESIDUAL=residual is not None, SAVE=save, WHOLE=f_out == columns, PIECES=max(columns // (sizes.columns or columns), 1),
-        TAPS=kernel_size,
+        eps=float(eps), RESIDUAL=residual is not None, SAVE=save, WHOLE=f_out == columns,
+        PIECES=max(columns // (sizes.columns or columns), 1), TAPS=kernel_size,
         COMPUTE=operand_dtype(x), PRECISION=precision, BLOCK_ROWS=sizes.rows, BLOCK_COLUMNS=columns, DEPTH=sizes.depth,
     )  # fmt: skip
     return finished(out, dtype), finished(conv, dtype), mean, rstd

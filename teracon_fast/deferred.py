@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -211,6 +212,20 @@ def _catch_up(parameter: Tensor, items: Tensor | None) -> None:
     deferred = registered(parameter)
     if deferred is not None:
         deferred.catch_up(parameter, items)
+
+
+@contextmanager
+def caught_up(parameter: Tensor) -> Iterator[None]:
+    """Within it no row of the parameter counts as behind: the caller has brought all that are read there up to date."""
+    deferred = registered(parameter)
+    if deferred is None:
+        yield
+        return
+    behind, deferred._behind = deferred._behind, False
+    try:
+        yield
+    finally:
+        deferred._behind = behind
 
 
 class Embedding(nn.Embedding):

@@ -39,14 +39,17 @@ IntArray = npt.NDArray[np.int32]
 class TapTable:
     """Which rows one convolution reads, forward and backward.
 
+    A padded table (see `padding.pad`) has more rows and bags than the batch needs: nothing reads them.
+
     Attributes:
         taps: int32 `[rows_out, K]`. `taps[r, k]` is the input row that tap `k` of output row `r` reads; -1 reads zeros.
         readers: int32 `[rows_in, K]`. `readers[r, k]` is the output row that reads input row `r` through tap `k`; -1 none;
             `rows_out + b` stands for the sum over the output rows of bag `b`, for pad rows that several rows read.
-        bag_rows: int32 `[sum of bag sizes]`, output rows of all bags, ascending in each.
+        bag_rows: int32 `[sum of bag sizes]`, output rows of all bags, ascending in each; with padding, more behind them.
         bag_offsets: int32 `[bags + 1]`, start of each bag in `bag_rows`.
-        rows_per_request: number of consecutive output rows of each request; one mask serves a request's rows.
-        row_ends: int32 `[requests]`, the same where the tables are: behind the last row of each request.
+        rows_per_request: number of consecutive output rows of each request; one mask serves a request's rows. Padding counts
+            to the last request, so that they sum to all rows.
+        row_ends: int32 `[requests]`, where the tables are: behind the last row of each request, without padding.
         rows_in: number of input rows.
     """
 
@@ -64,6 +67,7 @@ class TapTable:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
+        """Taps, readers, bag_rows, bag_offsets and row_ends."""
         return self.taps, self.readers, self.bag_rows, self.bag_offsets, self.row_ends
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> TapTable:
@@ -108,22 +112,24 @@ class PackedBatch:
             return self
         if device.type == "cuda" and self.cells.device.type == "cpu":
             return self.copied(device)
-        return self._mapped(lambda tensor: tensor.to(device))
+        return self.mapped(lambda tensor: tensor.to(device))
 
     def copied(self, device: torch.device) -> PackedBatch:
         """Tables of the host copied to a device as parts of one buffer, see `transfers.together`."""
-        found = {id(tensor): tensor for tensor in self._tensors()}
+        found = {id(tensor): tensor for tensor in self.tensors()}
         copies = transfers.together([tensor.numpy() for tensor in found.values()], device)
         moved = dict(zip(found, copies, strict=True))
-        return self._mapped(lambda tensor: moved[id(tensor)])
+        return self.mapped(lambda tensor: moved[id(tensor)])
 
-    def _tensors(self) -> Iterator[Tensor]:
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors of all tables; one that several share comes several times."""
         yield self.cells
         yield from self.outputs
         yield from (tensor for table in self.convolutions for tensor in table.tensors)
         yield from (tensor for residual in self.residuals for tensor in residual)
 
-    def _mapped(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """The same tables with another tensor in place of each."""
         tables = {id(table): table.mapped(function) for table in self.convolutions}
         return PackedBatch(
             function(self.cells),
@@ -134,7 +140,7 @@ class PackedBatch:
 
     @property
     def convolution_rows(self) -> int:
-        """Number of (row, convolution) outputs that the pass computes; the dense count is `streams * L * convolutions`."""
+        """Number of (row, convolution) outputs that the pass computes, padding too. Dense: `streams * L * convolutions`."""
         return sum(table.taps.shape[0] for table in self.convolutions)
 
 

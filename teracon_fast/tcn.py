@@ -363,7 +363,10 @@ class FastTCN(nn.Module):
             raise ShapeError(f"x is {list(x.shape)}, expected [B, L] with L at least 2")
         # Without its last item a sequence is one shorter; one that is all pads stays so.
         seen = None if lengths is None else np.maximum(lengths - 1, 0)
-        positions = self.encode_all(x[:, :-1], 0, s, masks, seen)
+        return self.next_item_of(self.encode_all(x[:, :-1], 0, s, masks, seen), x, predictions)
+
+    def next_item_of(self, positions: PackedPositions, x: Tensor, predictions: bool = True) -> ops.CrossEntropy:
+        """`next_item` of sequences `[B, L]` whose states, without the last item, are known."""
         return self._class_loss(positions.hidden, 0, x[:, 1:].reshape(-1), positions.row_of.reshape(-1), predictions)
 
     def class_loss(self, hidden: Tensor, task: int, targets: Tensor, predictions: bool = True) -> ops.CrossEntropy:
@@ -417,23 +420,39 @@ class FastTCN(nn.Module):
         every_position: bool,
     ) -> tuple[Tensor, packing.PackedBatch]:  # fmt: skip
         """Pack and run all residual blocks; `chosen` is `[S, requests, f]`. Returns the last layer's rows and the tables."""
-        if x.dim() != 2 or x.dtype not in (torch.int64, torch.int32):
-            raise ShapeError(f"x is {x.dtype} {list(x.shape)}, expected int64 [B, L]")
-        if chosen.shape[0] != self.num_sites:
-            raise ShapeError(f"masks have {chosen.shape[0]} sites, expected {self.num_sites}")
-        geometry = packing.geometry(x.shape[1], self.dilations, self.kernel_size, every_position)
+        self._check_items(x)
         lengths = packing.real_lengths(x) if lengths is None else lengths
         everyone = np.arange(x.shape[0])
         streams = [
             packing.Streams(everyone if users is None else users.detach().cpu().numpy().astype(np.int64), drop)
             for users, drop in requests
         ]
-        packed = packing.pack(lengths, streams, geometry, self.device, self.backend)
-        items = transfers.to_device(x, self.device).reshape(-1)[packed.cells]
-        hidden = self.embeding.rows(items)
-        for rows in self.layers(hidden, chosen, packed):
+        packed = self.pack(x.shape[1], lengths, streams, every_position)
+        return self.states(x, packed, chosen), packed
+
+    def pack(
+        self, length: int, lengths: np.ndarray, streams: Sequence[packing.Streams], every_position: bool = False,
+        padded: bool = False,
+    ) -> packing.PackedBatch:  # fmt: skip
+        """The tables of a pass over sequences of `length` positions, where the model is. Other arguments as `packing.pack`."""
+        geometry = packing.geometry(length, self.dilations, self.kernel_size, every_position)
+        return packing.pack(lengths, streams, geometry, self.device, self.backend, padded)
+
+    def states(self, x: Tensor, packed: packing.PackedBatch, masks: Tensor) -> Tensor:
+        """Rows of the last layer, `[rows, f]`; which of them belong to whom, `packed.outputs` tells.
+
+        Args:
+            x: int64 `[B, L]`, the sequences that `packed` was made for.
+            packed: the tables of the pass, from `pack`.
+            masks: `[S, requests, f]`, that of each request.
+        """
+        self._check_items(x)
+        if masks.shape[0] != self.num_sites:
+            raise ShapeError(f"masks have {masks.shape[0]} sites, expected {self.num_sites}")
+        hidden = self.embeding.rows(transfers.to_device(x, self.device).reshape(-1)[packed.cells])
+        for rows in self.layers(hidden, masks, packed):
             hidden = rows
-        return hidden, packed
+        return hidden
 
     def layers(self, hidden: Tensor, masks: Tensor, packed: packing.PackedBatch) -> Iterator[Tensor]:
         """Rows of every layer above the embedding, one convolution after the other.
@@ -542,6 +561,10 @@ class FastTCN(nn.Module):
         embeddings = [embedding for block in self.blocks for embedding in block.task_embeddings]
         torch._foreach_clamp_min_(embeddings, -bound)
         torch._foreach_clamp_max_(embeddings, bound)
+
+    def _check_items(self, x: Tensor) -> None:
+        if x.dim() != 2 or x.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(f"x is {x.dtype} {list(x.shape)}, expected int64 [B, L]")
 
     def _check_task(self, task: int) -> None:
         if not 0 <= task < self.num_tasks:

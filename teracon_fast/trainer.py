@@ -28,6 +28,7 @@ from teracon_fast.tcn import FastTCN, Request
 if TYPE_CHECKING:
     from teracon_fast.config import TaskConfig
     from teracon_fast.data import Split, TaskData
+    from teracon_fast.graphs import StepGraphs
 
 FIRST_RHO = 0.9  # rate of every past task in the first step of a task, before any masks have been compared
 # Numbers in an item embedding, from which on leaving rows behind is faster than a pass over all of them.
@@ -100,7 +101,7 @@ def _forward(model: FastTCN, precision: Precision) -> torch.autocast:
 
 def t1_step(
     model: FastTCN, optimizer: torch.optim.Optimizer, x: Tensor, s: float, precision: Precision = "fp32",
-    lengths: NDArray[np.int64] | None = None, predictions: bool = False,
+    lengths: NDArray[np.int64] | None = None, predictions: bool = False, graphs: StepGraphs | None = None,
 ) -> StepResult:  # fmt: skip
     """One step of task 1: next item at all positions, then the clamp.
 
@@ -110,14 +111,18 @@ def t1_step(
         precision: of matrix products; "bf16" keeps weights, masks, statistics and losses in fp32.
         lengths: `packing.real_lengths(x)`, int64 `[B]`, where they are known.
         predictions: also count hits, in the loss's own pass over the items.
+        graphs: made for this model and precision; forward and backward pass are then replayed from there.
     """
     if lengths is None:
         lengths = packing.real_lengths(x)  # while x is on the host: asking the device would wait for it
     optimizer.zero_grad(set_to_none=True)
-    with _forward(model, precision):
-        x = to_device(x, model)
-        found = model.next_item(x, s, lengths=lengths, predictions=predictions)
-    found.loss.backward()  # type: ignore[no-untyped-call]
+    x = to_device(x, model)
+    if graphs is None:
+        with _forward(model, precision):
+            found = model.next_item(x, s, lengths=lengths, predictions=predictions)
+        found.loss.backward(ops.unit_gradient(found.loss))  # type: ignore[no-untyped-call]
+    else:
+        found = graphs.next_item(x, model.masks(s), lengths, predictions)
     optimizer.step()
     model.clamp_task_embeddings()
     return StepResult(found.loss.detach(), hit=_hit(found.rank, x[:, 1:].reshape(-1) != 0) if predictions else None)
@@ -144,6 +149,7 @@ def continual_step(
     precision: Precision = "fp32",
     lengths: NDArray[np.int64] | None = None,
     predictions: bool = False,
+    graphs: StepGraphs | None = None,
 ) -> StepResult:
     """One step of task i >= 2 (Eq. 15 to 18): class loss + alpha * retention loss, then the clamp.
 
@@ -158,40 +164,68 @@ def continual_step(
         student_mask: "past": the student uses the current mask of task j (the published program); "current": that of
             task i (Eq. 10 and 16 as printed).
         c: scale of the cosine in Eq. 15.
-        precision, lengths, predictions: as in `t1_step`.
+        precision, lengths, predictions, graphs: as in `t1_step`; graphs for this teacher, alpha and student mask too.
 
     Returns:
         StepResult; next_rho is computed from the masks that this step used.
     """
-    current, past = model.num_tasks - 1, range(teacher.num_tasks)
     lengths = packing.real_lengths(x) if lengths is None else lengths  # as in `t1_step`
     x, y = to_device(x, model), to_device(y, model)
-    with _forward(model, precision):
-        masks, teacher_masks, rates = model.step_masks(teacher, s, c)
-        next_rho = HostCopy(rates)  # on its way before anything else is queued
-        with torch.no_grad():
-            # Task 1 predicts the last item of a sequence, so it must not see it.
-            asked = [Request(j, users[j], int(j == 0)) for j in past]
-            pseudo = teacher.encode(x, asked, s, teacher_masks, lengths)
-        if student_mask == "current":
-            asked = [Request(current, users[j], int(j == 0)) for j in past]
-        hidden, *student = model.encode(x, [Request(current), *asked], s, masks, lengths)
-        found = model.class_loss(hidden, current, y, predictions)
-        heads, teacher_heads = [model.head(j) for j in past], [teacher.head(j) for j in past]
-        # alpha is part of the loss: it is formed with its gradients.
-        retention_loss = ops.retention_mse(
-            student, [head.weight for head in heads], [head.bias for head in heads],
-            pseudo, [head.weight for head in teacher_heads], [head.bias for head in teacher_heads],
-            rho, scale=alpha or 1.0, factored_gradients=isinstance(optimizer, Adam), backend=model.backend,
-        )  # fmt: skip
-        loss = found.loss + retention_loss if alpha else found.loss
-
+    masks, teacher_masks, rates = model.step_masks(teacher, s, c)
+    next_rho = HostCopy(rates)  # on its way before anything else is queued
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    if graphs is None:
+        with _forward(model, precision):
+            states = _states(model, teacher, x, users, masks, teacher_masks, student_mask, lengths)
+            factors = isinstance(optimizer, Adam)
+            loss, found, retention = loss_of_states(model, teacher, *states, y, rho, alpha, predictions, factors)
+        loss.backward(ops.unit_gradient(loss))  # type: ignore[no-untyped-call]
+    else:
+        found, retention = graphs.continual(x, y, users, rho, masks, teacher_masks, lengths, predictions)
     optimizer.step()
     model.clamp_task_embeddings()
     hit = _hit(found.rank) if predictions else None
-    return StepResult(found.loss.detach(), retention_loss.detach() / (alpha or 1.0), next_rho, hit)
+    return StepResult(found.loss.detach(), retention.detach() / (alpha or 1.0), next_rho, hit)
+
+
+def _states(
+    model: FastTCN, teacher: FastTCN, x: Tensor, users: Sequence[Tensor], masks: Tensor, teacher_masks: Tensor,
+    student_mask: StudentMask, lengths: NDArray[np.int64],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    """States of all users under the current mask; for each past task the student's and the teacher's of its users."""
+    current = model.num_tasks - 1
+
+    def asked(one_mask: bool) -> list[Request]:
+        # Task 1 predicts the last item of a sequence, so it must not see it.
+        return [Request(current if one_mask else j, rows, int(j == 0)) for j, rows in enumerate(users)]
+
+    with torch.no_grad():
+        pseudo = teacher.encode(x, asked(False), masks=teacher_masks, lengths=lengths)
+    everyone = [Request(current), *asked(student_mask == "current")]
+    hidden, *student = model.encode(x, everyone, masks=masks, lengths=lengths)
+    return hidden, student, pseudo
+
+
+def loss_of_states(
+    model: FastTCN, teacher: FastTCN, hidden: Tensor, student: Sequence[Tensor], pseudo: Sequence[Tensor], y: Tensor,
+    rho: Sequence[float] | Tensor, alpha: float, predictions: bool, factored: bool = False, valid: Tensor | None = None,
+) -> tuple[Tensor, ops.CrossEntropy, Tensor]:  # fmt: skip
+    """The loss of a step, that of the class in it, and that of retention times alpha (or 1, where alpha is 0).
+
+    Args:
+        hidden: `[B, f]`, states under the current mask. y: int64 `[B]`.
+        student, pseudo: for each past task the student's and the teacher's states of its users, `[n_j, f]`.
+        rho, valid, factored: as `ops.retention_mse`, the last its `factored_gradients`.
+    """
+    found = model.class_loss(hidden, model.num_tasks - 1, y, predictions)
+    heads, its_heads = ([m.head(j) for j in range(teacher.num_tasks)] for m in (model, teacher))
+    # alpha is part of the loss: it is formed with its gradients.
+    retention = ops.retention_mse(
+        student, [head.weight for head in heads], [head.bias for head in heads],
+        pseudo, [head.weight for head in its_heads], [head.bias for head in its_heads],
+        rho, scale=alpha or 1.0, factored_gradients=factored, valid=valid, backend=model.backend,
+    )  # fmt: skip
+    return found.loss + retention if alpha else found.loss, found, retention
 
 
 def to_device(tensor: Tensor, model: FastTCN) -> Tensor:
@@ -321,6 +355,7 @@ class TaskTraining:
     student_mask: StudentMask = "past"
     parity: Parity = "official"
     log_every: int = 20
+    graphs: StepGraphs | None = None
 
 
 class Host(Protocol):
@@ -381,13 +416,13 @@ def run_step(
     """One optimiser step of the task on a batch: draws the users of retention and moves rho on."""
     at, config = task.position, task.config
     if task.teacher is None:
-        result = t1_step(task.model, task.optimizer, x, s, task.precision, lengths, predictions)
+        result = t1_step(task.model, task.optimizer, x, s, task.precision, lengths, predictions, task.graphs)
         return StepRecord(len(x), at.epoch, at.batch, at.step, s, [], result)
     rates = drawing_rates(at.rho, task.sampling)
     users = draw_users(len(x), rates, task.draws)
     result = continual_step(
         task.model, task.teacher, task.optimizer, x, y, users, rates, s, config.alpha, task.student_mask, config.c,
-        task.precision, lengths, predictions,
+        task.precision, lengths, predictions, task.graphs,
     )  # fmt: skip
     record = StepRecord(len(x), at.epoch, at.batch, at.step, s, rates, result)
     assert result.next_rho is not None

@@ -125,7 +125,7 @@ def test_every_bar_is_met_or_not() -> None:
         "all of these tests pass", "15 times eager at its best", "within 2.5 of the floor", "25 times eager at its best",
         "1,000,000, or the reason why not", "10 times eager at its best", "fits", "60% of the bf16 GEMM rate",
     ]  # fmt: skip
-    assert good[1].found == "15.0 times eager, TF32" and good[2].found == "2.50 times 800.0 µs"
+    assert good[1].found == "15.0 times eager, float32" and good[2].found == "2.50 times 800.0 µs"
     assert good[6].found == "200.0 ms, 2.0 GiB in all" and bad[6].found == "OutOfMemoryError: CUDA out of memory"
     assert good[7].found == "60%, 420 TFLOP/s useful (kernels alone)"
     lines = gpu_report.bar_lines(made_up(False))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from packed_tables import Pass, assert_same, passes, tensors
 
 from teracon_fast import Request, packing
+from teracon_fast.backends import BackendError
 from teracon_fast.errors import ShapeError
 from teracon_fast.packing import Streams
 
@@ -152,6 +153,16 @@ def test_item_zero_inside_a_sequence_is_an_item_like_any_other() -> None:
     x[1, -1] = 0
     (result,) = fast.encode(x, [Request(0)], s=1.0)
     torch.testing.assert_close(result, dense.hidden(x, dense.all_masks(1.0)[:, 0])[:, -1], rtol=1e-10, atol=1e-10)
+
+
+def test_what_the_host_builds_for_a_gpu_goes_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing.PackedBatch, "copied", lambda packed, device: (packed, device))
+    case, gpu = (np.array([3, 0]), [Streams(np.arange(2))], packing.geometry(4, (1,))), torch.device("cuda", 0)
+    packed, device = packing.pack(*case, gpu, "torch")
+    assert_same(packed, packing.pack(*case))
+    assert device == gpu
+    with pytest.raises(BackendError, match="cannot run packing, expected"):
+        packing.pack(*case, gpu, "numpy")
 
 
 def test_no_users_and_no_requests() -> None:

@@ -244,7 +244,7 @@ def test_loop_feeds_each_epoch_in_order_with_restarted_annealing(tiny: list[Task
     assert len(train) % 16 != 0, "the last batch of this test is a partial one"
     assert len(seen) == 2 * per_epoch == host.steps
     draws, rho = torch.Generator().manual_seed(2), [FIRST_RHO]
-    for step, (x, y, users, rates, s, alpha, student_mask, c, precision, lengths, predictions) in enumerate(seen):
+    for step, (x, y, users, rates, s, alpha, student_mask, c, precision, lengths, predictions, graphs) in enumerate(seen):
         epoch, batch = divmod(step, per_epoch)
         expected_x, expected_y = fetch(task.data, epoch_batches(train, 16, 11, epoch)[batch])
         assert torch.equal(x, expected_x) and torch.equal(y, expected_y)
@@ -254,7 +254,7 @@ def test_loop_feeds_each_epoch_in_order_with_restarted_annealing(tiny: list[Task
         assert torch.equal(users[0], draw_users(len(x), rho, draws)[0])
         event = host.events[step]
         assert (event["epoch"], event["batch"], event["step"], event["scale"]) == (epoch, batch, step, s)
-        assert predictions and event["rho"] == rates
+        assert predictions and event["rho"] == rates and graphs is None
         rho = host.events[step + 1]["rho"] if step + 1 < len(seen) else rho
         assert rho != [FIRST_RHO], "rho moves after every step and is not reset by an epoch"
     valid = host.valid[0]
@@ -269,7 +269,7 @@ def test_hits_are_counted_in_steps_that_are_logged(tiny: list[TaskData], monkeyp
     real = trainer.t1_step
 
     def spy(*arguments: Any) -> StepResult:
-        asked.append(arguments[-1])
+        asked.append(arguments[-2])
         return real(*arguments)
 
     monkeypatch.setattr(trainer, "t1_step", spy)

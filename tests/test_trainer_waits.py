@@ -28,7 +28,7 @@ ALLOWED = {
     ("packing.py", "*"): HOST,  # tables
     ("tcn.py", "_run"): HOST,  # drawn users, to numpy for the packing
     ("_heads.py", "require_range"): CPU_ONLY,
-    ("_heads.py", "kept_gradients"): CPU_ONLY,
+    ("_heads.py", "_is_unit"): CPU_ONLY,
     ("_torch_masked_conv.py", "_gather"): CPU_ONLY,
     ("_torch_linear_rank.py", "ranks_among"): CPU_ONLY,
 }

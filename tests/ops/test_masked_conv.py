@@ -55,7 +55,7 @@ def run(
     )
 
 
-# Plain PyTorch and the compiled kernels where they are; Triton's have test_triton_masked_conv.py, here and in tests/kernels.
+# Plain PyTorch and the compiled kernels where they are; Triton's have test_triton_conv_backend.py and tests/kernels.
 BACKENDS = [name for name in env_report()["backends"]["masked_conv"] if name != "triton"]
 # (backend, algorithm), dtype, channels
 WAYS = [("torch", "auto"), *([("cpu", "direct"), ("cpu", "winograd")] if "cpu" in BACKENDS else [])]
