@@ -32,6 +32,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     # All but triton build on the host, wherever the tables go.
     "packing": ("cpu", "torch", "triton"),
     "task_masks": ("torch", "triton"),  # on the CPU too little work for kernels of its own
+    "adam": ("cpu", "torch", "triton"),
 }
 
 

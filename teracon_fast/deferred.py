@@ -18,6 +18,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 # From this eps on the compiled kernels may take moments below the smallest normal number for zero.
 LEAST_EPS = 1e-10
+# Floats in a vector of torch's fused kernel, which has no AVX-512 form.
+_TORCH_LANES = 8
 # Of the shrinking of an update from one step to the next, far more than roundings can undo.
 _SHRINKS = 0.999
 # Steps that are remembered. Then all rows are brought up to date once, which costs little in so many steps.
@@ -40,7 +42,7 @@ class StepNumbers(NamedTuple):
 
 
 class Deferred:
-    """The steps that rows of one parameter have yet to take.
+    """The steps that rows of one parameter have yet to take. Subclasses say by which kernels.
 
     The parameter is given to each call, since whoever keeps a `Deferred` must not keep the parameter alive.
 
@@ -51,30 +53,36 @@ class Deferred:
 
     def __init__(self, rows: int, exp_avg: Tensor, exp_avg_sq: Tensor, constants: Constants, fresh: bool) -> None:
         self.exp_avg, self.exp_avg_sq, self.constants = exp_avg, exp_avg_sq, constants
-        self._last = torch.full((rows,), -1 if fresh else 0, dtype=torch.int32)
+        self._last = torch.full((rows,), -1 if fresh else 0, dtype=torch.int32, device=exp_avg.device)
         self._begin()
 
     def _begin(self) -> None:
-        self._steps, self._number = torch.empty(256, 4), 0
-        self._growing = torch.empty(0, dtype=torch.int64)
-        self._newest: StepNumbers | None = None
-        self._behind = False
+        """Forget all steps, all rows being up to date."""
+        self._number, self._behind = 0, False
+
+    def _take(self, parameter: Tensor, rows: Tensor, values: Tensor, numbers: StepNumbers) -> None:
+        """Take step `_number + 1` in these rows, after what they have missed, and remember its numbers."""
+        raise NotImplementedError
+
+    def _bring(self, parameter: Tensor, items: Tensor | None) -> bool:
+        """Bring rows to the end of `_number` steps; whether any may have changed."""
+        raise NotImplementedError
 
     def goes_on(self, moments: tuple[Tensor, Tensor], constants: Constants) -> bool:
         """Whether a step with these moments and constants can follow those that are remembered."""
         return moments[0] is self.exp_avg and moments[1] is self.exp_avg_sq and constants == self.constants
 
-    def step(self, parameter: Tensor, rows: Tensor, values: Tensor, numbers: StepNumbers, tail: int) -> None:
-        """A step with a gradient in some rows, `[n]` ascending and `[n, ...]`; the other rows are left behind."""
+    def step(self, parameter: Tensor, rows: Tensor, values: Tensor, numbers: StepNumbers) -> None:
+        """A step with a gradient in some rows, `[n]` and `[n, ...]`; the other rows are left behind.
+
+        Rows are ascending for the compiled kernels, in any order and repeated for those of Triton.
+        """
         if self._number == _MOST_STEPS:
             self.catch_up(parameter)
             self._last.clamp_(max=0)
             self._begin()
-        self._remember(numbers)
-        torch.ops.teracon_fast.adam_deferred(
-            parameter, self.exp_avg, self.exp_avg_sq, self._last, rows.contiguous(), values.contiguous(), *self._history,
-            *self.constants, tail, torch.get_num_threads(),
-        )  # fmt: skip
+        self._take(parameter, rows, values, numbers)
+        self._number += 1
         self._behind = True
         self._changed(parameter)
 
@@ -82,18 +90,39 @@ class Deferred:
         """Bring the rows `items`, int64 `[n]`, or all rows up to date."""
         if not self._behind:
             return
-        wanted = torch.empty(0, dtype=torch.int64) if items is None else items.to("cpu", torch.int64).contiguous()
-        late = torch.ops.teracon_fast.adam_catch_up(
-            parameter, self.exp_avg, self.exp_avg_sq, self._last, wanted, items is None, *self._history, *self.constants,
-            torch.get_num_threads(),
-        )  # fmt: skip
+        late = self._bring(parameter, items)
         self._behind = items is not None
         if late:
             self._changed(parameter)
 
-    @property
-    def _history(self) -> tuple[Tensor, Tensor]:
-        return self._steps[: self._number], self._growing
+    def _changed(self, parameter: Tensor) -> None:
+        # The kernels write behind autograd's back.
+        torch.autograd.graph.increment_version((parameter, self.exp_avg, self.exp_avg_sq))
+
+
+class CompiledDeferred(Deferred):
+    """By the compiled kernels: float32 on the CPU."""
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._steps = torch.empty(256, 4)
+        self._growing = torch.empty(0, dtype=torch.int64)
+        self._newest: StepNumbers | None = None
+
+    def _take(self, parameter: Tensor, rows: Tensor, values: Tensor, numbers: StepNumbers) -> None:
+        self._remember(numbers)
+        torch.ops.teracon_fast.adam_deferred(
+            parameter, self.exp_avg, self.exp_avg_sq, self._last, rows.contiguous(), values.contiguous(),
+            self._steps[: self._number + 1], self._growing, *self.constants, tail(parameter), torch.get_num_threads(),
+        )  # fmt: skip
+
+    def _bring(self, parameter: Tensor, items: Tensor | None) -> bool:
+        wanted = torch.empty(0, dtype=torch.int64) if items is None else items.to("cpu", torch.int64).contiguous()
+        late = torch.ops.teracon_fast.adam_catch_up(
+            parameter, self.exp_avg, self.exp_avg_sq, self._last, wanted, items is None, self._steps[: self._number],
+            self._growing, *self.constants, torch.get_num_threads(),
+        )  # fmt: skip
+        return bool(late)
 
     def _remember(self, numbers: StepNumbers) -> None:
         if self._number == len(self._steps):
@@ -102,7 +131,6 @@ class Deferred:
         if not self._shrinks(numbers):
             self._growing = torch.cat([self._growing, torch.tensor([self._number])])
         self._newest = numbers
-        self._number += 1
 
     def _shrinks(self, numbers: StepNumbers) -> bool:
         """Whether an update without gradient is smaller than the one of the step before, for any moments.
@@ -116,9 +144,40 @@ class Deferred:
         denominator = max(1.0, numbers.root / before.root / math.sqrt(beta2))
         return numbers.step_size / before.step_size * beta1 * denominator < _SHRINKS
 
-    def _changed(self, parameter: Tensor) -> None:
-        # The kernels write behind autograd's back.
-        torch.autograd.graph.increment_version((parameter, self.exp_avg, self.exp_avg_sq))
+
+class TritonDeferred(Deferred):
+    """By the Triton kernels: float32 on a GPU. Nothing waits for the device.
+
+    Which rows were late is not known on the host, so autograd sees a change wherever there may have been one.
+    """
+
+    def __init__(self, rows: int, exp_avg: Tensor, exp_avg_sq: Tensor, constants: Constants, fresh: bool) -> None:
+        super().__init__(rows, exp_avg, exp_avg_sq, constants, fresh)
+        # All of it at once, 512 KiB: the kernels write it, and it never moves.
+        self._history = torch.empty((_MOST_STEPS, 2), dtype=torch.float32, device=exp_avg.device)
+
+    def _take(self, parameter: Tensor, rows: Tensor, values: Tensor, numbers: StepNumbers) -> None:
+        from teracon_fast.kernels import adam
+
+        adam.step(
+            parameter, self.exp_avg, self.exp_avg_sq, self._last, rows, values, self._history, self._number + 1, *numbers,
+            *self.constants,
+        )  # fmt: skip
+
+    def _bring(self, parameter: Tensor, items: Tensor | None) -> bool:
+        from teracon_fast.kernels import adam
+
+        wanted = None if items is None else items.reshape(-1).to(parameter.device)
+        adam.catch_up(
+            parameter, self.exp_avg, self.exp_avg_sq, self._last, wanted, self._history, self._number,
+            *self.constants,
+        )  # fmt: skip
+        return True
+
+
+def tail(parameter: Tensor) -> int:
+    """Elements at the end of a parameter that are no whole vector of torch's kernel, which rounds them in another order."""
+    return parameter.numel() % _TORCH_LANES
 
 
 _registered: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -8,15 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from teracon_fast import _native, factored
-from teracon_fast.deferred import LEAST_EPS, Constants, Deferred, StepNumbers, catch_up, register, registered
+from teracon_fast import _native, backends, factored
+from teracon_fast.deferred import (
+    LEAST_EPS,
+    CompiledDeferred,
+    Constants,
+    StepNumbers,
+    TritonDeferred,
+    catch_up,
+    register,
+    registered,
+    tail,
+)
 from teracon_fast.errors import ConfigError
 from teracon_fast.ops.embedding_rows import sum_rows
-
-# Floats in a vector of torch's fused kernel, which has no AVX-512 form. What is left of a parameter behind whole vectors is
-# rounded in another order.
-_TORCH_LANES = 8
 
 
 class Adam(torch.optim.Adam):
@@ -39,23 +46,33 @@ class Adam(torch.optim.Adam):
     Gradients that `ops.retention_mse` leaves as factors (`teracon_fast.factored`) are formed some rows at a time, while they are
     in the cache, and never stored. `Adam.zero_grad` forgets them; a module's `zero_grad` does not.
 
+    The Triton kernels (float32 on CUDA, on request) never wait for the device, take gradients whose rows repeat, and add those up
+    themselves. They round each operation once, in the order of the compiled kernels, and so differ from PyTorch's CUDA kernels in
+    the last bits, but deferred steps have the bits of others. They read the number of steps from the device once, after
+    `load_state_dict` or a step of PyTorch's; and at every step a learning rate that is a tensor there.
+
     In the compiled kernels moments below 1.2e-38 count as zero, unless eps is below 1e-10: far below what can move a
     parameter, and on x86 each operation on such a number costs as much as a hundred others.
 
     Args:
-        deferred: leave rows without gradient behind. Used where the compiled kernels are, and eps is at least 1e-10.
+        deferred: leave rows without gradient behind. Used where the compiled or Triton kernels are, and eps is at least 1e-10.
+        backend: of steps with sparse gradients: "auto", "cpu" (the compiled kernels), "triton" or "torch" (a dense gradient).
         All others: of `torch.optim.Adam`.
 
     Raises:
+        BackendError: for a backend that is unknown or not installed; at a step with a sparse gradient, for one that was named
+            and cannot take it: for another device or dtype, a parameter that is not contiguous, fused=False or foreach=True.
         ConfigError: at a step with a sparse gradient, for weight_decay, amsgrad, maximize, capturable, differentiable or a
             GradScaler with fused=True, or for a gradient that is sparse in more than its rows.
     """
 
     deferred: bool = False
+    backend: str = "auto"
 
-    def __init__(self, params: Any, *args: Any, deferred: bool = False, **kwargs: Any) -> None:
+    def __init__(self, params: Any, *args: Any, deferred: bool = False, backend: str = "auto", **kwargs: Any) -> None:
         super().__init__(params, *args, **kwargs)
-        self.deferred = deferred
+        backends.check_name(backend, "adam")
+        self.deferred, self.backend = deferred, backend
 
     def flush(self) -> None:
         """Bring all rows of all parameters up to date."""
@@ -78,7 +95,7 @@ class Adam(torch.optim.Adam):
 
     def __getstate__(self) -> dict[str, Any]:
         self.flush()
-        return {**super().__getstate__(), "deferred": self.deferred}
+        return {**super().__getstate__(), "deferred": self.deferred, "backend": self.backend}
 
     # Here and not in `step`, which closures, hooks and schedulers wrap. Should a later PyTorch call this no more, it refuses
     # sparse gradients.
@@ -95,13 +112,14 @@ class Adam(torch.optim.Adam):
                 _settle(parameter)
                 continue
             self._check(group, gradient)
-            if self._serves(group, parameter):
-                self._step_rows(group, parameter)
+            implementation = self._implementation(group, parameter)
+            if implementation != "torch":
+                self._step_rows(group, parameter, implementation)
                 done.add(id(parameter))
             else:
                 _settle(parameter)
                 made_dense.append((parameter, gradient))
-                parameter.grad = gradient.to_dense()
+                parameter.grad = gradient.to_dense() if parameter.device.type == "cpu" else _added_up(gradient)
         if done:
             group = {**group, "params": [p for p in group["params"] if id(p) not in done]}
         try:
@@ -153,42 +171,74 @@ class Adam(torch.optim.Adam):
                 f"Adam: got a gradient with {gradient.sparse_dim()} sparse dimensions, expected 1: rows of the parameter"
             )
 
-    def _serves(self, group: Mapping[str, Any], parameter: Tensor) -> bool:
-        """Whether the compiled kernels take a step of this parameter, and give the bits that the group asks for."""
-        if group["fused"] is False or group["foreach"] or not _native.available():
-            return False
+    def _implementation(self, group: Mapping[str, Any], parameter: Tensor) -> str:
+        """What takes a step of this parameter with a sparse gradient: "cpu", "triton", or "torch" with a dense one."""
+        chosen = backends.resolve(self.backend, "adam", parameter.device, parameter.dtype)
+        # Asked again, since `resolve` remembers its answers.
+        if chosen == "torch" or (self.backend == "auto" and not _native.available()):
+            return "torch"
         state = self.state[parameter]
         tensors = [parameter, *(state[name] for name in ("exp_avg", "exp_avg_sq") if name in state)]
-        return all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+        fits = all(t.device == parameter.device and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+        if fits and group["fused"] is not False and not group["foreach"]:
+            return chosen
+        if self.backend == "auto":
+            return "torch"
+        raise backends.BackendError(
+            f"Adam: backend {self.backend!r} got a parameter {parameter.dtype} of strides {parameter.stride()}, "
+            f"fused={group['fused']} and foreach={group['foreach']}, expected a contiguous torch.float32 with moments alike, "
+            "and neither fused=False nor foreach=True"
+        )
 
     @torch.no_grad()
-    def _step_rows(self, group: Mapping[str, Any], parameter: Tensor) -> None:
-        rows, values = _coalesced(parameter)
+    def _step_rows(self, group: Mapping[str, Any], parameter: Tensor, implementation: str) -> None:
+        compiled = implementation == "cpu"
+        rows, values = _coalesced(parameter) if compiled else _uncoalesced(parameter)
         state = self.state[parameter]
         fresh = not state
         if fresh:
             _begin(state, parameter, bool(group["fused"]))
-        state["step"] += 1
-        step, (beta1, beta2) = state["step"].item(), map(float, group["betas"])
+        step, (beta1, beta2) = _counted(state["step"]), map(float, group["betas"])
         constants = Constants(beta1, beta2, float(group["eps"]))
         root = math.sqrt(1 - beta2**step)
         numbers = StepNumbers(float(group["lr"]) / (1 - beta1**step), root)
-        moments, tail = (state["exp_avg"], state["exp_avg_sq"]), parameter.numel() % _TORCH_LANES
+        moments = (state["exp_avg"], state["exp_avg_sq"])
         wanted, deferred = self.deferred and constants.eps >= LEAST_EPS, registered(parameter)
-        if deferred is not None and not (wanted and deferred.goes_on(moments, constants)):
+        kind = CompiledDeferred if compiled else TritonDeferred
+        if deferred is not None and not (wanted and type(deferred) is kind and deferred.goes_on(moments, constants)):
             _settle(parameter)
             deferred = None
         if wanted:
             if deferred is None:
-                deferred = Deferred(len(parameter), *moments, constants, fresh)
+                deferred = kind(len(parameter), *moments, constants, fresh)
                 register(parameter, deferred)
-            deferred.step(parameter, rows, values, numbers, tail)
+            deferred.step(parameter, rows, values, numbers)
             return
-        torch.ops.teracon_fast.adam_rows(
-            parameter, *moments, rows.contiguous(), values.contiguous(), *constants, *numbers, tail, torch.get_num_threads()
-        )
+        if compiled:
+            torch.ops.teracon_fast.adam_rows(
+                parameter, *moments, rows.contiguous(), values.contiguous(), *constants, *numbers, tail(parameter),
+                torch.get_num_threads(),
+            )  # fmt: skip
+        else:
+            from teracon_fast.kernels import adam
+
+            adam.whole_step(parameter, *moments, rows, values, *numbers, *constants)
         # The kernel writes behind autograd's back.
         torch.autograd.graph.increment_version((parameter, *moments))
+
+
+# Of counts of steps: the version of the tensor that was last counted up here, and what it then held.
+_counts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _counted(steps: Tensor) -> float:
+    """Add one to a count of steps and return it; read from where the tensor is only after a change from elsewhere."""
+    version, number = _counts.get(steps, (None, 0.0))
+    if version != steps._version:
+        number = steps.item()
+    steps += 1
+    _counts[steps] = (steps._version, number + 1)
+    return number + 1
 
 
 def _settle(parameter: Tensor) -> None:
@@ -212,11 +262,25 @@ def _coalesced(parameter: Tensor) -> tuple[Tensor, Tensor]:
     return rows, sums.view(-1, *values.shape[1:])
 
 
+def _uncoalesced(parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that have a gradient, in any order and repeated, and the gradients: nothing is asked of the device."""
+    gradient = parameter.grad
+    assert gradient is not None
+    return gradient._indices()[0], gradient._values()
+
+
+def _added_up(gradient: Tensor) -> Tensor:
+    """The dense gradient, the same in every run: on a GPU `to_dense` adds up repeated rows in any order."""
+    zeros = gradient._values().new_zeros(gradient.shape)
+    return zeros.index_put_((gradient._indices()[0],), gradient._values(), accumulate=True)
+
+
 def _begin(state: dict[str, Any], parameter: Tensor, fused: bool) -> None:
     """The state that `torch.optim.Adam` begins with."""
     # The fused kernels read the number of steps where the parameter is.
     double = not fused and torch.get_default_dtype() == torch.float64
     step_dtype, device = torch.float64 if double else torch.float32, parameter.device if fused else "cpu"
-    state["step"] = torch.zeros((), dtype=step_dtype, device=device)
+    steps = state["step"] = torch.zeros((), dtype=step_dtype, device=device)
+    _counts[steps] = (steps._version, 0.0)
     for name in ("exp_avg", "exp_avg_sq"):
         state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

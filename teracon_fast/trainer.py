@@ -78,17 +78,20 @@ class StepResult:
 def make_optimizer(model: torch.nn.Module, lr: float) -> Adam:
     """Adam with default betas over all parameters, without weight decay, in one fused kernel where PyTorch has one.
 
-    From here on the item embedding's gradient is sparse where a kernel is there to take it: float32 on the CPU. Of a large
-    embedding, rows without gradient are left behind until they are read, see `optim.Adam`.
+    From here on the item embedding's gradient is sparse where a kernel is there to take it: float32 on the CPU, or of a model
+    with backend="triton". Of a large embedding, rows without gradient are left behind until they are read, see `optim.Adam`.
     """
-    deferred = False
+    deferred, backend = False, "auto"
     if isinstance(model, FastTCN):
         weight = model.embeding.weight
-        served = weight.device.type == "cpu" and weight.dtype == torch.float32 and _native.available()
+        if model.backend == "triton":
+            backend = "triton"
+        here = backend == "triton" or (weight.device.type == "cpu" and _native.available())
+        served = here and weight.dtype == torch.float32
         model.sparse_embedding_grad = served
         deferred = served and weight.numel() >= DEFERRED_FROM
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in model.parameters())
-    return Adam(model.parameters(), lr=lr, fused=fused or None, deferred=deferred)
+    return Adam(model.parameters(), lr=lr, fused=fused or None, deferred=deferred, backend=backend)
 
 
 def _forward(model: FastTCN, precision: Precision) -> torch.autocast:

@@ -21,6 +21,10 @@ def embedding_rows(weight: Tensor, items: Tensor, sparse: bool = False) -> Tenso
     take it: `teracon_fast.optim.Adam`, torch's SGD, Adagrad and SparseAdam. `DistributedDataParallel` does not. PyTorch drops
     the mark "coalesced" when it puts the gradient into `.grad`; the rows there are still unique and ascending.
 
+    On a GPU how many different items there are is unknown without waiting for it, so there the sums are left to whoever uses
+    the gradient: it is not coalesced, and holds the `items` and the upstream gradient themselves, which must not be written to
+    until it has been used.
+
     Rows of a weight that `optim.Adam(deferred=True)` has left behind are brought up to date first: the weight changes where it
     lies, as by `Adam.flush`, in the rows that are read.
 
@@ -79,8 +83,13 @@ class _RowsWithSparseGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (items,) = ctx.saved_tensors
-        different, sums = sum_rows(items.long(), grad)
+        items, summed = ctx.saved_tensors[0].long(), not _leaves_sums(grad)
+        rows, values = sum_rows(items, grad) if summed else (items, grad)
         # Checking that rows are in range would read the device; forward has read them.
-        gradient = torch.sparse_coo_tensor(different[None], sums, ctx.shape, check_invariants=False, is_coalesced=True)
+        gradient = torch.sparse_coo_tensor(rows[None], values, ctx.shape, check_invariants=False, is_coalesced=summed)
         return gradient, None
+
+
+def _leaves_sums(grad: Tensor) -> bool:
+    """Whether adding up the rows of each item is left to the optimiser: their number would have to come from the device."""
+    return grad.device.type != "cpu"

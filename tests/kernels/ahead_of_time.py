@@ -1,10 +1,11 @@
 """Compiles what the launchers would run, for GPUs that need not be there: `python ahead_of_time.py JOBS`.
 
 JOBS is JSON, `[[architecture, operation, dtype, labels, channels], ...]`, operations those of `RUNS`; for "masks" the number of
-labels is that of tasks. The launchers run on small tensors in memory, but their launches are compiled with the table's
-configuration instead of run. Prints a JSON list with, of every kernel, the
-registers, spilled bytes, shared memory and matrix instructions that its machine code has, the multiplications of sizes that
-are too narrow, and the numbers of rows whose value would have it compiled again ("keyed"). Not in Triton's interpreter.
+labels is that of tasks, for "adam" that of the embedding's rows. The launchers run on small tensors in memory, but their
+launches are compiled with their configuration instead of run. Prints a JSON list with, of every kernel, the registers, spilled
+bytes, shared memory and matrix instructions that its machine code has, the operations that NVIDIA's assembler may fuse
+("fusible"), the multiplications of sizes that are too narrow, and the numbers of rows whose value would have it compiled again
+("keyed"). Not in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from triton.compiler import ASTSource
 
 from teracon_fast import backends, kernels
 from teracon_fast import packing as packer
+from teracon_fast.kernels import adam as adam_kernels
 from teracon_fast.kernels import (
     configs,
     linear_cross_entropy,
@@ -49,7 +51,7 @@ ROWS, TARGETS_COUNT, SITES = 40, 64, 16
 # What differs from batch to batch, and from step to step: no value of it may have a kernel compiled again.
 OF_ROWS = {
     "count", "length", "named", "padded_count", "parts", "requests", "residual_count", "rows_count", "share", "source_count",
-    "targets_count",
+    "taken", "targets_count",
 }  # fmt: skip
 OF_STEPS = {"scale"}
 
@@ -71,6 +73,17 @@ def retention(dtype: torch.dtype, labels: int, channels: int) -> None:
 def topk(dtype: torch.dtype, labels: int, channels: int) -> None:
     excluded, offsets = torch.zeros(8, dtype=torch.int64), torch.arange(ROWS + 1) // ROWS * 8
     linear_rank.topk(*_head(dtype, labels, channels), 20, excluded, offsets)
+
+
+def adam(dtype: torch.dtype, rows: int, channels: int) -> None:
+    """Of a gradient of that dtype."""
+    arrays, constants = [torch.zeros(rows, channels) for _ in range(3)], (0.9, 0.999, 1e-8)
+    items, values = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS, channels, dtype=dtype)
+    last, history = torch.zeros(rows, dtype=torch.int32), torch.zeros(256, 2)
+    adam_kernels.step(*arrays, last, items, values, history, 16, 0.1, 0.1, *constants)
+    adam_kernels.catch_up(*arrays, last, items, history, 16, *constants)
+    adam_kernels.catch_up(*arrays, last, None, history, 16, *constants)
+    adam_kernels.whole_step(*arrays, items, values, 0.1, 0.1, *constants)
 
 
 def packing(dtype: torch.dtype, labels: int, channels: int) -> None:
@@ -130,7 +143,7 @@ def _tasks(dtype: torch.dtype, tasks: int, channels: int) -> task_masks.Paramete
 
 # Each calls an operation's launcher; its results are not looked at.
 RUNS: dict[str, Callable[[torch.dtype, int, int], None]] = {
-    run.__name__: run for run in (forward, backward, retention, topk, packing, masks, conv_forward, conv_backward)
+    run.__name__: run for run in (forward, backward, retention, topk, adam, packing, masks, conv_forward, conv_backward)
 }
 
 
@@ -151,7 +164,9 @@ def compiled(kernel: Any, arguments: dict[str, Any], sizes: configs.Config, targ
             if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
                 aligned[(number,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=target, options={"num_warps": sizes.warps, "num_stages": sizes.stages})
+    options = {"num_warps": sizes.warps, "num_stages": sizes.stages}
+    options |= {name: arguments[name] for name in ("enable_fp_fusion",) if name in arguments}
+    return triton.compile(source, target=target, options=options)
 
 
 def narrow_addresses(code: str) -> list[str]:
@@ -175,6 +190,7 @@ def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
         # Scalar registers spill into lanes of vector registers; only those spill to memory, called private here.
         spilled = max(int(size) for size in re.findall(r"\.private_segment_fixed_size: (\d+)", code))
         registers, products = max(int(n) for n in re.findall(r"\.vgpr_count: +(\d+)", code)), re.findall(r"v_mfma\w+", code)
+        fusible: list[str] = []
     else:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(built.asm["cubin"])
@@ -186,15 +202,18 @@ def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
         registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
         code = built.asm["ptx"]
         products = re.findall(r"(?:wgmma\.mma_async|mma)\.sync\.[\w.]+", code)
+        # Products and sums without a rounding mode are those that the assembler may fuse.
+        fusible = re.findall(r"\b(?:add|sub|mul)(?:\.ftz)?\.f32", code)
     return {
         "registers": registers, "spilled": spilled, "shared": built.metadata.shared,
-        "products": sorted(set(products)), "narrow": narrow_addresses(built.asm["ttir"]),
+        "products": sorted(set(products)), "fusible": sorted(set(fusible)), "narrow": narrow_addresses(built.asm["ttir"]),
     }  # fmt: skip
 
 
 def recorder(target: GPUTarget, found: list[dict[str, Any]]) -> Callable[..., None]:
     def record(kernel: Any, grid: tuple[int, ...], sizes: configs.Config, device: torch.device, **arguments: Any) -> None:
-        keyed = [p.name for p in kernel.params if p.name in OF_ROWS and not p.do_not_specialize]
+        numbers = [p for p in kernel.params if not isinstance(arguments[p.name], Tensor)]
+        keyed = [p.name for p in numbers if p.name in OF_ROWS and not p.do_not_specialize]
         keyed += [p.name for p in kernel.params if p.name in OF_STEPS and p.is_constexpr]
         built = compiled(kernel, arguments, sizes, target)
         found.append({"kernel": kernel.__name__, "keyed": keyed, **facts(built, target)})

@@ -31,6 +31,9 @@ JOBS = [
     *((name, operation, "bfloat16", 1, 256) for name in ("sm_80", "sm_90", "gfx942") for operation in CONV),
     *(("sm_90", operation, "float32", 1, 256) for operation in CONV),
     *(("sm_90", operation, "bfloat16", 1, channels) for operation in CONV for channels in (512, 100)),
+    # An embedding of so many rows, and channels of its gradient.
+    *((name, "adam", "float32", MANY, 256) for name in ("sm_80", "sm_90", "gfx942")),
+    ("sm_80", "adam", "bfloat16", MANY, 256), ("sm_80", "adam", "float32", MANY, 600), ("sm_90", "adam", "float32", 1, 1),
 ]
 # What each operation launches; kernels after the bar multiply nothing.
 KERNELS = {
@@ -42,6 +45,7 @@ KERNELS = {
     "masks": "| " + 3 * "task_masks_kernel task_masks_backward_kernel ",
     "conv_forward": "forward_kernel |",
     "conv_backward": "input_kernel weight_kernel | norm_backward_kernel bag_sums_kernel finish_kernel gather_kernel",
+    "adam": "| step_kernel catch_up_kernel catch_up_kernel whole_step_kernel",
 }
 PRODUCTS = {"sm_80": "mma.sync.aligned.m16n8k16", "sm_90": "wgmma.mma_async.sync.aligned.m64", "gfx942": "v_mfma_f32"}
 
@@ -78,6 +82,13 @@ def test_machine_code(compiled: list[dict[str, Any]], job: tuple[str, str, str, 
             assert kernel["products"] == [], "exact products of float32 run on the ordinary units"
         if multiplies:
             assert kernel["shared"] > 0, "tiles of operands go through shared memory"
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job[1] == "adam"], ids=lambda job: "-".join(map(str, job)))
+def test_adam_rounds_alike_in_every_kernel(compiled: list[dict[str, Any]], job: tuple[str, str, str, int, int]) -> None:
+    """No product and sum that the compiler may fuse here and not there: each has its rounding, or is a written `fma`."""
+    for kernel in of_job(compiled, job):
+        assert kernel["fusible"] == [], kernel
 
 
 @pytest.mark.parametrize("job", [job for job in JOBS if job[1] == "forward"], ids=lambda job: "-".join(map(str, job)))
