@@ -2,8 +2,8 @@
 
 Sides: `eager`, the dense reference in float32 with TF32 allowed; `eager-bf16`, the same under autocast; `compile-bf16`, that
 compiled, where asked for; `torch`, `torch-bf16`, ours on plain PyTorch operations; `ours-fp32`, `ours-bf16`, ours on the
-backend that is measured. The reference gets its best settings: TF32, cudnn.benchmark, fused Adam, its inputs on the device.
-Ours gets its inputs as the trainer does, on the host.
+backend that is measured; `ours-bf16-graphs`, training steps replayed as CUDA graphs. The reference gets its best settings:
+TF32, cudnn.benchmark, fused Adam, its inputs on the device. Ours gets its inputs as the trainer does, on the host.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from bench.measure import DifferentAnswers, check
 from bench.operations import Operations
 from bench.traffic import Traffic
 from teracon_fast import FastTCN, Request, trainer
+from teracon_fast.graphs import StepGraphs
 from teracon_fast.packing import PackedBatch, Streams
 from teracon_fast.reference import ReferenceTCN, clamp_task_embeddings, continual_step
 from teracon_fast.reference import step as reference_step
 
 FULL = replace(TTL, labels=(646_000, 17_880, 8), batch=1024)
 QUICK = replace(TINY, labels=(90, 30, 8))
-OURS = "ours-bf16"
+OURS, REPLAYED = "ours-bf16", "ours-bf16-graphs"
 # Of the difference from the eager side's states, as a whole.
 STATE_ERRORS = {"bf16": 0.05, "fp32": 2e-3}
 
@@ -121,7 +122,19 @@ def compare_states(title: str, answers: Mapping[str, Tensor]) -> None:
             raise DifferentAnswers(f"{title}: {side} is off by {error:.3g} of what is expected, at most {limit:g}")
 
 
-class TrainingStep(GpuCase, ContinualStep):
+class _Step(GpuCase):
+    """A training step, which can be replayed where there are CUDA graphs."""
+
+    def __init__(self, shape: Shape, device: torch.device, backend: str) -> None:
+        super().__init__(shape, device, backend)
+        if device.type == "cuda" and backend == "triton":
+            self.own[REPLAYED] = self.own[OURS]
+
+    def graphs(self, side: str, model: FastTCN, teacher: FastTCN | None = None) -> StepGraphs | None:
+        return StepGraphs(model, teacher, ALPHA, precision=self.own[side].precision) if side == REPLAYED else None
+
+
+class TrainingStep(_Step, ContinualStep):
     """The step of task 3 with retention, the next rho, Adam and the clamp. Ours reads rho after each step, as training does."""
 
     def side(self, side: str) -> Run:
@@ -131,11 +144,12 @@ class TrainingStep(GpuCase, ContinualStep):
         if side in self.own:
             model, teacher = self.fast(tasks, side), self.fast(self.past, side).requires_grad_(False)
             optimizer, lengths = trainer.make_optimizer(model, 1e-4), self.shape.lengths(self.users)
+            graphs = self.graphs(side, model, teacher)
 
             def run_ours() -> Tensor:
                 result = trainer.continual_step(
                     model, teacher, optimizer, x, y, users, rho, S_TRAINING, ALPHA,
-                    precision=self.own[side].precision, lengths=lengths,
+                    precision=self.own[side].precision, lengths=lengths, graphs=graphs,
                 )  # fmt: skip
                 assert result.retention_loss is not None and result.next_rho is not None
                 self.read[side] = result.next_rho.tolist()
@@ -170,7 +184,7 @@ class TrainingStep(GpuCase, ContinualStep):
         return moved + traffic.adam("Adam, backbone and current head", float(f * current + backbone_numbers(self.shape)))
 
 
-class FirstTaskStep(GpuCase, FirstStep):
+class FirstTaskStep(_Step, FirstStep):
     """The step of task 1. Where a dense side's logits do not fit, it takes the batch in parts and says so."""
 
     name = "t1-step"
@@ -180,7 +194,10 @@ class FirstTaskStep(GpuCase, FirstStep):
         if side in self.own:
             model, lengths = self.fast(1, side), self.shape.lengths(self.users)
             optimizer, precision = trainer.make_optimizer(model, 1e-3), self.own[side].precision
-            return lambda: trainer.t1_step(model, optimizer, x, S_TRAINING, precision, lengths).class_loss.reshape(1)
+            graphs = self.graphs(side, model)
+            return lambda: trainer.t1_step(
+                model, optimizer, x, S_TRAINING, precision, lengths, graphs=graphs
+            ).class_loss.reshape(1)
         dense, x, parts = self.dense(side, 1, self.users), x.to(self.device), 1
         adam = self.adam(dense, 1e-3)
 

@@ -405,3 +405,33 @@ def test_cases_in_tritons_interpreter(kind: type[GpuCase]) -> None:
     shape = replace(QUICK, batch=2, length=6, dilations=(1,), labels=(20, 10, 4))
     found = gpu_measure.measure(kind(shape, CPU, "triton"), Meter(CPU, block=1e-9), 1, 1.0)
     assert all(side.seconds for side in found.sides.values())
+
+
+@pytest.mark.parametrize("case", [TrainingStep, FirstTaskStep])
+def test_on_a_gpu_steps_are_replayed_too(case: type[GpuCase], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made for a GPU is made here, but for the graphs themselves."""
+    measured = case(QUICK, CPU, "torch")
+    assert gpu_cases.REPLAYED not in measured.sides()
+    assert gpu_cases.REPLAYED in case(QUICK, torch.device("cuda"), "triton").sides()
+    measured.own[gpu_cases.REPLAYED] = measured.own[OURS]
+    made, taken = [], []
+    monkeypatch.setattr(
+        gpu_cases, "StepGraphs", lambda model, teacher, alpha, precision: made.append((alpha, precision)) or "graphs"
+    )
+    for name in ("t1_step", "continual_step"):
+        real = getattr(gpu_cases.trainer, name)
+        monkeypatch.setattr(
+            gpu_cases.trainer, name, lambda *a, graphs, real=real, **named: taken.append(graphs) or real(*a, **named)
+        )
+    measured.side(gpu_cases.REPLAYED)()
+    measured.side(OURS)()
+    assert made == [(gpu_cases.ALPHA, "bf16")] and taken == ["graphs", None]
+
+
+def test_the_faster_of_both_ways_is_judged() -> None:
+    def result(**seconds: float) -> Any:
+        sides = {name: SimpleNamespace(seconds=[value], median=value) for name, value in seconds.items()}
+        return SimpleNamespace(sides=sides)
+
+    assert gpu_report._ours(result(**{OURS: 2.0, gpu_cases.REPLAYED: 1.0})) == gpu_cases.REPLAYED
+    assert gpu_report._ours(result(**{OURS: 1.0, gpu_cases.REPLAYED: 2.0})) == OURS == gpu_report._ours(result())
