@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from teracon_fast import backends, masks, ops, packing, transfers
-from teracon_fast.deferred import Embedding
+from teracon_fast import backends, masks, ops, packing
+from teracon_fast.backbone import Backbone, check_items, init_linear
 from teracon_fast.encoder import Encoder
 from teracon_fast.errors import ConfigError, ShapeError
 from teracon_fast.masks import MaskVariant, of_tasks
 
-LAYER_NORM_EPS = 1e-8
 # Without gradient, from so many users on packing the weights for an encoder pays.
 ENCODER_USERS = 64
 
@@ -61,49 +60,11 @@ class PackedPositions:
     row_of: Tensor
 
 
-class ResidualBlock(nn.Module):
-    """Parameters of one residual block, under the published names. `FastTCN` runs it; it has no forward of its own."""
-
-    def __init__(
-        self, channels: int, kernel_size: int, dilation: int, num_tasks: int, relation_width: int | None,
-        embedding_range: tuple[float, float],
-    ) -> None:  # fmt: skip
-        super().__init__()
-        # Modules are built in the published order, so that one seed gives the published program's initial weights.
-        self.conv1 = nn.Conv2d(channels, channels, (1, kernel_size), dilation=dilation)
-        self.ln1 = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
-        self.conv2 = nn.Conv2d(channels, channels, (1, kernel_size), dilation=2 * dilation)
-        self.ln2 = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
-        self.ec = nn.ModuleList(nn.Embedding(2, channels) for _ in range(num_tasks))
-        for embedding in self.task_embeddings:
-            nn.init.uniform_(embedding, *embedding_range)
-        if relation_width is not None:
-            self.mlp1 = nn.ModuleList(nn.Linear(relation_width, 1) for _ in range(num_tasks))
-            self.mlp2 = nn.ModuleList(nn.Linear(relation_width, 1) for _ in range(num_tasks))
-            for task in range(num_tasks):
-                for linear in self.relation_weights(task):
-                    _init_linear(linear)
-
-    @property
-    def task_embeddings(self) -> list[Tensor]:
-        """Per task `[2, f]`: row 0 belongs to the block's first site, row 1 to its second."""
-        return [cast(nn.Embedding, embedding).weight for embedding in self.ec]
-
-    def relation_weights(self, task: int) -> tuple[nn.Linear, nn.Linear]:
-        """Relation weights of a task at the block's two sites, each `Linear(2T-1, 1)`."""
-        return cast(nn.Linear, self.mlp1[task]), cast(nn.Linear, self.mlp2[task])
-
-
-def _init_linear(linear: nn.Linear) -> None:
-    nn.init.normal_(linear.weight, 0.0, 0.01)
-    nn.init.constant_(linear.bias, 0.1)
-
-
 def _with_rows(old: Tensor, rows: Tensor) -> nn.Parameter:
     return nn.Parameter(torch.cat([old.detach(), rows.to(old)]), requires_grad=old.requires_grad)
 
 
-class FastTCN(nn.Module):
+class FastTCN(Backbone):
     """TERACON's user encoder with one head per task.
 
     Two constructors. `FastTCN(model_para)` takes the published dict: item_size, dilated_channels, dilations, kernel_size,
@@ -124,11 +85,7 @@ class FastTCN(nn.Module):
 
     With one task the native form has no relation weights and uses the plain mask (Eq. 6), like the published task-1 network.
 
-    Attributes:
-        sparse_embedding_grad: whether the item embedding's gradient is sparse, see `ops.embedding_rows`. False until
-            `trainer.make_optimizer` sets it: most optimisers and `DistributedDataParallel` take only dense gradients. So
-            copies of a model, which have no optimiser yet, begin with False too. While it is True, an optimiser may leave rows
-            of the embedding behind (`optim.Adam`), and whatever hands out its weight brings them up to date first.
+    Attributes: those of `Backbone`.
 
     Raises:
         ConfigError: for a missing or invalid argument.
@@ -148,7 +105,6 @@ class FastTCN(nn.Module):
         backend: str = "auto",
         algorithm: str = "auto",
     ) -> None:
-        super().__init__()
         variant = masks.check_variant(mask)
         if model_para is not None:
             if num_items is not None or labels is not None:
@@ -160,45 +116,20 @@ class FastTCN(nn.Module):
         else:
             labels = [num_items] if labels is None else list(labels)
             has_relation = len(labels) > 1 and variant != "none"
-        self.model_para = dict(model_para) if model_para is not None else None
-        _check_sizes(num_items, channels, labels, dilations, kernel_size)
-        backends.check_name(backend)  # an unknown name fails here, not in the first step
-        self.num_items, self.channels, self.labels = int(num_items), int(channels), [int(c) for c in labels]
-        self.dilations, self.kernel_size = tuple(int(d) for d in dilations), int(kernel_size)
+        if not labels or any(count < 1 for count in labels):
+            raise ConfigError(f"labels are {list(labels)}, expected one positive count per task")
         low, high = task_embedding_range
+        width = masks.relation_width(len(labels), variant) if has_relation else None
+        super().__init__(
+            num_items, channels, dilations, kernel_size, backend, algorithm, len(labels), width, (float(low), float(high))
+        )
+        self.model_para = dict(model_para) if model_para is not None else None
+        self.labels = [int(count) for count in labels]
         self.task_embedding_range = (float(low), float(high))
         self.mask_variant: MaskVariant = variant
-        self.backend = backend
-        if algorithm not in ops.ALGORITHMS:
-            raise ConfigError(f"algorithm is {algorithm!r}, expected one of {list(ops.ALGORITHMS)}")
-        self.algorithm = algorithm
-
-        self.embeding = Embedding(self.num_items, self.channels)  # the published spelling
-        bound = math.sqrt(1.0 / self.num_items)
-        nn.init.uniform_(self.embeding.weight, -bound, bound)
-        width = masks.relation_width(self.num_tasks, variant) if has_relation else None
-        self.residual_blocks = nn.Sequential(
-            *(
-                ResidualBlock(self.channels, self.kernel_size, d, self.num_tasks, width, self.task_embedding_range)
-                for d in self.dilations
-            )
-        )
         self.task_classifier = nn.ModuleList(nn.Linear(self.channels, count) for count in self.labels)
         for task in range(self.num_tasks):
-            _init_linear(self.head(task))
-
-    @property
-    def sparse_embedding_grad(self) -> bool:
-        return self.embeding.sparse_grad
-
-    @sparse_embedding_grad.setter
-    def sparse_embedding_grad(self, wanted: bool) -> None:
-        self.embeding.sparse_grad = wanted
-
-    @property
-    def device(self) -> torch.device:
-        """Where the item embedding is, and all else is expected."""
-        return self.embeding.stored.device
+            init_linear(self.head(task))
 
     @property
     def num_tasks(self) -> int:
@@ -209,16 +140,6 @@ class FastTCN(nn.Module):
     def has_relation(self) -> bool:
         """Whether masks are relation-aware (Eq. 12) or plain (Eq. 6)."""
         return hasattr(self.blocks[0], "mlp1")
-
-    @property
-    def blocks(self) -> list[ResidualBlock]:
-        """The residual blocks, in network order."""
-        return cast("list[ResidualBlock]", list(self.residual_blocks))
-
-    @property
-    def num_sites(self) -> int:
-        """S, number of masks per task: two per residual block."""
-        return 2 * len(self.residual_blocks)
 
     def head(self, task: int) -> nn.Linear:
         """The head of a task, counted from 0: `Linear(f, labels[task])`."""
@@ -420,7 +341,7 @@ class FastTCN(nn.Module):
         every_position: bool,
     ) -> tuple[Tensor, packing.PackedBatch]:  # fmt: skip
         """Pack and run all residual blocks; `chosen` is `[S, requests, f]`. Returns the last layer's rows and the tables."""
-        self._check_items(x)
+        check_items(x)
         lengths = packing.real_lengths(x) if lengths is None else lengths
         everyone = np.arange(x.shape[0])
         streams = [
@@ -429,59 +350,6 @@ class FastTCN(nn.Module):
         ]
         packed = self.pack(x.shape[1], lengths, streams, every_position)
         return self.states(x, packed, chosen), packed
-
-    def pack(
-        self, length: int, lengths: np.ndarray, streams: Sequence[packing.Streams], every_position: bool = False,
-        padded: bool = False,
-    ) -> packing.PackedBatch:  # fmt: skip
-        """The tables of a pass over sequences of `length` positions, where the model is. Other arguments as `packing.pack`."""
-        geometry = packing.geometry(length, self.dilations, self.kernel_size, every_position)
-        return packing.pack(lengths, streams, geometry, self.device, self.backend, padded)
-
-    def states(self, x: Tensor, packed: packing.PackedBatch, masks: Tensor) -> Tensor:
-        """Rows of the last layer, `[rows, f]`; which of them belong to whom, `packed.outputs` tells.
-
-        Args:
-            x: int64 `[B, L]`, the sequences that `packed` was made for.
-            packed: the tables of the pass, from `pack`.
-            masks: `[S, requests, f]`, that of each request.
-        """
-        self._check_items(x)
-        if masks.shape[0] != self.num_sites:
-            raise ShapeError(f"masks have {masks.shape[0]} sites, expected {self.num_sites}")
-        hidden = self.embeding.rows(transfers.to_device(x, self.device).reshape(-1)[packed.cells])
-        for rows in self.layers(hidden, masks, packed):
-            hidden = rows
-        return hidden
-
-    def layers(self, hidden: Tensor, masks: Tensor, packed: packing.PackedBatch) -> Iterator[Tensor]:
-        """Rows of every layer above the embedding, one convolution after the other.
-
-        Args:
-            hidden: `[rows of layer 0, f]`.
-            masks: `[S, requests, f]`.
-            packed: the tables of the pass.
-
-        Yields:
-            `[rows of the layer, f]`.
-        """
-        for i, block in enumerate(self.blocks):
-            first, second = packed.convolutions[2 * i : 2 * i + 2]
-            inner = self._conv(hidden, block.conv1, block.ln1, masks[2 * i], first)
-            yield inner
-            hidden = self._conv(inner, block.conv2, block.ln2, masks[2 * i + 1], second, hidden, packed.residuals[i])
-            yield hidden
-
-    def _conv(
-        self, x: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm, mask: Tensor, table: packing.TapTable,
-        residual: Tensor | None = None, residual_table: packing.ResidualTable | None = None,
-    ) -> Tensor:  # fmt: skip
-        assert conv.bias is not None
-        return ops.masked_conv(
-            x, conv.weight.squeeze(2), conv.bias, norm.weight, norm.bias, mask, table,
-            residual=residual, residual_table=residual_table, eps=norm.eps, backend=self.backend,
-            algorithm=self.algorithm,
-        )  # fmt: skip
 
     def extended(self, num_labels: int, generator: torch.Generator | None = None) -> FastTCN:
         """A new model with one more task, ready to train it.
@@ -562,10 +430,6 @@ class FastTCN(nn.Module):
         torch._foreach_clamp_min_(embeddings, -bound)
         torch._foreach_clamp_max_(embeddings, bound)
 
-    def _check_items(self, x: Tensor) -> None:
-        if x.dim() != 2 or x.dtype not in (torch.int64, torch.int32):
-            raise ShapeError(f"x is {x.dtype} {list(x.shape)}, expected int64 [B, L]")
-
     def _check_task(self, task: int) -> None:
         if not 0 <= task < self.num_tasks:
             raise ConfigError(f"task is {task}, expected 0..{self.num_tasks - 1} (tasks are counted from 0)")
@@ -588,13 +452,3 @@ def _read_para(para: Mapping[str, Any]) -> tuple[int, int, list[int], Sequence[i
         para["item_size"], para["dilated_channels"], labels, para["dilations"], para["kernel_size"], para["task_embs"],
         "num_task" not in para,
     )  # fmt: skip
-
-
-def _check_sizes(num_items: int, channels: int, labels: Sequence[int], dilations: Sequence[int], kernel_size: int) -> None:
-    for name, value, least in (("num_items", num_items, 1), ("channels", channels, 1), ("kernel_size", kernel_size, 2)):
-        if value < least:
-            raise ConfigError(f"{name} is {value}, expected at least {least}")
-    if not labels or any(count < 1 for count in labels):
-        raise ConfigError(f"labels are {list(labels)}, expected one positive count per task")
-    if not dilations or any(d < 1 for d in dilations):
-        raise ConfigError(f"dilations are {list(dilations)}, expected at least one, all positive")
