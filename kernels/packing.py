@@ -134,10 +134,11 @@ def bags_kernel(spans, starts, entries, bags, requests, offsets, records, memory
     tl.store(p_reader, (tl.load(p_record + PADDED_OUT) + number).to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["count", "rows", "padded"])
+@triton.jit(do_not_specialize=["count", "rows_count", "padded_count"])
 def cells_kernel(
-    spans, starts, ranks, layer_offsets, origins, cells, count, rows, padded, PADDERS: tl.constexpr, BLOCK: tl.constexpr
-):
+    spans, starts, ranks, layer_offsets, origins, cells, count, rows_count, padded_count,
+    PADDERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The cells of one span's rows in layer 0; behind the last span, a share of the padding, which is cell 0."""
     span = tl.program_id(0)
     if span < count:
@@ -150,9 +151,10 @@ def cells_kernel(
             m = o < entries
             tl.store(p_cells + o, origin - tl.load(layer_offsets + first + o, mask=m, other=0), mask=m)
     else:
-        for done in range((span - count) * BLOCK, padded - rows, PADDERS * BLOCK):
+        added = padded_count - rows_count
+        for done in range((span - count) * BLOCK, added, PADDERS * BLOCK):
             o = done + tl.arange(0, BLOCK)
-            tl.store(cells + rows.to(tl.int64) + o, tl.zeros([BLOCK], tl.int64), mask=o < padded - rows)
+            tl.store(cells + rows_count.to(tl.int64) + o, tl.zeros([BLOCK], tl.int64), mask=o < added)
 
 
 class _Lookups(NamedTuple):
@@ -340,8 +342,8 @@ def pack(
     )  # fmt: skip
     launch(
         cells_kernel, (programs,), _SIZES, device, spans=o_spans, starts=o_starts, ranks=lookups.ranks,
-        layer_offsets=lookups.offsets, origins=o_origins, cells=cells, count=count, rows=rows, padded=padded_rows,
-        PADDERS=_PADDERS, BLOCK=_SIZES.rows,
+        layer_offsets=lookups.offsets, origins=o_origins, cells=cells, count=count, rows_count=rows,
+        padded_count=padded_rows, PADDERS=_PADDERS, BLOCK=_SIZES.rows,
     )  # fmt: skip
     forms, convolutions, residuals = geo.tables
     built = []

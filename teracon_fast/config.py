@@ -94,6 +94,9 @@ class RunConfig(_Section):
     ] = "auto"
     threads: Annotated[int | None, Field(ge=1, description="CPU threads; PyTorch's choice when not given")] = None
     precision: Annotated[Literal["fp32", "bf16"], Field(description="products of training steps; evaluation is fp32")] = "fp32"
+    cuda_graphs: Annotated[
+        bool, Field(description="replay training steps as CUDA graphs; needs --device cuda and --backend triton")
+    ] = False
     split_by: Annotated[
         Literal["sample", "user"], Field(description="80/5/15 split over samples (published) or over users")
     ] = "sample"

@@ -27,6 +27,7 @@ from teracon_fast.config import RunConfig
 from teracon_fast.data import open_dataset, split_task
 from teracon_fast.evaluation import evaluate
 from teracon_fast.files import atomic_write
+from teracon_fast.graphs import StepGraphs
 from teracon_fast.masks import similarity
 from teracon_fast.metrics import backward_transfer, headline, result_matrix
 from teracon_fast.runfolder import (
@@ -178,6 +179,9 @@ class _Run:
             position = Position(**self.saved["position"])
             self.observer.on_message(f"going on with task {number} at epoch {position.epoch}, batch {position.batch}")
         self.saved = None
+        graphs = None
+        if self.config.cuda_graphs:
+            graphs = StepGraphs(model, teacher, config.alpha, self.config.student_mask, self.config.precision)
         split = self.splits[number - 1]
         batches = math.ceil(len(split.train) / config.batch_size)
         self.observer.on_task_start(TaskStart(
@@ -189,6 +193,7 @@ class _Run:
         return TaskTraining(
             number, config, data, split, order_seed, model, teacher, optimizer, draws, position, Losses(number),
             self.config.precision, self.config.sampling, self.config.student_mask, self.config.parity, self.config.log_every,
+            graphs,
         )  # fmt: skip
 
     def first_model(self, generator: torch.Generator) -> FastTCN:

@@ -102,7 +102,9 @@ def settings(config: RunConfig, dataset: TaskSequence, task: int) -> dict[str, A
     sections = {"model", "first", "later", "task"}
     flat: dict[str, Any] = config.model_dump(mode="json", exclude=_FREE | sections)
     flat["device"] = resolved_device(config)
-    flat["backend"] = backends.resolve(config.backend)
+    flat["backend"] = backends.resolve(config.backend, device=torch.device(flat["device"]))
+    if not config.cuda_graphs:  # runs of earlier versions do not name it
+        del flat["cuda_graphs"]
     flat["threads"] = config.threads or torch.get_num_threads()
     flat.update({f"model.{name}": value for name, value in config.model.model_dump(mode="json").items()})
     flat.update({"data.length": dataset.length, "data.num_items": dataset.num_items})
@@ -130,7 +132,8 @@ def resolved(config: RunConfig, begun: Mapping[str, Any]) -> RunConfig:
     fill: dict[str, Any] = {}
     if config.device == "auto":
         fill["device"] = begun["device"]
-    if config.backend == "auto" and backends.resolve("auto") != begun["backend"]:
+    device = torch.device(fill.get("device", config.device))
+    if config.backend == "auto" and backends.resolve("auto", device=device) != begun["backend"]:
         fill["backend"] = begun["backend"]
     if config.threads is None:
         fill["threads"] = begun["threads"]

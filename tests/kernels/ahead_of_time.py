@@ -50,7 +50,7 @@ TYPES = {
 ROWS, TARGETS_COUNT, SITES = 40, 64, 16
 # What differs from batch to batch, and from step to step: no value of it may have a kernel compiled again.
 OF_ROWS = {
-    "count", "length", "named", "padded", "parts", "requests", "residual_count", "rows", "rows_count", "share", "source_count",
+    "count", "length", "named", "padded_count", "parts", "requests", "residual_count", "rows_count", "share", "source_count",
     "taken", "targets_count",
 }  # fmt: skip
 OF_STEPS = {"scale"}
@@ -171,7 +171,7 @@ def compiled(kernel: Any, arguments: dict[str, Any], sizes: configs.Config, targ
 
 def narrow_addresses(code: str) -> list[str]:
     """32-bit multiplications by a stride or a size: what an address is formed from must be widened first."""
-    sizes = r"stride\w*|channels\w*|count|length|rows|padded|labels|targets_count|rows_count|source_count"
+    sizes = r"stride\w*|channels\w*|count|length|labels|targets_count|rows_count|padded_count|source_count"
     narrow = set(re.findall(rf"%({sizes})\b(?=: i32)", code))
     found = []
     for line in code.splitlines():
@@ -212,8 +212,7 @@ def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
 
 def recorder(target: GPUTarget, found: list[dict[str, Any]]) -> Callable[..., None]:
     def record(kernel: Any, grid: tuple[int, ...], sizes: configs.Config, device: torch.device, **arguments: Any) -> None:
-        numbers = [p for p in kernel.params if not isinstance(arguments[p.name], Tensor)]
-        keyed = [p.name for p in numbers if p.name in OF_ROWS and not p.do_not_specialize]
+        keyed = [p.name for p in kernel.params if p.name in OF_ROWS and not p.do_not_specialize]
         keyed += [p.name for p in kernel.params if p.name in OF_STEPS and p.is_constexpr]
         built = compiled(kernel, arguments, sizes, target)
         found.append({"kernel": kernel.__name__, "keyed": keyed, **facts(built, target)})

@@ -103,9 +103,9 @@ def test_a_model_trains_on_them_as_on_the_hosts(monkeypatch: pytest.MonkeyPatch)
     expected, host = results(), packing.pack
     calls = []
 
-    def pack(lengths: Any, requests: Any, geo: Any, device: torch.device, backend: str) -> packing.PackedBatch:
+    def pack(lengths: Any, requests: Any, geo: Any, device: torch.device, backend: str, padded: bool) -> packing.PackedBatch:
         calls.append(backend)
-        return host(lengths, requests, geo, device, "triton")
+        return host(lengths, requests, geo, device, "triton", padded)
 
     monkeypatch.setattr(packing, "pack", pack)
     for one, other in zip(results(), expected, strict=True):
