@@ -212,7 +212,8 @@ def facts(built: Any, target: GPUTarget) -> dict[str, Any]:
 
 def recorder(target: GPUTarget, found: list[dict[str, Any]]) -> Callable[..., None]:
     def record(kernel: Any, grid: tuple[int, ...], sizes: configs.Config, device: torch.device, **arguments: Any) -> None:
-        keyed = [p.name for p in kernel.params if p.name in OF_ROWS and not p.do_not_specialize]
+        numbers = [p for p in kernel.params if not isinstance(arguments[p.name], Tensor)]
+        keyed = [p.name for p in numbers if p.name in OF_ROWS and not p.do_not_specialize]
         keyed += [p.name for p in kernel.params if p.name in OF_STEPS and p.is_constexpr]
         built = compiled(kernel, arguments, sizes, target)
         found.append({"kernel": kernel.__name__, "keyed": keyed, **facts(built, target)})
