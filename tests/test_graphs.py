@@ -3,6 +3,7 @@ interpreter and a recorder that calls the recorded function again, which reads a
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -98,6 +99,25 @@ def test_steps_of_task_1_with_rows_left_behind_by_the_optimiser(monkeypatch: pyt
         assert numbers(other) == pytest.approx(numbers(one), rel=1e-4)
         same_weights(replayed, plain)
     assert step_graphs.recordings == 2, "with and without predictions"
+
+
+def test_sparse_gradients_of_a_recording_and_rows_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding's gradient lies where the recording writes it, with repeats; the optimiser adds them up outside."""
+    rows = importlib.import_module("teracon_fast.ops.embedding_rows")  # `ops` has a function of this name
+    monkeypatch.setattr(rows, "_leaves_sums", lambda grad: True)  # as on a GPU
+    monkeypatch.setattr(trainer, "DEFERRED_FROM", 1)
+    plain, replayed = network(1), network(1)
+    step_graphs = StepGraphs(replayed, record=RECORD)
+    optimizers = [make_optimizer(model, 1e-2) for model in (plain, replayed)]
+    for step in range(3):
+        x, _ = batch(1, step)
+        for model, optimizer, used in zip((plain, replayed), optimizers, (None, step_graphs), strict=True):
+            t1_step(model, optimizer, x, 2.0, graphs=used)
+            gradient = model.embeding.stored.grad
+            assert optimizer.deferred and gradient is not None and gradient.is_sparse and not gradient.is_coalesced()
+    behind = replayed.embeding.stored.detach().clone()
+    same_weights(replayed, plain)
+    assert not torch.equal(behind, replayed.embeding.weight), "no row was behind, so nothing was tested"
 
 
 def test_batches_of_another_size_are_recorded_too_and_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
