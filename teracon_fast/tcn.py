@@ -116,13 +116,13 @@ class FastTCN(Backbone):
         else:
             labels = [num_items] if labels is None else list(labels)
             has_relation = len(labels) > 1 and variant != "none"
-        if not labels or any(count < 1 for count in labels):
-            raise ConfigError(f"labels are {list(labels)}, expected one positive count per task")
         low, high = task_embedding_range
         width = masks.relation_width(len(labels), variant) if has_relation else None
         super().__init__(
             num_items, channels, dilations, kernel_size, backend, algorithm, len(labels), width, (float(low), float(high))
         )
+        if not labels or any(count < 1 for count in labels):
+            raise ConfigError(f"labels are {list(labels)}, expected one positive count per task")
         self.model_para = dict(model_para) if model_para is not None else None
         self.labels = [int(count) for count in labels]
         self.task_embedding_range = (float(low), float(high))
