@@ -101,7 +101,7 @@ class Problem:
             student = torch.randn(sizes.retained, f).to(dtype)
             teacher = (student.float() + 0.1 * torch.randn(sizes.retained, f)).to(dtype)
             teacher_weight = weight + 0.002 * torch.randn(labels, f)
-            scale = 1.0 / (sizes.retained * labels)
+            scale = torch.full((), 1.0 / (sizes.retained * labels))
             return lambda: retention_mse.forward_backward(
                 student, weight, bias, teacher, teacher_weight, bias, scale, True
             )

@@ -41,6 +41,12 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are as wide as they are, whatever the terminal that processes of these tests were told of."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def golden() -> Callable[[str], Golden]:
     """Loads a golden vector by name: `golden("t1_small")`."""

@@ -33,7 +33,8 @@ def test_every_configuration_value_is_a_flag(tmp_path: Path) -> None:
     for option in configuration.options():
         name = getattr(option.type, "__name__", "list")
         if name == "bool":
-            given.append(flag("no_" + option.name))
+            on = option.name == "tensorboard"  # what is on by default is switched off
+            given.append(flag(f"no_{option.name}" if on else option.name))
         elif option.name == "backend":
             given += [flag(option.name), "torch"]
         elif option.name in ("first.s_max", "later.s_max"):
