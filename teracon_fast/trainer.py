@@ -173,14 +173,15 @@ def continual_step(
     x, y = to_device(x, model), to_device(y, model)
     masks, teacher_masks, rates = model.step_masks(teacher, s, c)
     next_rho = HostCopy(rates)  # on its way before anything else is queued
-    optimizer.zero_grad(set_to_none=True)
     if graphs is None:
         with _forward(model, precision):
             states = _states(model, teacher, x, users, masks, teacher_masks, student_mask, lengths)
             factors = isinstance(optimizer, Adam)
             loss, found, retention = loss_of_states(model, teacher, *states, y, rho, alpha, predictions, factors)
+        optimizer.zero_grad(set_to_none=True)  # not earlier: memory that was given back takes time to get again
         loss.backward(ops.unit_gradient(loss))  # type: ignore[no-untyped-call]
     else:
+        optimizer.zero_grad(set_to_none=True)
         found, retention = graphs.continual(x, y, users, rho, masks, teacher_masks, lengths, predictions)
     optimizer.step()
     model.clamp_task_embeddings()
