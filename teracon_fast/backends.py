@@ -105,11 +105,15 @@ def check_name(backend: str, operation: str = "masked_conv") -> None:
 
 
 def env_report() -> dict[str, Any]:
-    """What this machine and installation offer: versions, threads, devices, compilers, backends of each operation."""
+    """What this machine and installation offer: versions, threads, devices, compilers.
+
+    "backends" has those of each operation that some device here can run, "auto" what it takes on the CPU.
+    """
     from teracon_fast import __version__
 
     triton = importlib.util.find_spec("triton") is not None
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    places = [_CPU, *([torch.device("cuda")] if devices else [])]
     return {
         "teracon_fast": __version__,
         "python": platform.python_version(),
@@ -123,7 +127,7 @@ def env_report() -> dict[str, Any]:
         "compiler": shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"),
         "cpu_isa": _native.cpu_isa() if _native.available() else None,
         "backends": {
-            operation: [name for name in names if _why_not(name, _CPU, torch.float32) is None]
+            operation: [name for name in names if any(_why_not(name, place, torch.float32) is None for place in places)]
             for operation, names in _NAMES.items()
         },
         "auto": {operation: resolve("auto", operation) for operation in _NAMES},

@@ -16,7 +16,8 @@ from teracon_fast.masks import MaskVariant
 from teracon_fast.ops import MaskParameters
 from teracon_fast.ops._triton_task_masks import _task_masks
 
-BACKENDS = env_report()["backends"]["task_masks"]
+# On a GPU the kernels are tested in tests/kernels: these tests are of the CPU.
+BACKENDS = [name for name in env_report()["backends"]["task_masks"] if name != "triton" or not torch.cuda.is_available()]
 TRITON = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton neither runs nor is interpreted on the CPU here")
 
 

@@ -1,0 +1,30 @@
+"""Which backends there are, as told to people."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from teracon_fast import backends, env_report
+
+
+def test_a_gpu_brings_the_triton_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert not any("triton" in names for names in env_report()["backends"].values())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "a GPU")
+    report = env_report()
+    assert report["devices"] == ["a GPU"]
+    assert all("triton" in names and "torch" in names for names in report["backends"].values())
+    assert "triton" not in report["auto"].values(), "on request only, until the kernels have run on a GPU"
+
+
+def test_a_models_backend_may_lack_an_operation_but_must_exist() -> None:
+    backends.check_name("torch")
+    assert backends.of_model("cpu", "task_masks") == "torch" and backends.of_model("cpu", "masked_conv") == "cpu"
+    with pytest.raises(backends.BackendError, match="'nonsense' cannot run masked_conv"):
+        backends.check_name("nonsense")
