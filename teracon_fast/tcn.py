@@ -324,16 +324,17 @@ class FastTCN(Backbone):
         seed = int(torch.randint(2**62, (), generator=generator))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = FastTCN(
+            model = type(self)(
                 num_items=self.num_items, channels=self.channels, labels=[*self.labels, num_labels],
                 dilations=self.dilations, kernel_size=self.kernel_size,
                 task_embedding_range=self.task_embedding_range, mask=self.mask_variant, backend=self.backend,
                 algorithm=self.algorithm,
             )  # fmt: skip
         kept = {name: value for name, value in self.state_dict().items() if ".mlp" not in name}
-        model.load_state_dict(kept, strict=False)
         parameter = self.embeding.stored
-        return model.to(device=parameter.device, dtype=parameter.dtype)
+        model.to(device=parameter.device, dtype=parameter.dtype)  # before the values, which float32 would round
+        model.load_state_dict(kept, strict=False)
+        return model
 
     def grown(
         self, num_items: int, labels: Sequence[int] | None = None, generator: torch.Generator | None = None

@@ -188,7 +188,7 @@ def continual_step(
     optimizer.zero_grad(set_to_none=True)
     if graphs is None:
         with _forward(model, precision):
-            states = _states(model, teacher, x, users, masks, teacher_masks, student_mask, lengths)
+            states = step_states(model, teacher, x, users, masks, teacher_masks, student_mask, lengths)
             factors = isinstance(optimizer, Adam)
             loss, found, retention = loss_of_states(model, teacher, *states, y, rho, alpha, predictions, factors)
         loss.backward(ops.unit_gradient(loss))  # type: ignore[no-untyped-call]
@@ -200,7 +200,7 @@ def continual_step(
     return StepResult(found.loss.detach(), retention.detach() / (alpha or 1.0), next_rho, hit)
 
 
-def _states(
+def step_states(
     model: FastTCN, teacher: FastTCN, x: Tensor, users: Sequence[Tensor], masks: Tensor, teacher_masks: Tensor,
     student_mask: StudentMask, lengths: NDArray[np.int64],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip

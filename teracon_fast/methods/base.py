@@ -123,10 +123,14 @@ class Method(nn.Module, ABC):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.task = task
-            self.heads.append(self.new_head(labels))
+            self._add_head(labels)
             self._start(task)
         # New parameters are made on the CPU, so that one seed gives the same ones anywhere.
         self.to(device=self._here.device, dtype=self._here.dtype)
+
+    def _add_head(self, labels: int) -> None:
+        """Make the present task's head, as `_start` makes the rest. Where heads are kept elsewhere, `head` and `labels` know."""
+        self.heads.append(self.new_head(labels))
 
     @abstractmethod
     def _start(self, task: int) -> None:
