@@ -1,0 +1,23 @@
+"""The methods that TERACON is compared with, on one backbone: all run on packed rows."""
+
+from __future__ import annotations
+
+from teracon_fast.methods.base import Group, Method, Place, Sizes, group
+from teracon_fast.methods.single import SinMo
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        SinMo,
+    )
+}  # fmt: skip
+
+__all__ = [
+    "METHODS",
+    "Group",
+    "Method",
+    "Place",
+    "SinMo",
+    "Sizes",
+    "group",
+]
