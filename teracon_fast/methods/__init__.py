@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from teracon_fast.methods.base import Group, Method, Place, Sizes, group
+from teracon_fast.methods.conure import Conure
+from teracon_fast.methods.piggyback import Piggyback
 from teracon_fast.methods.single import SinMo
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         SinMo,
+        Piggyback,
+        Conure,
     )
 }  # fmt: skip
 
 __all__ = [
     "METHODS",
+    "Conure",
     "Group",
     "Method",
+    "Piggyback",
     "Place",
     "SinMo",
     "Sizes",

@@ -61,7 +61,7 @@ class Conure(MaskedWeights):
         if pruned not in ("zero", "as-is"):
             raise ConfigError(f"conure: pruned is {pruned!r}, expected 'zero' or 'as-is'")
         super().__init__(sizes, _BLOCKS[block])
-        self.pruning, self._pruned, self._phase = _ratios(pruning), pruned, ""
+        self.pruning, self._pruned = _ratios(pruning), pruned
 
     def ratio(self, task: int) -> float:
         """p of a task: the share of the free weights that it prunes."""
@@ -80,7 +80,6 @@ class Conure(MaskedWeights):
 
     def _start(self, task: int) -> None:
         super()._start(task)
-        self._phase = ""
         if task == 0:
             shape = (self.backbone.num_sites, *self.convolutions[0].shape)
             self.register_buffer("owners", torch.full(shape, FREE, dtype=torch.int8))
@@ -90,22 +89,20 @@ class Conure(MaskedWeights):
         return ("train", "retrain") if self.ratio(self.task) else ("train",)
 
     def _groups(self, phase: str) -> list[Group]:
-        self._phase = phase
         head = self.head(self.task)
         if self.task == 0 and phase == "train":
             return [group(self.backbone, head)]
-        if not bool((self.owners == self._trained).any()):
+        if not bool((self.owners == self._trained(phase)).any()):
             return [group(head)]  # no weight is left
         return [group(self.convolutions, head)]
 
-    @property
-    def _trained(self) -> int:
-        """Owner of the weights that train."""
-        return FREE if self._phase == "train" else self.task
+    def _trained(self, phase: str) -> int:
+        """Owner of the weights that train in a phase."""
+        return FREE if phase == "train" else self.task
 
     def end_phase(self, phase: str) -> None:
         """After "train", prune."""
-        self._phase = ""
+        super().end_phase(phase)
         if phase == "train":
             self._prune(self.ratio(self.task))
 
@@ -118,7 +115,7 @@ class Conure(MaskedWeights):
 
     def step_weights(self) -> Weights:
         """Of each convolution the weights that train, with gradient, and those of earlier tasks; others are zero."""
-        trained, found = self._trained, []
+        trained, found = self._trained(self._phase), []
         for owner, weight in zip(self.owners, self.convolutions, strict=True):
             earlier = torch.where(owner < self.task, weight.detach(), 0)
             # `where` has a gradient of exactly zero elsewhere, with which Adam leaves a weight as it is, bit by bit.
@@ -126,14 +123,11 @@ class Conure(MaskedWeights):
         return found
 
     def _weights_of(self, task: int) -> Weights:
-        last = FREE if task == self.task and self._phase == "train" else task
+        last = self._trained(self._phase) if task == self.task else task
         return [torch.where(own <= last, weight, 0) for own, weight in zip(self.owners, self.convolutions, strict=True)]
 
     def _sources(self, task: int) -> Sequence[Tensor]:
         return (self.owners,)
-
-    def _stage(self) -> int:
-        return 2 * self.task + (self._phase == "train")
 
 
 def largest(weight: Tensor, free: Tensor, ratio: float) -> Tensor:

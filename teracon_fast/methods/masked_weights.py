@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from teracon_fast.backbone import Backbone
 from teracon_fast.data import Batch
-from teracon_fast.methods.base import Method, Place, Sizes
+from teracon_fast.methods.base import Group, Method, Place, Sizes
 
 Weights = Sequence[Tensor]  # S tensors [f, f, 1, K], in network order
 
@@ -34,16 +34,18 @@ class MaskedWeights(Method):
     def __init__(self, sizes: Sizes, kind: type[Backbone] = Backbone) -> None:
         super().__init__(sizes)
         self._kind = kind
-        self._kept: dict[int, tuple[tuple[int, ...], Weights]] = {}
+        self._phase = ""  # the present one; "" between phases
+        self._kept: dict[int, tuple[tuple[int, ...], Weights | None]] = {}
 
     def _start(self, task: int) -> None:
+        self._phase = ""
         if task == 0:
             self.backbone = self.new_backbone(self._kind)
 
     @property
     def convolutions(self) -> list[nn.Parameter]:
         """The weights of the convolutions, `[f, f, 1, K]` each, in network order."""
-        return [self.backbone.site(site)[0].weight for site in range(self.backbone.num_sites)]
+        return [cast(nn.Parameter, self.backbone.site(site)[0].weight) for site in range(self.backbone.num_sites)]
 
     @abstractmethod
     def step_weights(self) -> Weights | None:
@@ -58,24 +60,31 @@ class MaskedWeights(Method):
         """What `_weights_of` computes from, besides the convolutions."""
 
     def kept_weights(self, task: int) -> Weights | None:
-        """The weights that a task has at inference, formed anew only after a change; None: the backbone's own."""
-        self.check_task(task)
-        sources = (*self.convolutions, *self._sources(task))
-        # Whatever writes to a tensor in place counts up its version.
-        stamp = (self._stage(), *(number for tensor in sources for number in (tensor.data_ptr(), tensor._version)))
-        known = self._kept.get(task)
-        if known is not None and known[0] == stamp:
-            return known[1]
-        self._kept.pop(task, None)
-        with torch.inference_mode(False), torch.no_grad():
-            found = self._weights_of(task)
-        if found is not None:
-            self._kept[task] = (stamp, found)
-        return found
+        """The weights that a task has at inference; None: the backbone's own.
 
-    def _stage(self) -> int:
-        """A number that differs where `_weights_of` computes something else from the same tensors."""
-        return self.task
+        Between phases, and of earlier tasks, they are formed once and kept.
+        """
+        self.check_task(task)
+        with torch.inference_mode(False), torch.no_grad():
+            if self._phase and task == self.task:
+                return self._weights_of(task)  # optimisers may write to parameters without counting up their version
+            sources = (*self.convolutions, *self._sources(task))
+            stamp = tuple(number for tensor in sources for number in (tensor.data_ptr(), tensor._version))
+            if task not in self._kept or self._kept[task][0] != stamp:
+                self._kept[task] = stamp, self._weights_of(task)
+            return self._kept[task][1]
+
+    def begin_phase(self, phase: str) -> list[Group]:
+        """As `Method.begin_phase`."""
+        groups = super().begin_phase(phase)
+        self._phase = phase
+        self._kept.clear()
+        return groups
+
+    def end_phase(self, phase: str) -> None:
+        """As `Method.end_phase`."""
+        self._phase = ""
+        self._kept.clear()
 
     def _apply(self, *args: Any, **kwargs: Any) -> MaskedWeights:
         self._kept.clear()

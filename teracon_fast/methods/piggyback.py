@@ -81,6 +81,7 @@ class Piggyback(MaskedWeights):
 
     def end_phase(self, phase: str) -> None:
         """The masks become bits."""
+        super().end_phase(phase)
         if self.task > 0:
             found = [pack_bits(mask.flatten()) for mask in self.masks(self.task)]
             self.bits(self.task).copy_(torch.stack(found))
