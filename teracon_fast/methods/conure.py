@@ -61,7 +61,7 @@ class Conure(MaskedWeights):
         if pruned not in ("zero", "as-is"):
             raise ConfigError(f"conure: pruned is {pruned!r}, expected 'zero' or 'as-is'")
         super().__init__(sizes, _BLOCKS[block])
-        self.pruning, self._pruned = _ratios(pruning), pruned
+        self.pruning, self.block, self.pruned = _ratios(pruning), block, pruned
 
     def ratio(self, task: int) -> float:
         """p of a task: the share of the free weights that it prunes."""
@@ -110,7 +110,7 @@ class Conure(MaskedWeights):
     def _prune(self, ratio: float) -> None:
         for owner, weight in zip(self.owners, self.convolutions, strict=True):
             owner[largest(weight, owner == FREE, ratio)] = self.task
-            if self._pruned == "zero":
+            if self.pruned == "zero":
                 weight.masked_fill_(owner == FREE, 0)
 
     def step_weights(self) -> Weights:

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from dense_weights import batch_of, changed, dense_encoded, dense_loss, gradients, snapshot
+from dense_form import dense_loss, dense_states, some_batch, take_step
+from parameters import changed, gradients, snapshot
 from torch import Tensor
 
 from teracon_fast.data import Batch, TaskSequence, split_task
@@ -32,16 +33,12 @@ def learn(method: Conure, task: int, steps: int = 2) -> None:
 def run_phase(method: Conure, phase: str, steps: int = 2, seed: int = 0) -> None:
     optimizer = torch.optim.Adam(method.begin_phase(phase), lr=1e-2)
     for step in range(steps):
-        optimizer.zero_grad()
-        method.loss(a_batch(method.task, seed + step), PLACE, {}).backward()
-        method.after_backward()
-        optimizer.step()
-        method.after_step()
+        take_step(method, optimizer, a_batch(method.task, seed + step), PLACE, {})
     method.end_phase(phase)
 
 
 def a_batch(task: int, seed: int = 0) -> Batch:
-    return batch_of([0, 3, 9, 12, 1, 7], 12, SIZES.num_items, LABELS[task], seed)
+    return some_batch(SIZES.num_items, LABELS[task], users=14, length=12, seed=seed)
 
 
 def learned(tasks: int, dtype: torch.dtype = torch.float64, **settings: object) -> Conure:
@@ -73,7 +70,9 @@ def test_loss_and_gradients_are_those_of_the_dense_form(block: Block, task: int,
     seen = FREE if phase == "train" else task
     visible = [(owner <= seen).double() for owner in method.owners]
     masked = [weight * mask for weight, mask in zip(method.convolutions, visible, strict=True)]
-    expected_loss = dense_loss(method, method.backbone, batch, masked, block == "pre-activation")
+    expected_loss = dense_loss(
+        task, method.backbone, method.head(task), batch, None, masked, block == "pre-activation"
+    )
     expected_loss.backward()
     for weight, owner in zip(method.convolutions, method.owners, strict=True):
         assert weight.grad is not None
@@ -96,7 +95,8 @@ def test_encode_is_the_dense_form_of_weights_kept_so_far(block: Block, drop_last
     batch = a_batch(0)
     for task in range(3):
         weights = [weight * (owner <= task) for weight, owner in zip(method.convolutions, method.owners, strict=True)]
-        expected = dense_encoded(method.backbone, batch.x, weights, drop_last, block == "pre-activation")
+        seen = batch.x[:, : 12 - drop_last]
+        expected = dense_states(method.backbone, seen, None, weights, block == "pre-activation")[:, -1].detach()
         got = method.encode(batch.x, task, drop_last, batch.lengths)
         assert not got.requires_grad
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
@@ -106,7 +106,7 @@ def test_encode_is_the_dense_form_of_weights_kept_so_far(block: Block, drop_last
 def test_many_users_at_once_are_encoded_alike(block: Block) -> None:
     """From some number of users on another way may be taken, by compiled kernels."""
     method = learned(2, torch.float32, pruning=0.5, block=block)
-    batch = batch_of(list(range(13)) * 8, 12, SIZES.num_items, 5)
+    batch = some_batch(SIZES.num_items, 5, users=104, length=12)
     exact = copy.deepcopy(method).double().encode(batch.x, 1)
     torch.testing.assert_close(method.encode(batch.x, 1).double(), exact, rtol=1e-4, atol=1e-5)
 
@@ -230,8 +230,7 @@ def test_pruned_weights_stay_as_they_were_where_asked_for() -> None:
         method = learned(0, pruning=0.5, pruned=pruned)
         method.start(0, LABELS[0], torch.Generator().manual_seed(0))
         optimizer = torch.optim.Adam(method.begin_phase("train"), lr=1e-2)
-        method.loss(a_batch(0), PLACE, {}).backward()
-        optimizer.step()
+        take_step(method, optimizer, a_batch(0), PLACE, {})
         before = [weight.detach().clone() for weight in method.convolutions]
         method.end_phase("train")
         run_phase(method, "retrain")
@@ -301,8 +300,7 @@ def test_a_task_in_training_is_encoded_by_its_present_weights() -> None:
         optimizer = torch.optim.Adam(method.begin_phase(phase), lr=1e-2, fused=True)
         for _ in range(2):
             found.append(method.encode(x, 1))
-            method.loss(a_batch(1), PLACE, {}).backward()
-            optimizer.step()
+            take_step(method, optimizer, a_batch(1), PLACE, {})
         found.append(method.encode(x, 1))
         method.end_phase(phase)
     assert torch.equal(method.encode(x, 1), found[-1])

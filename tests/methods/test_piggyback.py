@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from dense_weights import batch_of, changed, dense_encoded, dense_loss, gradients, snapshot
+from dense_form import dense_loss, dense_states, some_batch, take_step
+from parameters import changed, gradients, snapshot
 from torch import Tensor
 
 from teracon_fast.data import Batch, TaskSequence, split_task
@@ -21,18 +22,14 @@ LABELS = (23, 5, 7)
 
 
 def a_batch(task: int, seed: int = 0) -> Batch:
-    return batch_of([0, 3, 9, 12, 1, 7], 12, SIZES.num_items, LABELS[task], seed)
+    return some_batch(SIZES.num_items, LABELS[task], users=14, length=12, seed=seed)
 
 
 def run(method: Piggyback, steps: int = 3) -> None:
     """The phase of a task that has been started, with r moving far enough for some to cross the threshold."""
     optimizer = torch.optim.Adam(method.begin_phase("train"), lr=1e-2)
     for step in range(steps):
-        optimizer.zero_grad()
-        method.loss(a_batch(method.task, step), PLACE, {}).backward()
-        method.after_backward()
-        optimizer.step()
-        method.after_step()
+        take_step(method, optimizer, a_batch(method.task, step), PLACE, {})
     method.end_phase("train")
 
 
@@ -51,7 +48,7 @@ def test_loss_and_gradients_of_task_0_are_those_of_the_dense_form() -> None:
     loss = method.loss(a_batch(0), PLACE, {})
     loss.backward()
     got = gradients(method)
-    expected_loss = dense_loss(method, method.backbone, a_batch(0), list(method.convolutions))
+    expected_loss = dense_loss(0, method.backbone, method.head(0), a_batch(0))
     expected_loss.backward()
     torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
     for name, value in gradients(method).items():
@@ -75,7 +72,7 @@ def test_loss_and_gradients_are_those_of_the_dense_form(task: int) -> None:
     masks = [(real > 5e-3).double().requires_grad_() for real in method.reals]
     assert all(0 < int((mask != 0).sum()) < mask.numel() for mask in masks)
     masked = [weight.detach() * mask for weight, mask in zip(method.convolutions, masks, strict=True)]
-    expected_loss = dense_loss(method, method.backbone, a_batch(task), masked)
+    expected_loss = dense_loss(task, method.backbone, method.head(task), a_batch(task), None, masked)
     expected_loss.backward()
     expected = gradients(method)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
@@ -95,7 +92,7 @@ def test_encode_is_the_dense_form_of_each_tasks_mask() -> None:
         masks: list[Tensor] | None = method.masks(task) if task else None
         weights = [w * m for w, m in zip(method.convolutions, masks, strict=True)] if masks else list(method.convolutions)
         for drop_last in (0, 1):
-            expected = dense_encoded(method.backbone, x, weights, drop_last)
+            expected = dense_states(method.backbone, x[:, : 12 - drop_last], None, weights)[:, -1].detach()
             torch.testing.assert_close(method.encode(x, task, drop_last), expected, rtol=1e-10, atol=1e-12)
     assert not torch.equal(method.encode(x, 1), method.encode(x, 2))
 
@@ -127,9 +124,8 @@ def test_real_masks_start_at_their_initial_value_with_a_learning_rate_of_their_o
     x = a_batch(0).x
     assert torch.equal(method.encode(x, 1), method.encode(x, 0)), "at first every weight counts"
     optimizer = torch.optim.Adam([reals, heads], lr=1.0)
-    method.loss(a_batch(1), PLACE, {}).backward()
-    optimizer.step()
-    assert all(float((real - 1e-2).abs().max()) == pytest.approx(1e-4, rel=1e-3) for real in method.reals)
+    take_step(method, optimizer, a_batch(1), PLACE, {})
+    assert all(float((real.detach() - 1e-2).abs().max()) == pytest.approx(1e-4, rel=1e-3) for real in method.reals)
 
 
 def test_masks_are_kept_as_bits() -> None:
@@ -137,8 +133,7 @@ def test_masks_are_kept_as_bits() -> None:
     method.start(1, LABELS[1])
     optimizer = torch.optim.Adam(method.begin_phase("train"), lr=1e-2)
     for step in range(3):
-        method.loss(a_batch(1, step), PLACE, {}).backward()
-        optimizer.step()
+        take_step(method, optimizer, a_batch(1, step), PLACE, {})
     expected, state = [real > 5e-3 for real in method.reals], method.encode(a_batch(0).x, 1)
     assert any(not mask.all() for mask in expected)
     method.end_phase("train")
