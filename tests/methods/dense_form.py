@@ -16,17 +16,26 @@ from teracon_fast.reference.model import causal_conv
 
 
 def dense_states(
-    backbone: Backbone, x: Tensor, masks: Tensor | None = None, weights: Sequence[Tensor] | None = None
-) -> Tensor:
-    """States of all positions, `[B, L, f]`. masks: `[S, f]`; weights: S tensors `[f, f, 1, K]`."""
+    backbone: Backbone, x: Tensor, masks: Tensor | None = None, weights: Sequence[Tensor] | None = None,
+    pre_activation: bool = False,
+) -> Tensor:  # fmt: skip
+    """States of all positions, `[B, L, f]`. masks: `[S, f]`; weights: S tensors `[f, f, 1, K]`.
+
+    pre_activation: LayerNorm and ReLU come before the convolution, and nothing is masked.
+    """
     hidden = F.embedding(x, backbone.embeding.weight)
     for i, dilation in enumerate(backbone.dilations):
         inner = hidden
         for number in (2 * i, 2 * i + 1):
             conv, norm = backbone.site(number)
             weight = conv.weight if weights is None else weights[number]
-            inner = causal_conv(inner, weight, conv.bias, dilation * (1 + number % 2))
-            inner = F.relu(F.layer_norm(inner, (backbone.channels,), norm.weight, norm.bias, norm.eps))
+            step, shape = dilation * (1 + number % 2), (backbone.channels,)
+            if pre_activation:
+                inner = F.relu(F.layer_norm(inner, shape, norm.weight, norm.bias, norm.eps))
+                inner = causal_conv(inner, weight, conv.bias, step)
+                continue
+            inner = causal_conv(inner, weight, conv.bias, step)
+            inner = F.relu(F.layer_norm(inner, shape, norm.weight, norm.bias, norm.eps))
             inner = inner if masks is None else masks[number] * inner
         hidden = hidden + inner
     return hidden
@@ -34,13 +43,13 @@ def dense_states(
 
 def dense_loss(
     task: int, backbone: Backbone, head: nn.Linear, batch: Batch, masks: Tensor | None = None,
-    weights: Sequence[Tensor] | None = None,
+    weights: Sequence[Tensor] | None = None, pre_activation: bool = False,
 ) -> Tensor:  # fmt: skip
     """Cross-entropy with all logits: of the next item at all positions (task 0), or of the last state."""
     if task == 0:
-        logits = head(dense_states(backbone, batch.x[:, :-1], masks, weights))
+        logits = head(dense_states(backbone, batch.x[:, :-1], masks, weights, pre_activation))
         return F.cross_entropy(logits.flatten(0, 1), batch.x[:, 1:].flatten())
-    return F.cross_entropy(head(dense_states(backbone, batch.x, masks, weights)[:, -1]), batch.y)
+    return F.cross_entropy(head(dense_states(backbone, batch.x, masks, weights, pre_activation)[:, -1]), batch.y)
 
 
 def some_batch(items: int, labels: int, users: int = 12, length: int = 8, seed: int = 0) -> Batch:
