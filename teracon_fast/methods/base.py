@@ -209,6 +209,10 @@ class Method(nn.Module, ABC):
         """Where the method is."""
         return self._here.device
 
+    def inference_state(self) -> dict[str, Tensor]:
+        """What of the state dict inference on the tasks so far needs: what a method is charged for in comparisons."""
+        return self.state_dict()
+
     def restore(self, labels: Sequence[int], state: Mapping[str, Any]) -> None:
         """Bring a method that has started no task to where another's state dict was taken, after so many tasks.
 

@@ -33,6 +33,10 @@ class MTL(SinMo):
         if task:
             self.first_head = nn.ModuleList([self.new_head(self.head(0).out_features)])
 
+    def inference_state(self) -> dict[str, Tensor]:
+        """All but the head of task 0 in the newest pair."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("first_head.")}
+
     def companions(self) -> tuple[int, ...]:
         """Task 0, while another is in training."""
         return (0,) if self.task else ()

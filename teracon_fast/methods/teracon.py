@@ -33,7 +33,8 @@ class Teracon(Method):
 
     Args:
         sizes: of the network.
-        alpha: weight of the retention loss. c: scale of the cosine in Eq. 15. s_max: mask scale of inference.
+        alpha: weight of the retention loss, one for all tasks or one for each task after the first in order; the last counts for
+            any that follow. c: scale of the cosine in Eq. 15. s_max: mask scale of inference.
         mask: "relation", "positive_only" or "none", see `FastTCN`.
         sampling: rates that users are drawn with: "adaptive", "minimum" or "all", see `trainer.drawing_rates`.
         student_mask: see `trainer.continual_step`.
@@ -52,12 +53,12 @@ class Teracon(Method):
     network: ClassVar[type[FastTCN]] = FastTCN
 
     def __init__(
-        self, sizes: Sizes, alpha: float = 0.7, c: float = 6.0, s_max: float = 50.0, mask: str = "relation",
+        self, sizes: Sizes, alpha: float | tuple[float, ...] = 0.7, c: float = 6.0, s_max: float = 50.0, mask: str = "relation",
         sampling: Sampling = "adaptive", student_mask: StudentMask = "past",
         task_embedding_range: tuple[float, float] = (0.0, 2.0),
     ) -> None:  # fmt: skip
         super().__init__(sizes)
-        if alpha < 0:
+        if not (alpha >= 0 if isinstance(alpha, int | float) else alpha and min(alpha) >= 0):
             raise ConfigError(f"{self.name}: alpha is {alpha}, expected at least 0")
         if not (c > 0 and s_max > 0):
             raise ConfigError(f"{self.name}: c is {c} and s_max {s_max}, expected both positive")
@@ -79,6 +80,13 @@ class Teracon(Method):
         if isinstance(self._rho, HostCopy):
             self._rho = self._rho.tolist()
         return self._rho
+
+    @property
+    def present_alpha(self) -> float:
+        """alpha of the present task."""
+        if isinstance(self.alpha, int | float):
+            return self.alpha
+        return self.alpha[min(max(self.task - 1, 0), len(self.alpha) - 1)]
 
     # The network keeps the heads: they are copied with it.
 
@@ -126,7 +134,7 @@ class Teracon(Method):
         states = step_states(model, teacher, batch.x, users, masks, teacher_masks, self.student_mask, batch.lengths)
         # Gradients in forms that only `optim.Adam` takes, together or not at all.
         factored = model.sparse_embedding_grad
-        return loss_of_states(model, teacher, *states, batch.y, rates, self.alpha, False, factored)[0]
+        return loss_of_states(model, teacher, *states, batch.y, rates, self.present_alpha, False, factored)[0]
 
     def after_step(self) -> None:
         """Clamp the task embeddings."""
