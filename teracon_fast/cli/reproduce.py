@@ -14,52 +14,47 @@ from teracon_fast.errors import ConfigError
 if TYPE_CHECKING:
     from teracon_fast.reproduce import Cell, Event
 
-NAMES = "table2, table3, table4, table5, table6, figure2 or figure3"
-HELD = "What is trained"
-HOW = "How it is trained"
+
+
+def _what(text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel="What is trained", **more)
+
+
+def _how(text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel="How it is trained", **more)
 
 
 def reproduce(
-    experiment: Annotated[str, typer.Argument(help=f"{NAMES}.", show_default=False)],
+    experiment: Annotated[
+        str, typer.Argument(help="table2, table3, table4, table5, table6, figure2 or figure3.", show_default=False)
+    ],
     data: Annotated[Path, typer.Option(help="Prepared data folder.", show_default=False)],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for runs, tables and pictures; runs in it are used again.", show_default=False)
+        Path, typer.Option("--output", "-o", help="Folder of runs, tables and pictures; runs are used again.", show_default=False)
     ],
-    methods: Annotated[
-        str | None, typer.Option(help="Methods by name, separated by commas; those of the paper if not given.", rich_help_panel=HELD)
-    ] = None,
-    order: Annotated[
-        str | None, typer.Option(help="original, reversed, or tasks such as 1,3,2 (1 stays first).", rich_help_panel=HELD)
-    ] = None,
-    noise_at: Annotated[
-        int | None, typer.Option(help="Place of a noisy task, from 2; table4 has one by itself.", rich_help_panel=HELD)
-    ] = None,
-    held_back: Annotated[
-        int | None, typer.Option(help="Task that figure2 adapts to; the fourth, or the last.", rich_help_panel=HELD)
-    ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.", rich_help_panel=HELD)] = "0",
+    methods: Annotated[str | None, _what("Methods, separated by commas; those of the paper if not given.")] = None,
+    order: Annotated[str | None, _what("original, reversed, or tasks such as 1,3,2 (1 stays first).")] = None,
+    noise_at: Annotated[int | None, _what("Place of a noisy task, from 2; table4 has one by itself.")] = None,
+    held_back: Annotated[int | None, _what("Task that figure2 adapts to; the fourth, or the last.")] = None,
+    seeds: Annotated[str, _what("Seeds, separated by commas.")] = "0",
     own: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="METHOD.NAME=VALUE", help="A setting of a method, for example conure.block=pre-activation.", rich_help_panel=HELD),
+        _what("A setting of a method, as conure.block=pre-activation.", "--set", metavar="METHOD.NAME=VALUE"),
     ] = None,
-    plugin: Annotated[
-        list[Path] | None, typer.Option(help="Python file that adds methods to METHODS.", rich_help_panel=HELD)
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="Hyper-parameters: ttl, ml, naver or demo; by the data set if not given.", rich_help_panel=HOW)
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file as of `teracon train`.", rich_help_panel=HOW)] = None,
-    channels: Annotated[int | None, typer.Option(min=1, help="Width of the network.", rich_help_panel=HOW)] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every task, at most.", rich_help_panel=HOW)] = None,
-    split_by: Annotated[str | None, typer.Option(help="sample (as published) or user.", rich_help_panel=HOW)] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A tiny network and one epoch: does everything run?", rich_help_panel=HOW)] = False,
+    plugin: Annotated[list[Path] | None, _what("Python file that adds methods to METHODS.")] = None,
+    preset: Annotated[str | None, _how("Hyper-parameters: ttl, ml, naver or demo; by the data set if not given.")] = None,
+    config: Annotated[Path | None, _how("TOML file as of `teracon train`.")] = None,
+    channels: Annotated[int | None, _how("Width of the network.", min=1)] = None,
+    epochs: Annotated[int | None, _how("Epochs of every task, at most.", min=1)] = None,
+    split_by: Annotated[str | None, _how("sample (as published) or user.")] = None,
+    quick: Annotated[bool, _how("A tiny network and one epoch: does everything run?", "--quick")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process; GPUs are dealt out in turn.")] = 1,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     backend: Annotated[str | None, typer.Option(help="Kernels, see `teracon doctor`.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, divided among the jobs.")] = None,
     keep_weights: Annotated[bool, typer.Option("--keep-weights", help="Keep sequence.pt of finished runs.")] = False,
     file_format: Annotated[str, typer.Option("--format", help="Format of pictures: png, pdf or svg.")] = "png",
-) -> None:  # fmt: skip
+) -> None:
     """Train what a table or figure of the paper needs, and write it with the paper's figures beside ours.
 
     Stopped, the same line goes on; runs that are finished are not trained again, also those of another table. A run that fails

@@ -235,7 +235,7 @@ def _in_processes(
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "error.txt").unlink(missing_ok=True)
                 arguments = (setup, cell, _device(setup.config.device, slot), threads, folder)
-                process = context.Process(target=_child, args=arguments, daemon=True)
+                process: BaseProcess = context.Process(target=_child, args=arguments, daemon=True)
                 process.start()
                 running[process.sentinel] = process, cell, folder, slot
                 report("start", cell, f"{len(cells) - len(waiting)} of {len(cells)}")

@@ -15,14 +15,22 @@ from teracon_fast.pictures import save
 from teracon_fast.reproduce import pictures
 from teracon_fast.reproduce.grids import Column, Entry, Grid, Line, csv_text
 from teracon_fast.reproduce.plan import Plan
-from teracon_fast.reproduce.tables import Found, cost_grid, main_grids, matrix_grids, metric_name, task_name, transfer_grid
+from teracon_fast.reproduce.tables import (
+    Found,
+    cost_grid,
+    main_grids,
+    matrix_grids,
+    metric_name,
+    task_name,
+    transfer_grid,
+)
 from teracon_fast.reproduce.tasks import NOISE
 
 DEFINITIONS = """R[j, i] is the test metric of task i after training task j, M the last task.
 BWT_i = 100 (R[M, i] - R[i, i]) / R[i, i] and FWT_i = 100 (R[i, i] - SinMo_i) / SinMo_i, in percent, as the paper defines them.
 Backward transfer of GEM is the mean of R[M, i] - R[i, i], forgetting the mean of max over j < M of R[j, i] less R[M, i], both in
-units of the metric. Seconds per epoch count training and validation. Peak memory is that of the whole process, on a GPU what torch
-held there. ± is the standard deviation over the seeds."""
+units of the metric. Seconds per epoch count training and validation. Peak memory is that of the whole process, on a GPU what
+torch held there. ± is the standard deviation over the seeds."""
 
 
 def write_pages(plan: Plan, found: Sequence[Found], file_format: str = "png") -> list[Path]:
@@ -47,13 +55,15 @@ def write_pages(plan: Plan, found: Sequence[Found], file_format: str = "png") ->
         tables = {"": curve_csv(plan, found)}
     else:
         grids = main_grids(plan, found)
-        keys = [f"_{variant.key}" for variant in plan.experiment.variants] if len(grids) > 1 else [""]
+        shown = dict.fromkeys(row.row.shown for row in found)
+        keys = [f"_{text.replace(',', '-')}" for text in shown] if len(grids) > 1 else [""]
         tables = dict(zip(keys, map(csv_text, grids), strict=True))
     more = {"_transfer": transfer_grid(plan, found), "_cost": cost_grid(plan, found)}
     parts += [grid.markdown() for grid in (*grids, *more.values())]
     parts += ["# R", *(grid.markdown() for grid in matrix_grids(plan, found)), DEFINITIONS.replace("\n", " ")]
     texts = {f"{name}.md": "\n\n".join(parts) + "\n"}
-    texts |= {f"{name}{key}.csv": text for key, text in (tables | {key: csv_text(grid) for key, grid in more.items()}).items()}
+    tables |= {key: csv_text(grid) for key, grid in more.items()}
+    texts |= {f"{name}{key}.csv": text for key, text in tables.items()}
     for place, (file_name, text) in enumerate(texts.items()):
         written.insert(place, folder / file_name)
         with atomic_write(written[place], "w") as file:
@@ -101,9 +111,8 @@ def _curves(plan: Plan, found: Sequence[Found]) -> list[tuple[str, str, dict[str
 def curve_grid(plan: Plan, found: Sequence[Found]) -> Grid:
     """Where each curve begins, its best point, and when it is reached."""
     tasks = _curves(plan, found)
-    columns = tuple(
-        Column(f"{name}: {what}", (f"{name}: {what}",)) for name, _, _ in tasks for what in ("after one epoch", "best", "best at epoch")
-    )
+    headings = [f"{name}: {what}" for name, _, _ in tasks for what in ("after one epoch", "best", "best at epoch")]
+    columns = tuple(Column(heading, (heading,)) for heading in headings)
     lines = []
     for row in found:
         entries: list[tuple[Entry, ...]] = []

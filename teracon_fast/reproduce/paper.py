@@ -51,14 +51,14 @@ class Paper:
         elif name != "original":
             return math.nan
         found = found.get(variant if experiment in ("table5", "table6") else method, {})
-        values = found if isinstance(found, list) and quantity == "metric" else found.get(quantity) if isinstance(found, dict) else None
+        values = {"metric": found}.get(quantity) if isinstance(found, list) else found.get(quantity)  # Table 2 has metrics only
         return float(values[number - 1]) if values is not None and 1 <= number <= len(values) else math.nan
 
 
 def paper_of(dataset: TaskSequence) -> Paper | None:
     """What the paper has of a data set; None unless its name, its number of tasks and the size of its first task are those."""
     for key, about in _file().items():
-        if dataset.name.lower() in about["names"] and len(dataset.tasks) == about["tasks"]:
-            if len(np.unique(dataset.tasks[0].groups)) >= LEAST_SHARE * about["users"]:
-                return Paper(key, about["title"], about.get("noise_at"))
+        alike = dataset.name.lower() in about["names"] and len(dataset.tasks) == about["tasks"]
+        if alike and len(np.unique(dataset.tasks[0].groups)) >= LEAST_SHARE * about["users"]:
+            return Paper(key, about["title"], about.get("noise_at"))
     return None

@@ -177,13 +177,14 @@ class Row:
     """A line of a table: the same cell once for each seed.
 
     Attributes:
-        label: what it is called. method: by name. variant: of the experiment.
+        label: what it is called. method: by name. variant: of the experiment. shown: what the variant is called.
         cells: one a seed. single: SinMo's, in the original order. plain: without the noisy task. Empty where not needed.
     """
 
     label: str
     method: str
     variant: Variant
+    shown: str
     cells: tuple[Cell, ...]
     single: tuple[Cell, ...] = ()
     plain: tuple[Cell, ...] = ()
@@ -252,7 +253,10 @@ def _setup(choices: Choices, paper: Paper | None) -> Setup:
     given = {**(QUICK if choices.quick else {}), **choices.overrides}
     config = load_config(preset, choices.config, {**given, "data": choices.data, "run": choices.output})
     if config.precision != "fp32" or config.cuda_graphs or config.parity != "official":
-        raise ConfigError("the methods train in fp32, without CUDA graphs, with the published annealing; expected none of these changed")
+        raise ConfigError(
+            f"got precision {config.precision!r}, cuda_graphs {config.cuda_graphs} and parity {config.parity!r}, "
+            "expected 'fp32', False and 'official': the methods have no others"
+        )
     pruning = "ml" if preset == "ml" else "ttl"
     return Setup(choices.data, choices.output, config, pruning, choices.plugins, choices.keep_weights)
 
@@ -285,10 +289,11 @@ def _row(
     watch = {"none": (), "last": places[-1:], "all": places}[what.watch]
     single = what.single or "sinmo" in methods
     name = TITLES.get(method, method)
-    label = name if not variant.label else f"{name} ({variant.label})"
+    shown = choices.order if variant.reverse and choices.order else variant.label
+    label = f"{name} ({shown})" if shown else name
     sinmo = tuple(sorted(choices.options.get("sinmo", {}).items()))
     return Row(
-        label, method, variant,
+        label, method, variant, shown,
         tuple(Cell(method, options, order, seed, watch) for seed in choices.seeds),
         tuple(Cell("sinmo", sinmo, original, seed) for seed in choices.seeds) if single and what.watch == "none" else (),
         tuple(Cell(method, options, quiet, seed) for seed in choices.seeds) if what.plain else (),

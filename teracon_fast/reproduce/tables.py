@@ -10,12 +10,19 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from teracon_fast.metrics import backward_transfer, forgetting, forward_transfer, gem_backward_transfer, headline, result_matrix
+from teracon_fast.metrics import (
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    gem_backward_transfer,
+    headline,
+    result_matrix,
+)
 from teracon_fast.report import pretty
 from teracon_fast.reproduce.cells import CellResult, read_result
 from teracon_fast.reproduce.experiments import Quantity
 from teracon_fast.reproduce.grids import Column, Entry, Grid, Line
-from teracon_fast.reproduce.plan import Plan, Row
+from teracon_fast.reproduce.plan import Cell, Plan, Row
 from teracon_fast.reproduce.tasks import NOISE, NOISE_NAME
 
 Array = NDArray[np.float64]
@@ -42,7 +49,7 @@ class Found:
 def read_plan(plan: Plan) -> list[Found]:
     """All results of a plan that there are."""
 
-    def read(cells: Sequence) -> tuple[CellResult | None, ...]:  # type: ignore[type-arg]
+    def read(cells: Sequence[Cell]) -> tuple[CellResult | None, ...]:
         return tuple(read_result(plan.setup, cell, plan.dataset) for cell in cells)
 
     return [Found(row, read(row.cells), read(row.single), read(row.plain)) for row in plan.rows]
@@ -89,7 +96,7 @@ def main_grids(plan: Plan, found: Sequence[Found]) -> list[Grid]:
     grids = []
     for order, rows in groupby(found, key=lambda of_row: of_row.order):
         groups = list(rows)
-        name = f" ({groups[0].row.variant.label})" if plan.experiment.columns else ""
+        name = f" ({groups[0].row.shown})" if plan.experiment.columns else ""
         columns = tuple(column for place in range(len(order)) for column in _columns(plan, order, place))
         lines = tuple(Line(of_row.row.label, _entries(plan, of_row)) for of_row in groups)
         grids.append(Grid(f"{plan.experiment.title}{name}", "method", columns, lines))
@@ -119,7 +126,7 @@ def _columns(plan: Plan, order: Sequence[int], place: int) -> list[Column]:
 
 
 def _entries(plan: Plan, found: Found) -> tuple[tuple[Entry, ...], ...]:
-    cells = []
+    cells: list[tuple[Entry, ...]] = []
     for place, number in enumerate(found.order):
         entries = []
         for quantity in plan.experiment.quantities:
