@@ -127,7 +127,7 @@ setup(
         *(f"teracon_fast.kernels.{name}" for name in find_packages("kernels")),
     ],
     include_package_data=False,
-    package_data={"teracon_fast": ["py.typed", "presets/*.toml"], "teracon_fast.kernels": ["configs.json"]},
+    package_data={"teracon_fast": ["py.typed", "presets/*.toml", "reproduce/*.toml"], "teracon_fast.kernels": ["configs.json"]},
     ext_modules=wanted_extensions(),
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": LibraryWheel},
 )

@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import NotMeasured, Shape
-from bench.measure import DifferentAnswers, Side, forget_highest_resident, highest_resident_mib
+from bench.measure import DifferentAnswers, Side
 from teracon_fast import ops
+from teracon_fast.memory import forget_highest_resident, highest_resident_mib
 
 FILTER_EPS = 2.0**-24  # float32's resolution beside 1
 # Standard deviation of the logits of the peaked head.

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,6 +18,7 @@ import torch
 from bench.cases import CASES, SIDES, TINY, TTL, Case, NotMeasured, Run, Shape
 from bench.operations import Operations
 from teracon_fast import _native
+from teracon_fast.memory import forget_highest_resident, highest_resident_mib
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -134,25 +133,6 @@ def peak_memory(case: Case, side: str) -> float:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return float(json.loads(done.stdout.splitlines()[-1])["peak_mib"])
-
-
-def forget_highest_resident() -> None:
-    """Let the highest resident memory of this process begin anew with what it holds now, where there is /proc."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def highest_resident_mib() -> float:
-    """Highest resident memory of this process so far.
-
-    Linux's ru_maxrss begins with that of the process which started this one, so it is asked only where there is no /proc.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
 def _report_peak_memory(name: str, side: str, shape: Shape) -> None:

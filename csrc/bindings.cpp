@@ -136,7 +136,9 @@ void backward_of(const teracon::MaskedConv<E>& op, const Tensor& grad, const Ten
     io.d_residual = rows_of<E>(d_residual, io.residual_count * op.f_out, "d_residual");
   }
   if (d_x.numel() != 0) io.d_x = rows_of<E>(d_x, op.rows_in * op.f_in, "d_x");
-  io.d_weight = floats(d_weight, op.f_out * op.f_in * op.kernel_size, "d_weight");
+  STD_TORCH_CHECK(d_weight.dim() == 3 && d_weight.size(1) <= op.f_in, "masked_conv: expected d_weight [f_out, up to f_in, K]");
+  io.frozen = op.f_in - d_weight.size(1);
+  io.d_weight = floats(d_weight, op.f_out * d_weight.size(1) * op.kernel_size, "d_weight");
   io.d_bias = floats(d_bias, op.f_out, "d_bias");
   io.d_ln_weight = floats(d_ln_weight, op.f_out, "d_ln_weight");
   io.d_ln_bias = floats(d_ln_bias, op.f_out, "d_ln_bias");

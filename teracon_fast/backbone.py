@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import cast
+from dataclasses import dataclass
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -12,9 +13,37 @@ from torch import Tensor, nn
 
 from teracon_fast import backends, ops, packing, transfers
 from teracon_fast.deferred import Embedding
+from teracon_fast.encoder import Encoder
 from teracon_fast.errors import ConfigError, ShapeError
 
 LAYER_NORM_EPS = 1e-8
+# Without gradient, from so many users on packing the weights for an encoder pays.
+ENCODER_USERS = 64
+
+
+class Convolution(Protocol):
+    """How one convolution of a backbone runs, with what follows it: LayerNorm, ReLU, mask and residual.
+
+    As `Backbone.convolve`, which is the ordinary way and has the meaning of the arguments.
+    """
+
+    def __call__(
+        self, site: int, x: Tensor, mask: Tensor, table: packing.TapTable, residual: Tensor | None = None,
+        residual_table: packing.ResidualTable | None = None, weight: Tensor | None = None,
+    ) -> Tensor: ...  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PackedPositions:
+    """States of every position with equal rows merged.
+
+    Attributes:
+        hidden: `[R, f]`, one row per distinct state.
+        row_of: int64 `[B, L]`, row of each (sequence, position).
+    """
+
+    hidden: Tensor
+    row_of: Tensor
 
 
 class ResidualBlock(nn.Module):
@@ -54,6 +83,26 @@ def init_linear(linear: nn.Linear) -> None:
     """Weight N(0, 0.01), bias 0.1: heads and relation weights."""
     nn.init.normal_(linear.weight, 0.0, 0.01)
     nn.init.constant_(linear.bias, 0.1)
+
+
+def head_loss(
+    head: nn.Linear, hidden: Tensor, targets: Tensor, rows: Tensor | None = None, predictions: bool = False,
+    backend: str = "auto",
+) -> ops.CrossEntropy:  # fmt: skip
+    """Mean cross-entropy of a head; arguments as `ops.linear_cross_entropy`. Without `predictions` argmax and rank are empty."""
+    arguments = hidden, head.weight, head.bias, targets, rows
+    if predictions:
+        return ops.linear_cross_entropy(*arguments, predictions=True, backend=backend)
+    none = targets.new_empty(0)
+    return ops.CrossEntropy(ops.linear_cross_entropy(*arguments, backend=backend), none, none)
+
+
+def next_item_inputs(x: Tensor, lengths: np.ndarray | None) -> tuple[Tensor, np.ndarray | None]:
+    """Sequences `[B, L]` without their last item, which is only a target, and their real lengths if those of x are known."""
+    if x.dim() != 2 or x.shape[1] < 2:
+        raise ShapeError(f"x is {list(x.shape)}, expected [B, L] with L at least 2")
+    # Without its last item a sequence is one shorter; one that is all pads stays so.
+    return x[:, :-1], None if lengths is None else np.maximum(lengths - 1, 0)
 
 
 def check_items(x: Tensor) -> None:
@@ -142,47 +191,134 @@ class Backbone(nn.Module):
         geometry = packing.geometry(length, self.dilations, self.kernel_size, every_position)
         return packing.pack(lengths, streams, geometry, self.device, self.backend, padded)
 
-    def states(self, x: Tensor, packed: packing.PackedBatch, masks: Tensor) -> Tensor:
+    def run(
+        self, x: Tensor, requests: Sequence[tuple[Tensor | None, int]], masks: Tensor | None = None,
+        lengths: np.ndarray | None = None, every_position: bool = False, weights: Sequence[Tensor] | None = None,
+        convolve: Convolution | None = None,
+    ) -> tuple[Tensor, packing.PackedBatch]:  # fmt: skip
+        """Pack sequences and run all residual blocks over them.
+
+        Args:
+            x: int64 `[B, L]` item ids, oldest first, left-padded with 0.
+            requests: (users, items dropped from the end) of each; users are int64 `[n]`, rows of x, or None for all in order.
+            masks: `[S, requests, f]`; None: nothing is masked.
+            lengths: real lengths int64 `[B]` on the host, if known; else they are read from x.
+            every_position: states of all positions, else of the last one.
+            weights, convolve: as `layers`.
+
+        Returns:
+            The last layer's rows, `[rows, f]`, and the tables, whose `outputs` tell which rows belong to each request.
+        """
+        check_items(x)
+        lengths = packing.real_lengths(x) if lengths is None else lengths
+        everyone = np.arange(x.shape[0])
+        streams = [
+            packing.Streams(everyone if users is None else users.detach().cpu().numpy().astype(np.int64), drop)
+            for users, drop in requests
+        ]
+        packed = self.pack(x.shape[1], lengths, streams, every_position)
+        masks = self.no_masks(len(requests)) if masks is None else masks
+        return self.states(x, packed, masks, weights, convolve), packed
+
+    def no_masks(self, requests: int = 1) -> Tensor:
+        """`[S, requests, f]` of ones."""
+        stored = self.embeding.stored
+        return torch.ones(self.num_sites, requests, self.channels, dtype=stored.dtype, device=stored.device)
+
+    def represent(
+        self, x: Tensor, masks: Tensor | None = None, drop_last: int = 0, lengths: np.ndarray | None = None,
+        weights: Sequence[Tensor] | None = None, convolve: Convolution | None = None,
+    ) -> Tensor:  # fmt: skip
+        """User representations `[B, f]`: states of the last position, under one set of masks `[S, 1, f]`.
+
+        Without gradient, and where the compiled encoder serves and runs these layers, many users are encoded by it.
+        `drop_last`: items dropped from the end of each sequence first; other arguments as `run`.
+        """
+        fast = not torch.is_grad_enabled() and x.shape[0] >= ENCODER_USERS and not torch.is_autocast_enabled("cpu")
+        plain = convolve is None and type(self).layers is Backbone.layers and type(self).convolve is Backbone.convolve
+        if fast and plain and Encoder.serves(self):
+            lengths = packing.real_lengths(x) if lengths is None else lengths
+            masks = self.no_masks() if masks is None else masks
+            return Encoder(self, masks=masks, weights=weights).encode(x.cpu(), 0, drop_last, lengths)
+        hidden, packed = self.run(x, [(None, drop_last)], masks, lengths, False, weights, convolve)
+        return ops.gather_rows(hidden, packed.outputs[0])
+
+    def positions(
+        self, x: Tensor, masks: Tensor | None = None, lengths: np.ndarray | None = None,
+        weights: Sequence[Tensor] | None = None, convolve: Convolution | None = None,
+    ) -> PackedPositions:  # fmt: skip
+        """States of every position under one set of masks `[S, 1, f]`, equal pad states merged. Arguments as `run`."""
+        hidden, packed = self.run(x, [(None, 0)], masks, lengths, True, weights, convolve)
+        return PackedPositions(hidden, packed.outputs[0])
+
+    def states(
+        self, x: Tensor, packed: packing.PackedBatch, masks: Tensor, weights: Sequence[Tensor] | None = None,
+        convolve: Convolution | None = None,
+    ) -> Tensor:  # fmt: skip
         """Rows of the last layer, `[rows, f]`; which of them belong to whom, `packed.outputs` tells.
 
         Args:
             x: int64 `[B, L]`, the sequences that `packed` was made for.
             packed: the tables of the pass, from `pack`.
             masks: `[S, requests, f]`, that of each request.
+            weights, convolve: as `layers`.
         """
         check_items(x)
         if masks.shape[0] != self.num_sites:
             raise ShapeError(f"masks have {masks.shape[0]} sites, expected {self.num_sites}")
         hidden = self.embeding.rows(transfers.to_device(x, self.device).reshape(-1)[packed.cells])
-        for rows in self.layers(hidden, masks, packed):
+        for rows in self.layers(hidden, masks, packed, weights, convolve):
             hidden = rows
         return hidden
 
-    def layers(self, hidden: Tensor, masks: Tensor, packed: packing.PackedBatch) -> Iterator[Tensor]:
+    def layers(
+        self, hidden: Tensor, masks: Tensor, packed: packing.PackedBatch, weights: Sequence[Tensor] | None = None,
+        convolve: Convolution | None = None,
+    ) -> Iterator[Tensor]:  # fmt: skip
         """Rows of every layer above the embedding, one convolution after the other.
 
         Args:
             hidden: `[rows of layer 0, f]`.
             masks: `[S, requests, f]`.
             packed: the tables of the pass.
+            weights: S tensors `[f, f, 1, K]`, used in place of the convolutions' own (masked weights, for example).
+            convolve: runs each convolution in place of `self.convolve`.
 
         Yields:
             `[rows of the layer, f]`.
         """
-        for i, block in enumerate(self.blocks):
+        run = self.convolve if convolve is None else convolve
+        given: Sequence[Tensor | None] = [None] * self.num_sites if weights is None else weights
+        if len(given) != self.num_sites:
+            raise ShapeError(f"got weights of {len(given)} convolutions, expected {self.num_sites}")
+        for i, residual in enumerate(packed.residuals):
             first, second = packed.convolutions[2 * i : 2 * i + 2]
-            inner = self._conv(hidden, block.conv1, block.ln1, masks[2 * i], first)
+            inner = run(2 * i, hidden, masks[2 * i], first, weight=given[2 * i])
             yield inner
-            hidden = self._conv(inner, block.conv2, block.ln2, masks[2 * i + 1], second, hidden, packed.residuals[i])
+            hidden = run(2 * i + 1, inner, masks[2 * i + 1], second, hidden, residual, given[2 * i + 1])
             yield hidden
 
-    def _conv(
-        self, x: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm, mask: Tensor, table: packing.TapTable,
-        residual: Tensor | None = None, residual_table: packing.ResidualTable | None = None,
+    def site(self, number: int) -> tuple[nn.Conv2d, nn.LayerNorm]:
+        """The convolution of a site, counted from 0 in network order, and the LayerNorm of its output."""
+        block = self.blocks[number // 2]
+        return (block.conv2, block.ln2) if number % 2 else (block.conv1, block.ln1)
+
+    def convolve(
+        self, site: int, x: Tensor, mask: Tensor, table: packing.TapTable, residual: Tensor | None = None,
+        residual_table: packing.ResidualTable | None = None, weight: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
+        """One convolution with LayerNorm, ReLU, mask and residual, see `ops.masked_conv`.
+
+        Args:
+            site: which, counted from 0 in network order.
+            x: `[rows of the layer below, f]`. mask: `[requests, f]`. table: which rows each output row reads.
+            residual, residual_table: of a block's second convolution: the block's input, and which of its rows to add.
+            weight: `[f, f, 1, K]` in place of the convolution's own.
+        """
+        conv, norm = self.site(site)
         assert conv.bias is not None
         return ops.masked_conv(
-            x, conv.weight.squeeze(2), conv.bias, norm.weight, norm.bias, mask, table,
+            x, (conv.weight if weight is None else weight).squeeze(2), conv.bias, norm.weight, norm.bias, mask, table,
             residual=residual, residual_table=residual_table, eps=norm.eps, backend=self.backend,
             algorithm=self.algorithm,
         )  # fmt: skip

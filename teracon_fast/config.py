@@ -54,6 +54,14 @@ class TaskConfig(_Section):
     select: Select = "hit@1"
 
 
+class LaterConfig(TaskConfig):
+    """How T2..TM are trained. A value that is not given is that of the published program for them, whatever else is given."""
+
+    lr: LearningRate = 1e-4
+    batch_size: BatchSize = 1024
+    epochs: Epochs = 100
+
+
 class TaskOverride(_Section):
     """Settings of one task that differ from `[first]` or `[later]`."""
 
@@ -122,7 +130,7 @@ class RunConfig(_Section):
     tensorboard: Annotated[bool, Field(description="also write TensorBoard scalars, when it is installed")] = True
     model: ModelConfig = ModelConfig()
     first: TaskConfig = TaskConfig()
-    later: TaskConfig = TaskConfig(lr=1e-4, batch_size=1024, epochs=100)
+    later: LaterConfig = LaterConfig()
     task: tuple[TaskOverride, ...] = ()
 
     @model_validator(mode="after")

@@ -15,25 +15,22 @@ import dataclasses
 import json
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 
 from teracon_fast.checkpoints import load_model, load_state, save_model, save_state
 from teracon_fast.config import RunConfig
-from teracon_fast.data import open_dataset, split_task
+from teracon_fast.data import check_tasks, open_dataset, split_task
 from teracon_fast.evaluation import evaluate
 from teracon_fast.files import atomic_write
 from teracon_fast.graphs import StepGraphs
 from teracon_fast.masks import similarity
-from teracon_fast.metrics import backward_transfer, headline, result_matrix
+from teracon_fast.results import Results, derived_seed, results_of
 from teracon_fast.runfolder import (
     RunStopped,
     StopSignals,
-    check_tasks,
     delete_old_run,
     keep_dictionaries,
     locked,
@@ -46,26 +43,7 @@ from teracon_fast.tcn import FastTCN
 from teracon_fast.trainer import FIRST_RHO, Losses, Position, TaskTraining, make_optimizer, train_task
 
 if TYPE_CHECKING:
-    from teracon_fast.data import Split, TaskData, TaskSequence
-
-
-@dataclass(frozen=True)
-class Results:
-    """What a run found. Tasks in order.
-
-    Attributes:
-        metric: the metric that stands for each task, "mrr@5" or "accuracy".
-        tasks: their names.
-        R: R[j][i] is the test metric of task i after training task j, i <= j.
-        bwt: what later tasks did to each, in percent; None where R[i][i] is 0.
-        final: every test metric after the last task; keys "1", "2", ...
-    """
-
-    metric: list[str]
-    tasks: list[str]
-    R: list[list[float]]
-    bwt: list[float | None]
-    final: dict[str, dict[str, float]]
+    from teracon_fast.data import Split, TaskData
 
 
 def train(config: RunConfig, observer: Observer | None = None, fresh: bool = False) -> Results:
@@ -95,25 +73,9 @@ def train(config: RunConfig, observer: Observer | None = None, fresh: bool = Fal
             run.log_file.close()
 
 
-def results_of(dataset: TaskSequence, tests: list[list[dict[str, float]]]) -> Results:
-    """R and BWT of the test metrics of each task after each task."""
-    tasks = dataset.tasks[: len(tests)]
-    metric = [headline(data.num_labels) for data in tasks]
-    matrix = [[metrics[metric[i]] for i, metrics in enumerate(row)] for row in tests]
-    bwt = [None if math.isnan(value) else value for value in backward_transfer(result_matrix(matrix)).tolist()]
-    final = {str(number): metrics for number, metrics in enumerate(tests[-1], 1)}
-    return Results(metric, [data.name for data in tasks], matrix, bwt, final)
-
-
 def task_split(config: RunConfig, data: TaskData) -> Split:
     """The samples that a run trains, validates and tests a task on."""
     return split_task(data, by=config.split_by, seed=config.seed)
-
-
-def derived_seed(seed: int, task: int, purpose: str) -> int:
-    """An independent seed for each task (from 1) and purpose."""
-    sequence = np.random.SeedSequence([seed, task, *purpose.encode()])
-    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))  # fits a signed 64-bit integer
 
 
 class _Run:

@@ -1,4 +1,4 @@
-"""User representations without gradient: a `FastTCN` with everything constant computed once.
+"""User representations without gradient: a backbone (a `FastTCN`) with everything constant computed once.
 
 The compiled kernels take blocks of users through all layers, every thread its own, in memory of a few MiB. A layer holds only
 the rows that the layers above read, in one of three buffers that take turns (a block's input, its inner activations, its
@@ -8,8 +8,9 @@ LayerNorm's scale and shift (`m * relu(a) = relu(m * a)` for m >= 0), and the st
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from teracon_fast.deferred import catch_up
 from teracon_fast.errors import ConfigError, ShapeError
 
 if TYPE_CHECKING:
+    from teracon_fast.backbone import Backbone
     from teracon_fast.tcn import FastTCN
 
 
@@ -54,9 +56,10 @@ class Encoder:
     """A model made ready for inference on the CPU. Good for as long as the model's parameters stay as they are.
 
     Args:
-        model: float32 parameters on the CPU.
+        model: float32 parameters on the CPU. A `Backbone` that is no `FastTCN` needs `masks`.
         s: mask scale, used when `masks` is None.
-        masks: `[S, T, f]` from `model.masks(s)`.
+        masks: `[S, T, f]`, none negative; for example from `model.masks(s)`.
+        weights: S tensors `[f, f, 1, K]` in place of the convolutions' own.
         precision: "fp32", or "bf16": rows are kept in bfloat16 between layers; sums and statistics stay float32.
 
     Raises:
@@ -64,7 +67,7 @@ class Encoder:
     """
 
     @staticmethod
-    def serves(model: FastTCN) -> bool:
+    def serves(model: Backbone) -> bool:
         """Whether the model's parameters and backend allow an encoder."""
         parameter = model.embeding.stored
         if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
@@ -73,26 +76,28 @@ class Encoder:
 
     @torch.no_grad()
     def __init__(
-        self, model: FastTCN, s: float = 50.0, masks: Tensor | None = None, precision: Literal["fp32", "bf16"] = "fp32"
-    ) -> None:
+        self, model: Backbone, s: float = 50.0, masks: Tensor | None = None, precision: Literal["fp32", "bf16"] = "fp32",
+        weights: Sequence[Tensor] | None = None,
+    ) -> None:  # fmt: skip
         if not self.serves(model):
             raise ConfigError("Encoder needs float32 parameters on the CPU and the backend 'cpu'")
         if precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision is {precision!r}, expected 'fp32' or 'bf16'")
         self._model, self._bf16 = model, precision == "bf16"
-        self._masks = model.masks(s) if masks is None else masks
+        self._masks = cast("FastTCN", model).masks(s) if masks is None else masks
+        self._weights = weights
         if self._masks.dim() != 3 or self._masks.shape[0] != model.num_sites:
             raise ShapeError(f"masks are {list(self._masks.shape)}, expected [{model.num_sites}, T, {model.channels}]")
-        pairs = [pair for block in model.blocks for pair in ((block.conv1, block.ln1), (block.conv2, block.ln2))]
+        pairs = [model.site(number) for number in range(model.num_sites)]
         self._bias = torch.stack([conv.bias for conv, _ in pairs if conv.bias is not None])
         self._ln_weight = torch.stack([norm.weight for _, norm in pairs])
         self._ln_bias = torch.stack([norm.bias for _, norm in pairs])
         self._eps = float(pairs[0][1].eps)
         words = torch.ops.teracon_fast.encoder_words(model.channels, model.kernel_size, self._bf16)
         self._words = torch.empty(len(pairs), words, dtype=torch.int32)
-        for (conv, _), to in zip(pairs, self._words, strict=True):
-            weight = conv.weight.squeeze(2).contiguous()
-            torch.ops.teracon_fast.encoder_pack(weight, self._bf16, torch.get_num_threads(), to)
+        chosen = [conv.weight for conv, _ in pairs] if weights is None else weights
+        for weight, to in zip(chosen, self._words, strict=True):
+            torch.ops.teracon_fast.encoder_pack(weight.squeeze(2).contiguous(), self._bf16, torch.get_num_threads(), to)
         self._tasks: dict[int, _TaskConstants] = {}
 
     @torch.no_grad()
@@ -121,7 +126,7 @@ class Encoder:
             raise ShapeError(f"drop_last is {drop_last}, expected 0 to {length - 1}")
         constants = self._constants(task)
         if length not in constants.pads:
-            constants.pads[length] = _pad_states(model, constants.mask, length)
+            constants.pads[length] = _pad_states(model, constants.mask, length, self._weights)
         lengths = packing.real_lengths(x) if lengths is None else np.asarray(lengths)
         if lengths.shape != (x.shape[0],) or (len(lengths) and not 0 <= lengths.min() <= lengths.max() <= length):
             raise ShapeError(f"lengths must be one number in 0..{length} per sequence, got {lengths!r}")
@@ -150,10 +155,10 @@ class Encoder:
         return self._tasks[task]
 
 
-def _pad_states(model: FastTCN, mask: Tensor, length: int) -> Tensor:
+def _pad_states(model: Backbone, mask: Tensor, length: int, weights: Sequence[Tensor] | None = None) -> Tensor:
     """States of a sequence of nothing but pads under one mask `[S, f]`: every layer, every position, `[S + 1, L, f]`."""
     geometry = packing.geometry(length, model.dilations, model.kernel_size, every_position=True)
     packed = packing.pack(np.zeros(1, np.int64), [packing.Streams(np.zeros(1, np.int64))], geometry)
     hidden = model.embeding.rows(torch.zeros(1, dtype=torch.int64)).expand(length, -1)
-    states = [hidden, *model.layers(hidden, mask[:, None], packed)]
+    states = [hidden, *model.layers(hidden, mask[:, None], packed, weights)]
     return torch.stack([state.flip(0) for state in states])  # rows are ordered by offset from the end

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from teracon_fast.data import ahead
 from teracon_fast.errors import ConfigError
 from teracon_fast.metrics import task_metrics
 from teracon_fast.ops import linear_rank
 from teracon_fast.packing import real_lengths
-from teracon_fast.tcn import FastTCN
+from teracon_fast.tcn import Encode, FastTCN
 
 if TYPE_CHECKING:
     from teracon_fast.data import TaskData
+
 
 def evaluate(
     model: FastTCN,
@@ -49,14 +50,18 @@ def evaluate(
     Raises:
         ConfigError: the head of the model has another size than the task has labels, or there are no samples.
     """
-    if model.labels[task] != data.num_labels:
-        raise ConfigError(f"task {task + 1}: the data have {data.num_labels} labels, the model {model.labels[task]}")
-    if len(samples) == 0:
-        raise ConfigError(f"task {task + 1} ({data.name}): got no samples to evaluate, expected at least one")
+    check_task(model.labels[task], data, task, samples)
     return task_metrics(target_ranks(model, data, task, samples, s, batch_size, progress), data.num_labels)
 
 
-@torch.inference_mode()
+def check_task(num_labels: int, data: TaskData, task: int, samples: NDArray[np.int64]) -> None:
+    """Raise ConfigError unless a head of so many labels is one for the data, and there are samples."""
+    if num_labels != data.num_labels:
+        raise ConfigError(f"task {task + 1}: the data have {data.num_labels} labels, the model {num_labels}")
+    if len(samples) == 0:
+        raise ConfigError(f"task {task + 1} ({data.name}): got no samples to evaluate, expected at least one")
+
+
 def target_ranks(
     model: FastTCN,
     data: TaskData,
@@ -67,7 +72,29 @@ def target_ranks(
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Rank (0 the best) of each sample's target, int64 `[n]` on the CPU, in the order of `samples`. As `evaluate`."""
-    head, encode = model.head(task), model.encoder(s)
+    with torch.inference_mode():
+        return ranks_of(model.encoder(s), model.head(task), data, task, samples, batch_size, progress, model.backend)
+
+
+@torch.inference_mode()
+def ranks_of(
+    encode: Encode,
+    head: nn.Linear,
+    data: TaskData,
+    task: int,
+    samples: NDArray[np.int64],
+    batch_size: int = 1024,
+    progress: Callable[[int, int], None] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`target_ranks` of any encoder and head.
+
+    Args:
+        encode: called with sequences int64 `[n, L]`, the task, items dropped from their ends, and their real lengths.
+        head: of the task.
+        backend: of `ops.linear_rank`.
+        All others: as `evaluate`.
+    """
     device = head.weight.device
     drop_last = int(data.kind == "next_item")
     chosen = np.asarray(data.samples[samples])
@@ -82,7 +109,7 @@ def target_ranks(
             of_sample = np.repeat(same, np.diff(first[low : high + 1]))
             targets = torch.from_numpy(chosen[part, 1].astype(np.int64)).to(device)
             of_state = torch.from_numpy(of_sample).to(device)
-            found = linear_rank(hidden, head.weight, head.bias, targets, of_state, backend=model.backend)
+            found = linear_rank(hidden, head.weight, head.bias, targets, of_state, backend=backend)
             ranks[torch.from_numpy(part)] = found.cpu()
             if progress is not None:
                 progress(int(first[high]), len(order))

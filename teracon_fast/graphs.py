@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from teracon_fast import backends, deferred, ops, transfers
+from teracon_fast.backbone import PackedPositions
 from teracon_fast.errors import ConfigError
 from teracon_fast.masks import of_tasks
 from teracon_fast.packing import PackedBatch, Streams
 from teracon_fast.padding import sizes
-from teracon_fast.tcn import FastTCN, PackedPositions
+from teracon_fast.tcn import FastTCN
 from teracon_fast.trainer import Precision, StudentMask, loss_of_states
 
 # Retention's users are padded to a multiple of so many.

@@ -150,3 +150,33 @@ def forward_transfer(matrix: NDArray[np.float64], single: Sequence[float]) -> ND
     if alone.shape != (len(matrix),):
         raise ShapeError(f"single: got {list(alone.shape)}, expected [{len(matrix)}], one value for each task")
     return _relative_change(np.diagonal(matrix), alone)
+
+
+def gem_backward_transfer(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """R[M, i] - R[i, i] of every task but the last, in units of the metric; their mean is the backward transfer of GEM
+    (Lopez-Paz and Ranzato 2017, "Gradient Episodic Memory") and of Avalanche.
+
+    Args:
+        matrix: R, [M, M], see `result_matrix`.
+
+    Returns:
+        float64 [M - 1].
+    """
+    matrix = _square(matrix)
+    return (matrix[-1] - np.diagonal(matrix))[:-1]
+
+
+def forgetting(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The best R[j, i] of any j before M, less R[M, i], of every task but the last, in units of the metric; their mean is the
+    forgetting of Chaudhry et al. (2018, "Riemannian Walk for Incremental Learning").
+
+    Args:
+        matrix: R, [M, M], see `result_matrix`.
+
+    Returns:
+        float64 [M - 1].
+    """
+    matrix = _square(matrix)
+    if len(matrix) == 1:
+        return np.empty(0)
+    return np.asarray(np.fmax.reduce(matrix[:-1, :-1], axis=0) - matrix[-1, :-1])

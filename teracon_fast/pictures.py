@@ -7,14 +7,19 @@ line style, and RdBu / cividis for maps.
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from teracon_fast.errors import TeraconError
+from teracon_fast.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,12 +50,14 @@ STYLE: dict[str, Any] = {
     "savefig.dpi": 150,
     "pdf.fonttype": 42,
 }
+FORMATS = ("png", "pdf", "svg")
 MAX_POINTS = 1500
 NEARLY_EQUAL = 0.98  # where every cosine is above this, distances are shown
 SMALLEST = 1e-7  # distances below this are rounding of fp32
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty picture of a size in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
@@ -64,6 +71,21 @@ def style() -> Any:
 
     settings: Any = STYLE
     return rc_context(settings)
+
+
+def check_format(name: str) -> None:
+    """Raise TeraconError unless pictures are written in this format."""
+    if name not in FORMATS:
+        raise TeraconError(f"picture format {name!r} is not known, expected one of {', '.join(FORMATS)}")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture, whole or not at all, in the format of its suffix."""
+    with style(), atomic_write(path) as file:
+        # Drawn in memory first: some writers seek, and a failure must not leave a part.
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=path.suffix[1:])
+        file.write(buffer.getvalue())
 
 
 def _wrap(name: str, width: int = 13, lines: int = 2) -> str:
@@ -106,11 +128,11 @@ def _smooth(y: Array) -> Array:
     return np.asarray((total[high] - total[low]) / (high - low))
 
 
-def _grid(count: int, width: float = 3.5, height: float = 2.7) -> tuple[Figure, list[Axes]]:
+def panels(count: int, width: float = 3.5, height: float = 2.7) -> tuple[Figure, list[Axes]]:
     """`count` panels, at most four in a row, and the list of their axes (unused cells removed)."""
     columns = count if count <= 3 else (2 if count == 4 else math.ceil(count / math.ceil(count / 4)))
     rows = math.ceil(count / columns)
-    figure = _figure(max(width * columns, 5.2), height * rows + 0.7)
+    figure = new_figure(max(width * columns, 5.2), height * rows + 0.7)
     axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for spare in axes[count:]:
         spare.remove()
@@ -136,7 +158,7 @@ def r_matrix(matrix: Array, names: Sequence[str], metrics: Sequence[str], bwt: S
     limit = max(1.0, float(finite.max()) if finite.size else 1.0)
     with style():
         cell_w, cell_h = 1.12, 0.62
-        figure = _figure(max(cell_w * count + 3.1, 5.4), cell_h * (count + 1) + 1.9)
+        figure = new_figure(max(cell_w * count + 3.1, 5.4), cell_h * (count + 1) + 1.9)
         body, foot = figure.subplots(2, 1, height_ratios=[count, 1])
         norm = TwoSlopeNorm(0.0, -limit, limit)
         from matplotlib import colormaps
@@ -245,7 +267,7 @@ def similarity(pairs: Mapping[tuple[int, int], Array], names: Sequence[str]) -> 
     for (i, j), values in pairs.items():
         table[i - 2, j - 1] = float(np.mean(values))
     with style():
-        figure = _figure(0.92 * (count - 1) + 3.6, 0.55 * (count - 1) + 2.0)
+        figure = new_figure(0.92 * (count - 1) + 3.6, 0.55 * (count - 1) + 2.0)
         axes = figure.subplots()
         scale = _scale(table, 3)
         image = _annotated(axes, scale, 9.5)
@@ -270,7 +292,7 @@ def similarity_by_layer(pairs: Mapping[tuple[int, int], Array], names: Sequence[
     table = np.stack([np.asarray(pairs[key], dtype=float) for key in keys])
     sites = table.shape[1]
     with style():
-        figure = _figure(0.43 * sites + 2.6, 0.28 * len(keys) + 1.5)
+        figure = new_figure(0.43 * sites + 2.6, 0.28 * len(keys) + 1.5)
         axes = figure.subplots()
         scale = _scale(table, 2)
         image = _annotated(axes, scale, 7.5)
@@ -320,9 +342,9 @@ def rho_over_training(
     top = max(0.015, *(1.3 * float(measured[task][1].max()) for task in tasks))
     bottom = low * (low / top) ** 0.13
     with style():
-        figure, panels = _grid(len(tasks))
+        figure, cells = panels(len(tasks))
         known: dict[str, Any] = {}
-        for axes, task in zip(panels, tasks, strict=True):
+        for axes, task in zip(cells, tasks, strict=True):
             steps, values = measured[task]
             for past in range(values.shape[1]):
                 (line,) = axes.plot(
@@ -345,7 +367,7 @@ def rho_over_training(
             axes.set_xlabel("step of the task")
             axes.set_ylabel("sampling ratio ρ")
         floor = floors[tasks[0]]
-        panels[0].annotate(
+        cells[0].annotate(
             f"smallest possible: {floor:.5f}", (0.98, floor), xycoords=("axes fraction", "data"), xytext=(0, -3),
             textcoords="offset points", ha="right", va="top", fontsize=7.5, color="#555555",
         )  # fmt: skip
@@ -372,9 +394,9 @@ def learning_curves(
     from matplotlib.ticker import MaxNLocator
 
     with style():
-        figure, panels = _grid(len(tasks))
+        figure, cells = panels(len(tasks))
         handles: list[Any] = []
-        for axes, task in zip(panels, tasks, strict=True):
+        for axes, task in zip(cells, tasks, strict=True):
             epochs, values, best = valid[task]
             (line,) = axes.plot(epochs, values, color=COLOURS[0], marker="o", ms=4, lw=1.6)
             kept = np.flatnonzero(best)
@@ -424,9 +446,9 @@ def losses(curves: Mapping[int, LossCurves], names: Sequence[str]) -> Figure | N
     if not tasks:
         return None
     with style():
-        figure, panels = _grid(len(tasks))
+        figure, cells = panels(len(tasks))
         known: dict[str, Any] = {}
-        for axes, task in zip(panels, tasks, strict=True):
+        for axes, task in zip(cells, tasks, strict=True):
             curve = curves[task]
             kinds = [("class loss (cross-entropy)", curve.class_loss, curve.epoch_class)]
             if curve.retention_loss is not None and curve.epoch_retention is not None:

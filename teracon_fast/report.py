@@ -5,10 +5,9 @@ Works on a run that is still training or was interrupted: whatever has been logg
 
 from __future__ import annotations
 
-import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Array = NDArray[np.float64]
-FORMATS = ("png", "pdf", "svg")
 
 
 @dataclass
@@ -175,7 +173,7 @@ def draw(record: RunRecord) -> dict[str, Figure]:
             rho[task] = (loss[task].step, np.asarray([step["rho"] for step in log.steps], dtype=float))
         scores = _column([check["metrics"] for check in log.checks], record.metrics[task - 1])
         valid[task] = (_column(log.checks, "epoch") + 1, scores, _column(log.checks, "best"))
-    labels = [_pretty(name) for name in record.metrics]
+    labels = [pretty(name) for name in record.metrics]
     drawn = {
         "r_matrix": pictures.r_matrix(record.matrix, record.names, labels, record.bwt),
         "similarity": pictures.similarity(record.pairs, record.names),
@@ -197,25 +195,21 @@ def write_report(run: str | Path, file_format: str = "png") -> list[Path]:
     Raises:
         TeraconError: no such run or format.
     """
-    if file_format not in FORMATS:
-        raise TeraconError(f"picture format {file_format!r} is not known, expected one of {', '.join(FORMATS)}")
+    pictures.check_format(file_format)
     record = load_run(run)
     folder = record.path / "report"
     written = []
     for stem, figure in draw(record).items():
         written.append(folder / f"{stem}.{file_format}")
-        with pictures.style(), atomic_write(written[-1]) as file:
-            # Drawn in memory first: some writers seek, and a failure must not leave a part.
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=file_format)
-            file.write(buffer.getvalue())
+        pictures.save(figure, written[-1])
     page = folder / "report.md"
     with atomic_write(page, "w") as file:
         file.write(markdown(record, [path.name for path in written]))
     return [page, *written]
 
 
-def _pretty(metric: str) -> str:
+def pretty(metric: str) -> str:
+    """The name of a metric as people write it: "mrr@5" is MRR@5."""
     head, _, tail = metric.partition("@")
     return {"mrr": "MRR", "hit": "Hit", "ndcg": "NDCG"}.get(head, head) + (f"@{tail}" if tail else "")
 
@@ -228,7 +222,7 @@ def shown(value: float, form: str = ".4f") -> str:
 def summary_rows(record: RunRecord) -> tuple[list[str], list[list[str]]]:
     """Heading and rows of the R table: one row per trained task, then BWT."""
     heading = ["after training", *(f"T{i + 1} {name}" for i, name in enumerate(record.names))]
-    rows = [["metric", *(_pretty(name) for name in record.metrics)]]
+    rows = [["metric", *(pretty(name) for name in record.metrics)]]
     for j, values in enumerate(record.matrix):
         if np.isfinite(values).any():
             rows.append([f"T{j + 1}", *(shown(value) if i <= j else "" for i, value in enumerate(values))])
@@ -258,8 +252,10 @@ def task_rows(record: RunRecord) -> tuple[list[str], list[list[str]]]:
     return heading, rows
 
 
-def _table(heading: list[str], rows: list[list[str]]) -> str:
-    def line(cells: list[str]) -> str:
+def markdown_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, all but its first column aligned to the right."""
+
+    def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
     return "\n".join([line(heading), line(["---"] + ["---:"] * (len(heading) - 1)), *map(line, rows)])
@@ -277,7 +273,7 @@ CAPTIONS = {
 
 def markdown(record: RunRecord, files: list[str]) -> str:
     """report.md: the R matrix with BWT, the training table, every metric of the final model and the pictures."""
-    parts = [f"# Run {record.path.resolve().name}", "## Results", _table(*summary_rows(record))]
+    parts = [f"# Run {record.path.resolve().name}", "## Results", markdown_table(*summary_rows(record))]
     parts.append("R[j, i]: test metric of task i after training task j. BWT_i = 100 (R[M, i] - R[i, i]) / R[i, i].")
     last = next((log.end for _, log in sorted(record.logs.items(), reverse=True) if log.end), None)
     test = (last or {}).get("test") or {}
@@ -287,7 +283,7 @@ def markdown(record: RunRecord, files: list[str]) -> str:
             [f"T{task} {record.names[int(task) - 1]}", *(shown(_number(test[task].get(name))) for name in names)]
             for task in sorted(test, key=int)
         ]
-        parts += ["## All test metrics of the newest model", _table(["task", *map(_pretty, names)], rows)]
-    parts += ["## Training", _table(*task_rows(record)), "## Pictures"]
+        parts += ["## All test metrics of the newest model", markdown_table(["task", *map(pretty, names)], rows)]
+    parts += ["## Training", markdown_table(*task_rows(record)), "## Pictures"]
     parts += [f"![{Path(name).stem}]({name})\n\n{CAPTIONS[Path(name).stem]}" for name in files]
     return "\n\n".join(parts) + "\n"

@@ -17,13 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from teracon_fast import backends, masks, ops, packing
-from teracon_fast.backbone import Backbone, check_items, init_linear
+from teracon_fast.backbone import ENCODER_USERS, Backbone, PackedPositions, head_loss, init_linear, next_item_inputs
 from teracon_fast.encoder import Encoder
-from teracon_fast.errors import ConfigError, ShapeError
+from teracon_fast.errors import ConfigError
 from teracon_fast.masks import MaskVariant, of_tasks
-
-# Without gradient, from so many users on packing the weights for an encoder pays.
-ENCODER_USERS = 64
 
 
 @dataclass(frozen=True)
@@ -45,19 +42,6 @@ class Encode(Protocol):
     """What `FastTCN.encoder` returns."""
 
     def __call__(self, x: Tensor, task: int, drop_last: int = 0, lengths: np.ndarray | None = None) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class PackedPositions:
-    """States of every position with equal rows merged.
-
-    Attributes:
-        hidden: `[R, f]`, one row per distinct state.
-        row_of: int64 `[B, L]`, row of each (sequence, position).
-    """
-
-    hidden: Tensor
-    row_of: Tensor
 
 
 def _with_rows(old: Tensor, rows: Tensor) -> nn.Parameter:
@@ -243,7 +227,7 @@ class FastTCN(Backbone):
         low = torch.is_autocast_enabled("cpu")
         low_is_bf16 = torch.get_autocast_dtype("cpu") == torch.bfloat16
         if torch.is_grad_enabled() or users < ENCODER_USERS or not Encoder.serves(self) or (low and not low_is_bf16):
-            hidden, packed = self._run(x, requests, chosen, lengths, every_position=False)
+            hidden, packed = self.run(x, requests, chosen, lengths)
             return [ops.gather_rows(hidden, rows) for rows in packed.outputs]
         encoder = Encoder(self, masks=chosen, precision="bf16" if low else "fp32")
         found, x = [], x.cpu()
@@ -260,8 +244,7 @@ class FastTCN(Backbone):
         """States of every position under one task's mask, equal pad states merged. Arguments as `encode`."""
         self._check_task(task)
         masks = self.masks(s) if masks is None else masks
-        hidden, packed = self._run(x, [(None, 0)], of_tasks(masks, [task]), lengths, every_position=True)
-        return PackedPositions(hidden, packed.outputs[0])
+        return self.positions(x, of_tasks(masks, [task]), lengths)
 
     def next_item_loss(
         self, x: Tensor, s: float = 50.0, masks: Tensor | None = None, lengths: np.ndarray | None = None
@@ -280,11 +263,8 @@ class FastTCN(Backbone):
     ) -> ops.CrossEntropy:  # fmt: skip
         """`next_item_loss`, and from the same pass over the items each target's rank `[B*(L-1)]`. `argmax` is that of distinct
         states. Without `predictions` both are empty."""
-        if x.dim() != 2 or x.shape[1] < 2:
-            raise ShapeError(f"x is {list(x.shape)}, expected [B, L] with L at least 2")
-        # Without its last item a sequence is one shorter; one that is all pads stays so.
-        seen = None if lengths is None else np.maximum(lengths - 1, 0)
-        return self.next_item_of(self.encode_all(x[:, :-1], 0, s, masks, seen), x, predictions)
+        seen, real = next_item_inputs(x, lengths)
+        return self.next_item_of(self.encode_all(seen, 0, s, masks, real), x, predictions)
 
     def next_item_of(self, positions: PackedPositions, x: Tensor, predictions: bool = True) -> ops.CrossEntropy:
         """`next_item` of sequences `[B, L]` whose states, without the last item, are known."""
@@ -297,12 +277,7 @@ class FastTCN(Backbone):
     def _class_loss(
         self, hidden: Tensor, task: int, targets: Tensor, rows: Tensor | None, predictions: bool
     ) -> ops.CrossEntropy:
-        head = self.head(task)
-        arguments = hidden, head.weight, head.bias, targets, rows
-        if predictions:
-            return ops.linear_cross_entropy(*arguments, predictions=True, backend=self.backend)
-        none = targets.new_empty(0)
-        return ops.CrossEntropy(ops.linear_cross_entropy(*arguments, backend=self.backend), none, none)
+        return head_loss(self.head(task), hidden, targets, rows, predictions, self.backend)
 
     def forward(
         self, x: Tensor, s: float | Tensor, masks_list: list[Tensor] | None, task_num: int, gpu_num: Any = None,
@@ -329,27 +304,12 @@ class FastTCN(Backbone):
         head = self.head(task_num)
         if onecall:
             return head(self._last_states(x, [(None, 0)], chosen, None)[0]), masks_list
-        hidden, packed = self._run(x, [(None, 0)], chosen, None, every_position=True)
-        rows = packed.outputs[0].reshape(-1)
+        found = self.positions(x, chosen)
+        hidden, rows = found.hidden, found.row_of.reshape(-1)
         if rows.shape[0] < hidden.shape[0]:
             return head(ops.gather_rows(hidden, rows)), masks_list
         # Equal pad states meet the head once.
         return ops.gather_rows(head(hidden), rows), masks_list
-
-    def _run(
-        self, x: Tensor, requests: Sequence[tuple[Tensor | None, int]], chosen: Tensor, lengths: np.ndarray | None,
-        every_position: bool,
-    ) -> tuple[Tensor, packing.PackedBatch]:  # fmt: skip
-        """Pack and run all residual blocks; `chosen` is `[S, requests, f]`. Returns the last layer's rows and the tables."""
-        check_items(x)
-        lengths = packing.real_lengths(x) if lengths is None else lengths
-        everyone = np.arange(x.shape[0])
-        streams = [
-            packing.Streams(everyone if users is None else users.detach().cpu().numpy().astype(np.int64), drop)
-            for users, drop in requests
-        ]
-        packed = self.pack(x.shape[1], lengths, streams, every_position)
-        return self.states(x, packed, chosen), packed
 
     def extended(self, num_labels: int, generator: torch.Generator | None = None) -> FastTCN:
         """A new model with one more task, ready to train it.
@@ -364,16 +324,17 @@ class FastTCN(Backbone):
         seed = int(torch.randint(2**62, (), generator=generator))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = FastTCN(
+            model = type(self)(
                 num_items=self.num_items, channels=self.channels, labels=[*self.labels, num_labels],
                 dilations=self.dilations, kernel_size=self.kernel_size,
                 task_embedding_range=self.task_embedding_range, mask=self.mask_variant, backend=self.backend,
                 algorithm=self.algorithm,
             )  # fmt: skip
         kept = {name: value for name, value in self.state_dict().items() if ".mlp" not in name}
-        model.load_state_dict(kept, strict=False)
         parameter = self.embeding.stored
-        return model.to(device=parameter.device, dtype=parameter.dtype)
+        model.to(device=parameter.device, dtype=parameter.dtype)  # before the values, which float32 would round
+        model.load_state_dict(kept, strict=False)
+        return model
 
     def grown(
         self, num_items: int, labels: Sequence[int] | None = None, generator: torch.Generator | None = None

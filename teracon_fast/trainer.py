@@ -7,7 +7,7 @@ needs from its surroundings (a log, checkpoints, validation) it takes as a `Host
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teracon_fast import _native, ops, packing, transfers
+from teracon_fast.backbone import Backbone
 from teracon_fast.data import BatchSource, ahead, epoch_batches
 from teracon_fast.errors import TeraconError
 from teracon_fast.masks import Parity, annealed_scale
@@ -75,23 +76,34 @@ class StepResult:
     hit: Tensor | None = None  # hit@1 of the batch before the step, where asked for; T1: of real targets
 
 
-def make_optimizer(model: torch.nn.Module, lr: float) -> Adam:
-    """Adam with default betas over all parameters, without weight decay, in one fused kernel where PyTorch has one.
+def make_optimizer(
+    model: torch.nn.Module, lr: float, groups: Sequence[Mapping[str, Any]] | None = None
+) -> Adam:
+    """Adam with default betas, without weight decay, in one fused kernel where PyTorch has one.
 
-    From here on the item embedding's gradient is sparse where a kernel is there to take it: float32 on the CPU, or of a model
+    From here on an item embedding's gradient is sparse where a kernel is there to take it: float32 on the CPU, or of a model
     with backend="triton". Of a large embedding, rows without gradient are left behind until they are read, see `optim.Adam`.
+
+    Args:
+        model: a `Backbone`, or a module with some inside.
+        lr: of groups that have none of their own.
+        groups: of parameters, as optimisers take them; None: all parameters of the model.
     """
-    deferred, backend = False, "auto"
-    if isinstance(model, FastTCN):
-        weight = model.embeding.weight
-        if model.backend == "triton":
+    groups = [{"params": list(model.parameters())}] if groups is None else groups
+    trained = [parameter for group in groups for parameter in group["params"]]
+    chosen, deferred, backend = {id(parameter) for parameter in trained}, False, "auto"
+    for backbone in model.modules():
+        if not isinstance(backbone, Backbone):
+            continue
+        weight = backbone.embeding.weight
+        if backbone.backend == "triton":
             backend = "triton"
-        here = backend == "triton" or (weight.device.type == "cpu" and _native.available())
-        served = here and weight.dtype == torch.float32
-        model.sparse_embedding_grad = served
-        deferred = served and weight.numel() >= DEFERRED_FROM
-    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in model.parameters())
-    return Adam(model.parameters(), lr=lr, fused=fused or None, deferred=deferred, backend=backend)
+        here = backbone.backend == "triton" or (weight.device.type == "cpu" and _native.available())
+        served = here and weight.dtype == torch.float32 and id(weight) in chosen
+        backbone.sparse_embedding_grad = served
+        deferred = deferred or (served and weight.numel() >= DEFERRED_FROM)
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trained)
+    return Adam([dict(group) for group in groups], lr=lr, fused=fused or None, deferred=deferred, backend=backend)
 
 
 def _forward(model: FastTCN, precision: Precision) -> torch.autocast:
@@ -175,7 +187,7 @@ def continual_step(
     next_rho = HostCopy(rates)  # on its way before anything else is queued
     if graphs is None:
         with _forward(model, precision):
-            states = _states(model, teacher, x, users, masks, teacher_masks, student_mask, lengths)
+            states = step_states(model, teacher, x, users, masks, teacher_masks, student_mask, lengths)
             factors = isinstance(optimizer, Adam)
             loss, found, retention = loss_of_states(model, teacher, *states, y, rho, alpha, predictions, factors)
         optimizer.zero_grad(set_to_none=True)  # not earlier: memory that was given back takes time to get again
@@ -189,7 +201,7 @@ def continual_step(
     return StepResult(found.loss.detach(), retention.detach() / (alpha or 1.0), next_rho, hit)
 
 
-def _states(
+def step_states(
     model: FastTCN, teacher: FastTCN, x: Tensor, users: Sequence[Tensor], masks: Tensor, teacher_masks: Tensor,
     student_mask: StudentMask, lengths: NDArray[np.int64],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip

@@ -16,7 +16,7 @@ from teracon_fast.cli.extras import PACKAGES, advice
 from teracon_fast.errors import TeraconError
 
 RUNNER = CliRunner()
-COMMANDS = ["prepare", "train", "evaluate", "recommend", "predict", "embed", "report", "doctor"]
+COMMANDS = ["prepare", "train", "evaluate", "recommend", "predict", "embed", "reproduce", "report", "doctor"]
 
 
 def test_help_names_every_command_in_order_of_use() -> None:

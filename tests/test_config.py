@@ -83,6 +83,13 @@ def test_written_toml_is_read_back(values: dict[str, Any]) -> None:
     assert tomllib.loads(write_toml(values)) == values
 
 
+def test_a_value_of_later_tasks_leaves_their_others_at_their_own_defaults() -> None:
+    """Not at those of task 1."""
+    later = load_config(overrides={"data": "a", "run": "b", "later.epochs": 3}).later
+    assert (later.lr, later.batch_size, later.epochs) == (1e-4, 1024, 3)
+    assert load_config("ttl", overrides={"data": "a", "run": "b"}).later.epochs == 100
+
+
 def test_later_sources_win(tmp_path: Path) -> None:
     file = tmp_path / "own.toml"
     file.write_text(

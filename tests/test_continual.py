@@ -19,11 +19,12 @@ from tiny_data import write_tiny
 from teracon_fast import FastTCN
 from teracon_fast.checkpoints import load_model, read_notes
 from teracon_fast.config import RunConfig, load_config
-from teracon_fast.continual import Results, derived_seed, task_split, train
+from teracon_fast.continual import task_split, train
 from teracon_fast.data import TaskSequence, open_dataset
 from teracon_fast.errors import CheckpointError, ConfigError
 from teracon_fast.evaluation import evaluate
 from teracon_fast.masks import similarity
+from teracon_fast.results import Results, derived_seed
 from teracon_fast.runfolder import RunStopped, locked
 from teracon_fast.runlog import TIME_FIELDS, Observer, RunLog, Step, TaskStart
 from teracon_fast.trainer import DivergedError

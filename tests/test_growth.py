@@ -16,13 +16,14 @@ from test_continual import Recorder, StopAt, assert_same_run, events, tiny_confi
 
 from teracon_fast import FastTCN, growth
 from teracon_fast.checkpoints import load_model, read_notes
-from teracon_fast.continual import derived_seed, task_split, train
+from teracon_fast.continual import task_split, train
 from teracon_fast.data import DatasetWriter, Dictionary, TaskSequence, open_dataset
 from teracon_fast.errors import ConfigError
 from teracon_fast.evaluation import evaluate
 from teracon_fast.growth import grow
 from teracon_fast.inference import embed, measure, open_run, predict, recommend
 from teracon_fast.inputs import Inputs
+from teracon_fast.results import derived_seed
 from teracon_fast.runfolder import RunStopped, trained_labels
 
 LENGTH, USERS = 8, 120

@@ -56,7 +56,8 @@ struct MaskedConvBackward {
   const int32_t* residual_readers;  // [residual_count], null when the residual needs no gradient
   int64_t residual_count;
   E* d_x;              // [rows_in, f_in], null when not needed
-  float* d_weight;     // [f_out, f_in, kernel_size]
+  int64_t frozen;      // input channels, the first ones, whose weights need no gradient
+  float* d_weight;     // [f_out, f_in - frozen, kernel_size]
   float* d_bias;       // [f_out]
   float* d_ln_weight;  // [f_out]
   float* d_ln_bias;    // [f_out]

@@ -124,8 +124,12 @@ static void forward(const MaskedConv<E>& op, const MaskedConvForward<E>& io) {
 // What one thread sums up in backward.
 template <class E>
 struct Partial {
-  Partial(const MaskedConv<E>& op, int64_t ldz)
-      : d_bias(ldz, true), d_ln_weight(ldz, true), d_ln_bias(ldz, true), d_mask(op.requests * ldz, true), d_kernel(op, ldz) {}
+  Partial(const MaskedConv<E>& op, int64_t trained, int64_t ldz)
+      : d_bias(ldz, true),
+        d_ln_weight(ldz, true),
+        d_ln_bias(ldz, true),
+        d_mask(op.requests * ldz, true),
+        d_kernel(op, trained, ldz) {}
   Array<float> d_bias, d_ln_weight, d_ln_bias, d_mask;
   WeightGradient<E> d_kernel;
 };
@@ -168,14 +172,14 @@ static TERACON_INLINE void row_backward(const MaskedConv<E>& op, const MaskedCon
 
 template <class E>
 static void backward(const MaskedConv<E>& op, const MaskedConvBackward<E>& io) {
-  const int64_t f = op.f_out, ldz = round_up(f, NR);
+  const int64_t f = op.f_out, ldz = round_up(f, NR), trained = op.f_in - io.frozen;
   const bool need_input = io.d_x != nullptr;
   const OwnedPlan plan(op.taps, op.rows, op.readers, op.rows_in, op.kernel_size, op.algorithm);
   const OwnedPlan back(op.readers, need_input ? op.rows_in : 0, op.taps, op.rows, op.kernel_size, op.algorithm);
   const PackedWeights<Operand<E>> weights = pack(op, *back, true);
   // Rows of dz are padded with zeros to whole tiles.
   Array<E> dz((op.rows + io.bags) * ldz), zeros(std::max(ldz, op.f_in), true);
-  const RowSource<E> x{op.x, op.f_in, op.f_in, zeros.get()};
+  const RowSource<E> x{op.x + io.frozen, trained, op.f_in, zeros.get()};
   const RowSource<E> gradients{dz.get(), round_up(f, Units<Operand<E>>::kDepth), ldz, zeros.get()};
   RequestOf request_of(op);
   // One per thread; each lives in its thread's scope, which ends after the sums over threads.
@@ -183,7 +187,7 @@ static void backward(const MaskedConv<E>& op, const MaskedConvBackward<E>& io) {
   in_parallel(op.threads, [&] {
     const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
     int64_t low, high;
-    Partial<E> own(op, ldz);
+    Partial<E> own(op, trained, ldz);
     partials.get()[thread] = &own;
     Array<float> work(ldz);
     share(op.rows, threads, thread, &low, &high);
@@ -203,10 +207,12 @@ static void backward(const MaskedConv<E>& op, const MaskedConvBackward<E>& io) {
         store(to + i, total);
       }
     }
-    share(plan->split.pair_count, threads, thread, &low, &high);
-    own.d_kernel.add_pairs(*plan, low, high, x, gradients);
-    share(plan->split.single_count, threads, thread, &low, &high);
-    own.d_kernel.add_rows(*plan, low, high, x, gradients);
+    if (trained != 0) {
+      share(plan->split.pair_count, threads, thread, &low, &high);
+      own.d_kernel.add_pairs(*plan, low, high, x, gradients);
+      share(plan->split.single_count, threads, thread, &low, &high);
+      own.d_kernel.add_rows(*plan, low, high, x, gradients);
+    }
     // Dynamic shares: whoever has finished its sums first takes more of these blocks.
     BlockBuffers<E> buffers(*weights);
 #pragma omp for schedule(dynamic)
@@ -236,8 +242,8 @@ static void backward(const MaskedConv<E>& op, const MaskedConvBackward<E>& io) {
       total(&Partial<E>::d_ln_weight, first, io.d_ln_weight + first);
       total(&Partial<E>::d_ln_bias, first, io.d_ln_bias + first);
       for (int64_t q = 0; q < op.requests; ++q) total(&Partial<E>::d_mask, q * ldz + first, io.d_mask + q * f + first);
-      // [f_in * kernel_size] sums of W outputs at a time, W of them transposed at once.
-      const int64_t pitch = op.f_in * op.kernel_size;
+      // [trained * kernel_size] sums of W outputs at a time, W of them transposed at once.
+      const int64_t pitch = trained * op.kernel_size;
       for (int64_t q = 0; q < pitch; q += W) {
         V v[W];
         for (int i = 0; i < W; ++i) {

@@ -8,10 +8,11 @@ class WeightGradient {
   typedef Operand<E> T;
 
  public:
-  WeightGradient(const Convolution& op, int64_t ldz)
-      : f_in_(op.f_in),
+  // Of the last `f_in` input channels.
+  WeightGradient(const Convolution& op, int64_t f_in, int64_t ldz)
+      : f_in_(f_in),
         kernel_size_(op.kernel_size),
-        in_(round_up(op.f_in, W)),
+        in_(round_up(f_in, W)),
         ldz_(ldz),
         // A cache line more than the channels: rows a power of two apart would meet in few sets of the first-level cache.
         depth_{0, in_ + 16, ldz + 16},

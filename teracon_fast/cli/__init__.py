@@ -1,7 +1,7 @@
-"""The command line `teracon`: prepare, train, evaluate, recommend, predict, embed, report, doctor.
+"""The command line `teracon`: prepare, train, grow, evaluate, recommend, predict, embed, reproduce, report, doctor.
 
-One file a group of commands; `app.py` puts them together. Exit codes: 0 done, 1 doctor found something broken, 2 bad input
-(one line on stderr, with --traceback the whole story), 130 interrupted.
+One file a group of commands; `app.py` puts them together. Exit codes: 0 done, 1 doctor found something broken or a run of
+`reproduce` failed, 2 bad input (one line on stderr, with --traceback the whole story), 130 interrupted.
 """
 
 from __future__ import annotations

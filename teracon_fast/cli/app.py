@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from teracon_fast import __version__
-from teracon_fast.cli import grow, infer, inspect, prepare, train
+from teracon_fast.cli import grow, infer, inspect, prepare, reproduce, train
 from teracon_fast.cli.console import ErrorGroup
 
 app = typer.Typer(
@@ -46,5 +46,6 @@ app.command("evaluate")(infer.evaluate)
 app.command("recommend")(infer.recommend)
 app.command("predict")(infer.predict)
 app.command("embed")(infer.embed)
+app.command("reproduce")(reproduce.reproduce)
 app.command("report")(inspect.report)
 app.command("doctor")(inspect.doctor)

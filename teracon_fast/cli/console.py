@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from teracon_fast.cli.extras import advice
 from teracon_fast.errors import TeraconError
 
-ORDER = ("prepare", "train", "grow", "evaluate", "recommend", "predict", "embed", "report", "doctor")
+ORDER = ("prepare", "train", "grow", "evaluate", "recommend", "predict", "embed", "reproduce", "report", "doctor")
 _WIDE = 200  # columns of output that is not a terminal: a log must not break the rows of a table
 
 

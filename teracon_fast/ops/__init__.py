@@ -6,6 +6,7 @@ from teracon_fast.ops.gather_rows import gather_rows
 from teracon_fast.ops.linear_cross_entropy import CrossEntropy, linear_cross_entropy
 from teracon_fast.ops.linear_rank import linear_rank, linear_topk
 from teracon_fast.ops.masked_conv import ALGORITHMS, masked_conv
+from teracon_fast.ops.packed_conv import packed_conv
 from teracon_fast.ops.retention_mse import retention_mse
 from teracon_fast.ops.task_masks import MaskParameters, StepMasks, step_masks, task_masks
 
@@ -20,6 +21,7 @@ __all__ = [
     "linear_rank",
     "linear_topk",
     "masked_conv",
+    "packed_conv",
     "retention_mse",
     "unit_gradient",
     "step_masks",

@@ -37,12 +37,13 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
     residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, algorithm: str, need_input: bool,
+    frozen: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `_torch_masked_conv.backward`."""
-    f_out = weight.shape[0]
+    f_out, f_in, kernel_size = weight.shape
     none = x.new_empty(0)
     d_x = x.new_empty(x.shape) if need_input else none
-    d_weight, d_mask = torch.empty(weight.shape), torch.empty(mask.shape)
+    d_weight, d_mask = torch.empty(f_out, f_in - frozen, kernel_size), torch.empty(mask.shape)
     d_bias, d_ln_weight, d_ln_bias = (torch.empty(f_out) for _ in range(3))
     d_residual = none if residual_readers is None else x.new_empty(residual_readers.shape[0], f_out)
     torch.ops.teracon_fast.masked_conv_cpu_backward(

@@ -79,8 +79,11 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
     residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, algorithm: str, need_input: bool,
+    frozen: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias, ln_weight, ln_bias, mask, residual (empty where not needed).
+
+    That of the weight is of the input channels from `frozen` on, `[f_out, f_in - frozen, K]`.
 
     No scatter and no atomics: the input's gradient gathers from its readers, so results do not change from run to run.
     """
@@ -89,7 +92,9 @@ def backward(
     sums, parameters = statistics_dtype(x.dtype), ln_weight.dtype
     mask_dtype = mask.dtype
     ln_weight, ln_bias, mask = ln_weight.to(sums), ln_bias.to(sums), mask.to(sums)
-    d_kernel = weight.new_zeros(kernel_size * f_in, f_out, dtype=sums)
+    trained = f_in - frozen
+    moving = x[:, frozen:]
+    d_kernel = weight.new_zeros(kernel_size * trained, f_out, dtype=sums)
     d_bias = weight.new_zeros(f_out, dtype=sums)
     d_ln_weight, d_ln_bias = torch.zeros_like(ln_weight), torch.zeros_like(ln_bias)
     d_mask = torch.zeros_like(mask)
@@ -105,7 +110,7 @@ def backward(
         )
         d_ln_weight += dw
         d_ln_bias += db
-        gathered = _gather(x, taps[part])
+        gathered = _gather(moving, taps[part])
         if sums == x.dtype:
             d_kernel.addmm_(gathered.t(), dz_part)
         else:
@@ -118,7 +123,7 @@ def backward(
     d_residual = grad.new_empty(0)
     if residual_readers is not None:
         d_residual = _gather(grad, residual_readers[:, None])
-    d_weight = d_kernel.view(kernel_size, f_in, f_out).permute(2, 1, 0).contiguous().to(weight.dtype)
+    d_weight = d_kernel.view(kernel_size, trained, f_out).permute(2, 1, 0).contiguous().to(weight.dtype)
     return (
         d_x, d_weight, d_bias.to(weight.dtype), d_ln_weight.to(parameters), d_ln_bias.to(parameters),
         d_mask.to(mask_dtype), d_residual,

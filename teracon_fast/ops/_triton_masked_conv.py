@@ -36,6 +36,7 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
     residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, algorithm: str, need_input: bool,
+    frozen: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `_torch_masked_conv.backward`."""
     from teracon_fast.kernels import masked_conv_backward as kernels
@@ -43,5 +44,5 @@ def backward(
 
     return kernels.backward(
         grad, x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets, row_ends, residual_readers,
-        conv, mean, rstd, need_input, dot_precision(x.device),
+        conv, mean, rstd, need_input, dot_precision(x.device), frozen,
     )  # fmt: skip

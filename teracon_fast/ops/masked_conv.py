@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from teracon_fast import backends
@@ -31,7 +32,7 @@ class _Implementation(Protocol):
         self, grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
         readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
         residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float,
-        algorithm: str, need_input: bool,
+        algorithm: str, need_input: bool, frozen: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -55,6 +56,7 @@ def masked_conv(
     eps: float = 1e-8,
     backend: str = "auto",
     algorithm: str = "auto",
+    frozen: int = 0,
 ) -> Tensor:
     """One convolution of the network over packed rows.
 
@@ -73,6 +75,8 @@ def masked_conv(
             by minimal filtering F(2,3) (Lavin & Gray 2015, arXiv 1509.09308), outputs without a partner directly, only with
             K = 3 and the `cpu` backend; "auto": what measures faster. The rounding error of "winograd" is about 1.5 times that
             of "direct".
+        frozen: of the input channels, so many at the front have weights that are constants: their part of the weight's
+            gradient is zeros and costs nothing. What is trained beside a frozen convolution is appended to its input.
 
     Returns:
         `[rows_out, f_out]`, differentiable with respect to every floating argument.
@@ -87,12 +91,15 @@ def masked_conv(
         residual = None if residual is None else residual.to(dtype)
     _check(x, weight, bias, ln_weight, ln_bias, mask, table, residual, residual_table)
     _check_algorithm(algorithm, backend, weight.shape[2], x)
+    if not 0 <= frozen <= weight.shape[1]:
+        raise ShapeError(f"masked_conv: frozen is {frozen}, expected 0 to f_in = {weight.shape[1]}")
     floating = (x, weight, bias, ln_weight, ln_bias, mask)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (*floating, residual) if t is not None)
     rows, back = (None, None) if residual_table is None else residual_table
     output: Tensor = _masked_conv(
         x.contiguous(), weight, bias, ln_weight, ln_bias, mask, table.taps, table.readers, table.bag_rows,
         table.bag_offsets, list(table.rows_per_request), table.row_ends, residual, rows, back, eps, backend, algorithm, save,
+        frozen,
     )[0]  # fmt: skip
     return output
 
@@ -151,7 +158,7 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
     residual: Tensor | None, residual_rows: Tensor | None, residual_readers: Tensor | None, eps: float, backend: str,
-    algorithm: str, save: bool,
+    algorithm: str, save: bool, frozen: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     implementation = _IMPLEMENTATIONS[backends.resolve(backend, "masked_conv", x.device, x.dtype)]
     return implementation.forward(
@@ -164,7 +171,7 @@ def _forward_fake(
     x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
     residual: Tensor | None, residual_rows: Tensor | None, residual_readers: Tensor | None, eps: float, backend: str,
-    algorithm: str, save: bool,
+    algorithm: str, save: bool, frozen: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, f_out = taps.shape[0], weight.shape[0]
     kept = rows if save else 0
@@ -181,12 +188,12 @@ def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
     residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, backend: str, algorithm: str,
-    need_input: bool,
+    need_input: bool, frozen: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     implementation = _IMPLEMENTATIONS[backends.resolve(backend, "masked_conv", x.device, x.dtype)]
     return implementation.backward(
         grad, x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets, rows_per_request,
-        row_ends, residual_readers, conv, mean, rstd, eps, algorithm, need_input,
+        row_ends, residual_readers, conv, mean, rstd, eps, algorithm, need_input, frozen,
     )  # fmt: skip
 
 
@@ -194,12 +201,12 @@ def _backward_fake(
     grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
     residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, backend: str, algorithm: str,
-    need_input: bool,
+    need_input: bool, frozen: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     residual_shape = (0,) if residual_readers is None else (residual_readers.shape[0], weight.shape[0])
     return (
         x.new_empty(x.shape if need_input else (0,)),
-        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape[0], weight.shape[1] - frozen, weight.shape[2]),
         weight.new_empty(weight.shape[0]),
         torch.empty_like(ln_weight),
         torch.empty_like(ln_bias),
@@ -210,29 +217,33 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (x, weight, _, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets,
-     rows_per_request, row_ends, _, _, residual_readers, eps, backend, algorithm, _) = inputs  # fmt: skip
+     rows_per_request, row_ends, _, _, residual_readers, eps, backend, algorithm, _, frozen) = inputs  # fmt: skip
     _, conv, mean, rstd = output
     ctx.save_for_backward(
         x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets, row_ends, residual_readers, conv, mean, rstd
     )
     ctx.rows_per_request, ctx.eps, ctx.backend, ctx.algorithm = rows_per_request, eps, backend, algorithm
+    ctx.frozen = frozen
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 19
+        return (None,) * 20
     (x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets, row_ends,
      residual_readers, conv, mean, rstd) = ctx.saved_tensors  # fmt: skip
     need = ctx.needs_input_grad
+    frozen = ctx.frozen if need[1] else weight.shape[1]
     d_x, d_weight, d_bias, d_ln_weight, d_ln_bias, d_mask, d_residual = _masked_conv_backward(
         grad.contiguous(), x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets,
         ctx.rows_per_request, row_ends, residual_readers if need[12] else None, conv, mean, rstd, ctx.eps, ctx.backend,
-        ctx.algorithm, need[0],
+        ctx.algorithm, need[0], frozen,
     )  # fmt: skip
+    if need[1] and frozen:
+        d_weight = F.pad(d_weight, (0, 0, frozen, 0))
     gradients: list[Tensor | None] = [d_x, d_weight, d_bias, d_ln_weight, d_ln_bias, d_mask]
     gradients = [g if needed else None for g, needed in zip(gradients, need[:6], strict=True)]
-    tables, rest = (None,) * 6, (None,) * 6
+    tables, rest = (None,) * 6, (None,) * 7
     return (*gradients, *tables, d_residual if need[12] else None, *rest)
 
 

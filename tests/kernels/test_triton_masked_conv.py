@@ -114,6 +114,22 @@ def test_error_is_that_of_the_same_arithmetic_in_the_same_dtype(
     assert_as_exact(values, table, back, by_kernels(values, table, back))
 
 
+@pytest.mark.parametrize("frozen", [0, 3, 40])
+def test_weights_of_frozen_channels_have_no_gradient(device: torch.device, frozen: int) -> None:
+    table, back = tables(device, [0, 4, 12, 12, 7, 1])
+    x, weight, bias, ln_weight, ln_bias, mask, _, grad = inputs(device, table, back, 40, 20)
+    kept = masked_conv.forward(x, weight, bias, ln_weight, ln_bias, mask, table.taps, table.row_ends, None, None, EPS, True)[1:]
+    arguments = (
+        grad, x, weight, ln_weight, ln_bias, mask, table.taps, table.readers, table.bag_rows, table.bag_offsets, table.row_ends,
+        None, *kept, True,
+    )  # fmt: skip
+    expected = masked_conv_backward.backward(*arguments)
+    got = masked_conv_backward.backward(*arguments, frozen=frozen)
+    torch.testing.assert_close(got[1], expected[1][:, frozen:])
+    for index in (0, 2, 3, 4, 5):
+        assert torch.equal(got[index], expected[index])
+
+
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_bfloat16_rounds_weights_where_they_are_used(device: torch.device, weights: torch.dtype) -> None:
     table, back = tables(device, [0, 4, 12, 12, 7, 1])

@@ -112,6 +112,7 @@ def test_opcheck() -> None:
         v[6], back.rows, back.readers, 1e-8, "torch", "auto",
     )  # fmt: skip
     torch.library.opcheck(_masked_conv, (*arguments, True))
+    torch.library.opcheck(_masked_conv, (*arguments, True, 2))
     without = [a.detach() if isinstance(a, Tensor) and a.requires_grad else a for a in arguments]
     torch.library.opcheck(_masked_conv, (*without, False))
 
@@ -320,3 +321,33 @@ def test_an_explicit_backend_is_used_or_refused() -> None:
     table, back = tables([2, 9, 5])
     with pytest.raises(BackendError, match="it runs torch.float32 and torch.bfloat16 on cpu, not torch.float64 on cpu"):
         run(inputs(table, back), table, back, "cpu")
+
+
+@pytest.mark.parametrize(("way", "dtype"), [*((way, torch.float32) for way in WAYS), (("torch", "auto"), torch.float64)])
+@pytest.mark.parametrize("frozen", [0, 20, 24, 26])
+def test_weights_of_frozen_channels_have_no_gradient_and_all_else_is_as_without(
+    way: tuple[str, str], dtype: torch.dtype, frozen: int
+) -> None:
+    """Channels appended to a frozen convolution: their weights' gradient alone, in the same bits, and zeros before."""
+    table, back = tables([0, 4, 9, 9, 7, 1] * 20, every=True)
+    values = inputs(table, back, 26, 18, dtype)
+    grad = torch.randn(table.taps.shape[0], 18, dtype=dtype)
+    out = ops.masked_conv(*values[:6], table, backend=way[0], algorithm=way[1], frozen=frozen)
+    got = torch.autograd.grad(out, values[:6], grad)
+    expected = torch.autograd.grad(ops.masked_conv(*values[:6], table, backend=way[0], algorithm=way[1]), values[:6], grad)
+    assert not got[1][:, :frozen].any()
+    assert got[1].shape == values[1].shape
+    torch.testing.assert_close(got[1][:, frozen:], expected[1][:, frozen:])
+    for index in (0, 2, 3, 4, 5):
+        assert torch.equal(got[index], expected[index])
+    values[1].requires_grad_(False)
+    without = ops.masked_conv(*values[:6], table, backend=way[0], algorithm=way[1])
+    assert torch.equal(torch.autograd.grad(without, values[0], grad)[0], expected[0])
+
+
+def test_more_frozen_channels_than_there_are_is_refused() -> None:
+    table, back = tables([2, 9])
+    values = inputs(table, back)
+    for frozen in (-1, 6):
+        with pytest.raises(ShapeError, match=f"frozen is {frozen}, expected 0 to f_in = 5"):
+            ops.masked_conv(*values[:6], table, frozen=frozen)

@@ -1,0 +1,161 @@
+"""CONURE (Yuan et al. 2021, "One Person, One Model, One World", SIGIR): iterative pruning and retraining of one network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from teracon_fast.backbone import Backbone
+from teracon_fast.errors import ConfigError
+from teracon_fast.methods.base import Group, Sizes, group
+from teracon_fast.methods.masked_weights import MaskedWeights, Weights
+from teracon_fast.methods.preactivation import PreActivationBackbone
+
+# Pruning ratios of the tasks, from the appendix of the TERACON paper.
+PRUNING: dict[str, tuple[float, ...]] = {"ttl": (0.7, 0.8, 0.9, 0.8, 0.9, 0.9), "ml": (0.7, 0.8, 0.7)}
+FREE = 127  # owner of a weight that no task has kept: above every task, and the largest int8
+_BLOCKS: dict[str, type[Backbone]] = {"post-norm": Backbone, "pre-activation": PreActivationBackbone}
+
+Block = Literal["post-norm", "pre-activation"]
+Pruned = Literal["zero", "as-is"]
+
+
+class Conure(MaskedWeights):
+    """Parameter isolation: each task keeps the largest of the convolution weights that are still free, and freezes them.
+
+    A task is trained in two phases. "train" trains all free weights, those of earlier tasks frozen and taking part (Eq. 4 of the
+    TERACON paper), and the head. At its end the largest (1 - p) of the free weights of each convolution are kept (Eq. 5), the
+    others pruned: they take no part from here on, and stay free for later tasks. "retrain" trains the kept ones and the head. A
+    task is encoded by the weights that tasks 0 to itself have kept. With p = 0 nothing is pruned, and there is no "retrain".
+
+    Biases, LayerNorms and the item embedding train in "train" of task 0 only, as in the authors' program: its later runs, and
+    the retraining of task 0, train "weight" and "softmax" variables alone, and read task 0's LayerNorms.
+
+    Args:
+        sizes: of the network.
+        pruning: p of each task in order, or one for all, each in [0, 1); "ttl" and "ml": those of the paper.
+        block: "post-norm", the block of the other methods, or "pre-activation", that of CONURE's authors.
+        pruned: where the next task finds weights that were pruned: at "zero", as in PackNet (Mallya and Lazebnik 2018), or
+            "as-is", where they were when they were pruned, as in the authors' program.
+
+    Attributes:
+        backbone: the network.
+        owners: int8 `[S, f, f, 1, K]`, the task that keeps each convolution weight; `FREE` where none does.
+
+    Raises:
+        ConfigError: a setting is out of its range; at `start`, there is no ratio for the task.
+    """
+
+    name = "conure"
+    owners: Tensor
+
+    def __init__(
+        self, sizes: Sizes, pruning: float | Sequence[float] | str = "ttl", block: Block = "post-norm",
+        pruned: Pruned = "zero",
+    ) -> None:  # fmt: skip
+        if block not in _BLOCKS:
+            raise ConfigError(f"conure: block is {block!r}, expected one of {list(_BLOCKS)}")
+        if pruned not in ("zero", "as-is"):
+            raise ConfigError(f"conure: pruned is {pruned!r}, expected 'zero' or 'as-is'")
+        super().__init__(sizes, _BLOCKS[block])
+        self.pruning, self.block, self.pruned = _ratios(pruning), block, pruned
+
+    def ratio(self, task: int) -> float:
+        """p of a task: the share of the free weights that it prunes."""
+        if isinstance(self.pruning, float):
+            return self.pruning
+        if task >= len(self.pruning):
+            raise ConfigError(f"conure: task {task} is one too many for the pruning ratios {list(self.pruning)}")
+        return self.pruning[task]
+
+    def start(self, task: int, labels: int, generator: torch.Generator | None = None) -> None:
+        """As `Method.start`."""
+        if task >= FREE:
+            raise ConfigError(f"conure: got task {task}, expected at most {FREE - 1}")
+        self.ratio(max(task, 0))
+        super().start(task, labels, generator)
+
+    def _start(self, task: int) -> None:
+        super()._start(task)
+        if task == 0:
+            shape = (self.backbone.num_sites, *self.convolutions[0].shape)
+            self.register_buffer("owners", torch.full(shape, FREE, dtype=torch.int8))
+
+    def phases(self) -> Sequence[str]:
+        """"train", and "retrain" where weights are pruned."""
+        return ("train", "retrain") if self.ratio(self.task) else ("train",)
+
+    def _groups(self, phase: str) -> list[Group]:
+        head = self.head(self.task)
+        if self.task == 0 and phase == "train":
+            return [group(self.backbone, head)]
+        if not bool((self.owners == self._trained(phase)).any()):
+            return [group(head)]  # no weight is left
+        return [group(self.convolutions, head)]
+
+    def _trained(self, phase: str) -> int:
+        """Owner of the weights that train in a phase."""
+        return FREE if phase == "train" else self.task
+
+    def end_phase(self, phase: str) -> None:
+        """After "train", prune."""
+        super().end_phase(phase)
+        if phase == "train":
+            self._prune(self.ratio(self.task))
+
+    @torch.no_grad()
+    def _prune(self, ratio: float) -> None:
+        for owner, weight in zip(self.owners, self.convolutions, strict=True):
+            owner[largest(weight, owner == FREE, ratio)] = self.task
+            if self.pruned == "zero":
+                weight.masked_fill_(owner == FREE, 0)
+
+    def step_weights(self) -> Weights:
+        """Of each convolution the weights that train, with gradient, and those of earlier tasks; others are zero."""
+        trained, found = self._trained(self._phase), []
+        for owner, weight in zip(self.owners, self.convolutions, strict=True):
+            earlier = torch.where(owner < self.task, weight.detach(), 0)
+            # `where` has a gradient of exactly zero elsewhere, with which Adam leaves a weight as it is, bit by bit.
+            found.append(torch.where(owner == trained, weight, earlier))
+        return found
+
+    def _weights_of(self, task: int) -> Weights:
+        last = self._trained(self._phase) if task == self.task else task
+        return [torch.where(own <= last, weight, 0) for own, weight in zip(self.owners, self.convolutions, strict=True)]
+
+    def _sources(self, task: int) -> Sequence[Tensor]:
+        return (self.owners,)
+
+
+def largest(weight: Tensor, free: Tensor, ratio: float) -> Tensor:
+    """The free weights that remain when a share of them is pruned: the largest by magnitude, of equal ones the first.
+
+    Args:
+        weight: any shape.
+        free: bool, as weight.
+        ratio: share that is pruned, in [0, 1).
+
+    Returns:
+        bool, as weight; true for `n - round(ratio * n)` of the n free ones, halves to even.
+    """
+    count = int(free.sum())
+    remain = count - round(ratio * count)
+    magnitude = weight.abs().masked_fill(~free, -1).flatten()
+    order = magnitude.sort(descending=True, stable=True).indices
+    kept = torch.zeros_like(free).flatten()
+    kept[order[:remain]] = True
+    return kept.view_as(free)
+
+
+def _ratios(pruning: float | Sequence[float] | str) -> float | tuple[float, ...]:
+    if isinstance(pruning, str):
+        if pruning not in PRUNING:
+            raise ConfigError(f"conure: pruning is {pruning!r}, expected ratios or one of {list(PRUNING)}")
+        return PRUNING[pruning]
+    found = (float(pruning),) if isinstance(pruning, (int, float)) else tuple(map(float, pruning))
+    if not found or not all(0 <= ratio < 1 for ratio in found):
+        raise ConfigError(f"conure: pruning is {pruning}, expected ratios from 0 to below 1, at least one")
+    return found[0] if isinstance(pruning, (int, float)) else found

@@ -1,0 +1,136 @@
+"""PeterRec: the network of task 1 stays as it is, and every later task has small patches beside its convolutions.
+
+Yuan et al., "Parameter-Efficient Transfer from Sequential Behaviors for User Modeling and Recommendation", SIGIR 2020, with
+parallel patches: the output of each convolution, before LayerNorm, gains `W2 leaky(W1 x + b1) + b2` of its input at the same
+position, f -> f/4 -> f.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from teracon_fast import ops, packing
+from teracon_fast.backbone import Backbone, Convolution
+from teracon_fast.data import Batch
+from teracon_fast.errors import ConfigError
+from teracon_fast.methods.base import Group, Method, Place, Sizes, group
+
+
+class Patch(nn.Module):
+    """What one task adds to one convolution: `up(leaky(down(x)))`. `PeterRec` runs it; it has no forward of its own.
+
+    It begins as zero: `up` is zeros, so a new task starts as the frozen network, exactly. `down` has PyTorch's default
+    initialisation, so that `up` has a gradient from the first step on; `down` has one from the second.
+
+    Args:
+        channels: f. bottleneck: width between the two layers.
+    """
+
+    def __init__(self, channels: int, bottleneck: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(channels, bottleneck), nn.Linear(bottleneck, channels)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+
+class Patches(nn.Module):
+    """The patches of one task, one a convolution.
+
+    Args:
+        sites: S, number of convolutions. channels, bottleneck: as `Patch`.
+        slope: of the LeakyReLU.
+    """
+
+    def __init__(self, sites: int, channels: int, bottleneck: int, slope: float) -> None:
+        super().__init__()
+        self.patches = nn.ModuleList(Patch(channels, bottleneck) for _ in range(sites))
+        self.slope = slope
+
+    def convolve(
+        self, backbone: Backbone, site: int, x: Tensor, mask: Tensor, table: packing.TapTable,
+        residual: Tensor | None = None, residual_table: packing.ResidualTable | None = None, weight: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`Backbone.convolve` of a frozen network with the site's patch beside it.
+
+        The bottleneck's activations are further input channels of the convolution: their weights are those of `up` at the last
+        tap, which reads the same position, and zeros at the others. So one product has both sums before LayerNorm sees them,
+        and only the weights of those channels have a gradient.
+        """
+        conv, norm = backbone.site(site)
+        patch = cast(Patch, self.patches[site])
+        assert conv.bias is not None
+        own = (conv.weight if weight is None else weight).squeeze(2)
+        bottleneck = F.leaky_relu(patch.down(x), self.slope)
+        added = F.pad(patch.up.weight[:, :, None], (own.shape[2] - 1, 0))
+        return ops.masked_conv(
+            torch.cat([x, bottleneck.to(x.dtype)], 1), torch.cat([own, added], 1), conv.bias + patch.up.bias, norm.weight,
+            norm.bias, mask, table, residual=residual, residual_table=residual_table, eps=norm.eps, backend=backbone.backend,
+            algorithm=backbone.algorithm, frozen=own.shape[1],
+        )  # fmt: skip
+
+
+class PeterRec(Method):
+    """Task 0 trains the network. After it the network is frozen; each later task trains its patches and its head.
+
+    Nothing that an earlier task uses changes, so nothing is forgotten. A later task adds `patch_parameters` to its head:
+    529,408 at f = 256 and 8 blocks, a sixth of what the convolutions have.
+
+    Args:
+        sizes: of the network.
+        reduction: f divided by the width of the bottleneck.
+        slope: of the LeakyReLU between the two layers of a patch.
+
+    Attributes:
+        backbone: the network of task 0.
+        patches: of each later task.
+
+    Raises:
+        ConfigError: the bottleneck would have no channel, or a slope outside [0, 1).
+    """
+
+    name = "peterrec"
+
+    def __init__(self, sizes: Sizes, reduction: int = 4, slope: float = 0.01) -> None:
+        super().__init__(sizes)
+        if not 1 <= reduction <= sizes.channels:
+            raise ConfigError(f"peterrec: reduction is {reduction}, expected 1 to {sizes.channels}, the channels")
+        if not 0 <= slope < 1:
+            raise ConfigError(f"peterrec: slope is {slope}, expected at least 0 and less than 1")
+        self.bottleneck, self.slope = sizes.channels // reduction, slope
+        self.patches = nn.ModuleList()
+        self.backbone: Backbone
+
+    @property
+    def patch_parameters(self) -> int:
+        """Number of parameters that the patches of one task have."""
+        f, b = self.sizes.channels, self.bottleneck
+        return 2 * len(self.sizes.dilations) * (2 * f * b + b + f)
+
+    def _start(self, task: int) -> None:
+        if task == 0:
+            self.backbone = self.new_backbone()
+        else:
+            self.patches.append(Patches(self.backbone.num_sites, self.sizes.channels, self.bottleneck, self.slope))
+
+    def _groups(self, phase: str) -> list[Group]:
+        return [group(self.backbone if self.task == 0 else self.patches[self.task - 1], self.head(self.task))]
+
+    def loss(self, batch: Batch, place: Place, companions: Mapping[int, Batch]) -> Tensor:
+        """Cross-entropy of the present task."""
+        return self.task_loss(self.task, self.backbone, batch, convolve=self._convolution(self.task))
+
+    def encode(self, x: Tensor, task: int, drop_last: int = 0, lengths: np.ndarray | None = None) -> Tensor:
+        """By the network and the task's patches."""
+        with self.inference(task):
+            return self.backbone.represent(x, None, drop_last, lengths, convolve=self._convolution(task))
+
+    def _convolution(self, task: int) -> Convolution | None:
+        """How the convolutions run for a task; None: as they are."""
+        return None if task == 0 else partial(cast(Patches, self.patches[task - 1]).convolve, self.backbone)

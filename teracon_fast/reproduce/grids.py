@@ -1,0 +1,123 @@
+"""A table of figures with their spread over seeds, and the paper's beside them: as Markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from teracon_fast.report import markdown_table, shown
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One quantity.
+
+    Attributes:
+        values: one a seed, NaN where there is none.
+        form: how it is printed, a format specification, perhaps with " %" behind it.
+        paper: what the paper prints, or NaN.
+    """
+
+    values: tuple[float, ...]
+    form: str = ".4f"
+    paper: float = math.nan
+
+    @property
+    def known(self) -> list[float]:
+        """The values that there are."""
+        return [value for value in self.values if math.isfinite(value)]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return float(np.mean(self.known)) if self.known else math.nan
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over the seeds (n - 1); NaN for fewer than two."""
+        return float(np.std(self.known, ddof=1)) if len(self.known) > 1 else math.nan
+
+    def text(self) -> str:
+        """Mean and spread."""
+        spread = f" ± {self._print(self.spread).lstrip('+')}" if math.isfinite(self.spread) else ""
+        return self._print(self.mean).replace(" %", "" if spread else " %") + spread
+
+    def paper_text(self) -> str:
+        """The paper's."""
+        return self._print(self.paper)
+
+    def _print(self, value: float) -> str:
+        form, _, unit = self.form.partition(" ")
+        return shown(value, form) + (f" {unit}" if unit and math.isfinite(value) else "")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading, and the names of its quantities in a CSV file; in a table all but the first stand in brackets."""
+
+    heading: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A label, and for each column an entry of each of its quantities."""
+
+    label: str
+    entries: tuple[tuple[Entry, ...], ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table.
+
+    Attributes:
+        title: above it. first: heading of the labels.
+        columns, lines: its content.
+    """
+
+    title: str
+    first: str
+    columns: tuple[Column, ...]
+    lines: tuple[Line, ...]
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Heading and rows as people read them; a row of the paper's figures follows each that has some."""
+        rows = []
+        for line in self.lines:
+            rows.append([line.label, *(_joined(entries, Entry.text) for entries in line.entries)])
+            if any(math.isfinite(entry.paper) for entries in line.entries for entry in entries):
+                rows.append([f"{line.label}, paper", *(_joined(entries, Entry.paper_text) for entries in line.entries)])
+        return [self.first, *(column.heading for column in self.columns)], rows
+
+    def markdown(self) -> str:
+        """A title and the table."""
+        return f"## {self.title}\n\n{markdown_table(*self.rows())}"
+
+
+def _joined(entries: tuple[Entry, ...], text: Callable[[Entry], str]) -> str:
+    """ "0.0411 (-3.06 %)": what is not known is left out behind the first."""
+    first, *others = (text(entry) for entry in entries)
+    behind = [other for other in others if other != "–"]
+    return f"{first} ({', '.join(behind)})" if behind else first
+
+
+def csv_text(grid: Grid) -> str:
+    """The table as CSV: mean, spread over seeds and the paper's figure of each quantity in columns of their own."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    heading = [grid.first, "seeds"]
+    for name in (name for column in grid.columns for name in column.names):
+        heading += [name, f"{name} spread", f"{name} paper"]
+    writer.writerow(heading)
+    for line in grid.lines:
+        entries = [entry for entries in line.entries for entry in entries]
+        numbers = [value for entry in entries for value in (entry.mean, entry.spread, entry.paper)]
+        seeds = max((len(entry.known) for entry in entries), default=0)
+        writer.writerow([line.label, seeds, *(repr(value) if math.isfinite(value) else "" for value in numbers)])
+    return out.getvalue()

@@ -1,0 +1,144 @@
+"""What an experiment leaves in the output folder: NAME.md, NAME.csv and others for transfer and cost, the picture of a figure."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from teracon_fast.files import atomic_write
+from teracon_fast.pictures import save
+from teracon_fast.reproduce import pictures
+from teracon_fast.reproduce.grids import Column, Entry, Grid, Line, csv_text
+from teracon_fast.reproduce.plan import Plan
+from teracon_fast.reproduce.tables import (
+    Found,
+    cost_grid,
+    main_grids,
+    matrix_grids,
+    metric_name,
+    task_name,
+    transfer_grid,
+)
+from teracon_fast.reproduce.tasks import NOISE
+
+DEFINITIONS = """R[j, i] is the test metric of task i after training task j, M the last task.
+BWT_i = 100 (R[M, i] - R[i, i]) / R[i, i] and FWT_i = 100 (R[i, i] - SinMo_i) / SinMo_i, in percent, as the paper defines them.
+Backward transfer of GEM is the mean of R[M, i] - R[i, i], forgetting the mean of max over j < M of R[j, i] less R[M, i], both in
+units of the metric. Seconds per epoch count training and validation. Peak memory is that of the whole process, on a GPU what
+torch held there. ± is the standard deviation over the seeds."""
+
+
+def write_pages(plan: Plan, found: Sequence[Found], file_format: str = "png") -> list[Path]:
+    """Write the table, or the figure, of a plan; what is not finished is left out or shown as a dash.
+
+    Args:
+        found: results of its rows. file_format: of pictures, "png", "pdf" or "svg".
+
+    Returns:
+        The files written, the Markdown page first.
+    """
+    name, folder = plan.experiment.name, plan.setup.output
+    written: list[Path] = []
+    parts = [f"# {plan.experiment.title}", about(plan, found)]
+    if plan.experiment.is_figure:
+        figure = pictures.curves(_curves(plan, found), plan.experiment.title)
+        if figure is not None:
+            written.append(folder / f"{name}.{file_format}")
+            save(figure, written[0])
+            parts.append(f"![{name}]({written[0].name})")
+        grids = [curve_grid(plan, found)]
+        tables = {"": curve_csv(plan, found)}
+    else:
+        grids = main_grids(plan, found)
+        shown = dict.fromkeys(row.row.shown for row in found)
+        keys = [f"_{text.replace(',', '-')}" for text in shown] if len(grids) > 1 else [""]
+        tables = dict(zip(keys, map(csv_text, grids), strict=True))
+    more = {"_transfer": transfer_grid(plan, found), "_cost": cost_grid(plan, found)}
+    parts += [grid.markdown() for grid in (*grids, *more.values())]
+    parts += ["# R", *(grid.markdown() for grid in matrix_grids(plan, found)), DEFINITIONS.replace("\n", " ")]
+    texts = {f"{name}.md": "\n\n".join(parts) + "\n"}
+    tables |= {key: csv_text(grid) for key, grid in more.items()}
+    texts |= {f"{name}{key}.csv": text for key, text in tables.items()}
+    for place, (file_name, text) in enumerate(texts.items()):
+        written.insert(place, folder / file_name)
+        with atomic_write(written[place], "w") as file:
+            file.write(text)
+    return written
+
+
+def about(plan: Plan, found: Sequence[Found]) -> str:
+    """What the table was measured on, and whether the paper's figures stand beside it."""
+    data, config = plan.dataset, plan.setup.config
+    missing = sum(cell is None for row in found for cell in row.cells)
+    devices = sorted({cell.device for row in found for cell in row.cells if cell is not None})
+    if plan.paper is not None:
+        paper = f"Data set: {data.name}, the paper's {plan.paper.title}; rows marked \"paper\" are what it prints."
+    else:
+        users = len(np.unique(data.tasks[0].groups))
+        paper = (
+            f"Data set: {data.name}, {len(data.tasks)} tasks, {users:,} users, {data.num_items:,} items: "
+            "another one than the paper's, whose figures can not be compared with these and are not shown."
+        )
+    lines = [
+        paper,
+        f"{config.model.channels} channels, dilations {', '.join(map(str, config.model.dilations))}; seeds "
+        f"{', '.join(map(str, plan.seeds))}; split 80 / 5 / 15 by {config.split_by}; measured on: {', '.join(devices) or '-'}.",
+    ]
+    if missing:
+        lines.append(f"{missing} of {sum(len(row.cells) for row in found)} runs are not finished.")
+    return "\n\n".join(lines)
+
+
+def _curves(plan: Plan, found: Sequence[Found]) -> list[tuple[str, str, dict[str, list[list[float]]]]]:
+    """Name, metric and curves by method of every watched task but task 1 and the noisy one."""
+    order = found[0].order
+    wanted = [place for place in found[0].row.cells[0].watch if order[place] != NOISE and place > 0]
+    return [
+        (
+            task_name(plan, order[place]),
+            metric_name(plan, order[place]),
+            {row.row.label: [cell.curves[place] for cell in row.cells if cell is not None] for row in found},
+        )
+        for place in wanted
+    ]
+
+
+def curve_grid(plan: Plan, found: Sequence[Found]) -> Grid:
+    """Where each curve begins, its best point, and when it is reached."""
+    tasks = _curves(plan, found)
+    headings = [f"{name}: {what}" for name, _, _ in tasks for what in ("after one epoch", "best", "best at epoch")]
+    columns = tuple(Column(heading, (heading,)) for heading in headings)
+    lines = []
+    for row in found:
+        entries: list[tuple[Entry, ...]] = []
+        for _, _, by_method in tasks:
+            curves = by_method[row.row.label]
+            best = [int(np.argmax(curve)) for curve in curves]
+            entries += [
+                (Entry(tuple(curve[0] for curve in curves)),),
+                (Entry(tuple(curve[place] for curve, place in zip(curves, best, strict=True))),),
+                (Entry(tuple(place + 1.0 for place in best), ".1f"),),
+            ]
+        lines.append(Line(row.row.label, tuple(entries)))
+    return Grid("Test metric during training", "method", columns, tuple(lines))
+
+
+def curve_csv(plan: Plan, found: Sequence[Found]) -> str:
+    """The points of the picture: one row a task, method and epoch."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["task", "metric", "method", "epoch", "mean", "spread", "seeds"])
+    for name, metric, by_method in _curves(plan, found):
+        for label, curves in by_method.items():
+            if not curves:
+                continue
+            mean, spread = pictures.mean_curve(curves)
+            for epoch, (middle, width) in enumerate(zip(mean.tolist(), spread.tolist(), strict=True), 1):
+                shown = repr(width) if len(curves) > 1 and math.isfinite(width) else ""
+                writer.writerow([name, metric, label, epoch, repr(middle), shown, len(curves)])
+    return out.getvalue()

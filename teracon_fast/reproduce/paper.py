@@ -1,0 +1,64 @@
+"""The paper's own figures (paper.toml), and which data sets they may stand beside."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from teracon_fast.data import TaskSequence
+
+LEAST_SHARE = 0.5  # of the paper's users: below it a data set of the same name is a part of the paper's, or another release
+
+
+@lru_cache(maxsize=1)
+def _file() -> dict[str, dict[str, Any]]:
+    return tomllib.loads((resources.files("teracon_fast") / "reproduce" / "paper.toml").read_text("utf-8"))
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What the paper has of one data set.
+
+    Attributes:
+        key: of paper.toml, and the name of the preset. title: as the paper calls it.
+        noise_at: place of the noisy task in Table 4, from 1; None: none printed.
+    """
+
+    key: str
+    title: str
+    noise_at: int | None
+
+    def value(self, experiment: str, method: str, variant: str, order: tuple[int, ...], quantity: str, number: int) -> float:
+        """A printed figure; NaN where there is none.
+
+        Args:
+            experiment: "table2" and so on. method: by name. variant: key of an `experiments.Variant`.
+            order: of the tasks without the noisy one. quantity: "metric", "bwt", "fwt", "change" or "seconds".
+            number: of the task, from 1.
+        """
+        found: Any = _file()[self.key].get(experiment, {})
+        numbers = tuple(range(1, len(order) + 1))
+        name = {numbers: "original", (1, *numbers[:0:-1]): "reversed"}.get(order, "another order")
+        if experiment in ("table3", "table6"):
+            found = found.get(name, {})
+        elif name != "original":
+            return math.nan
+        found = found.get(variant if experiment in ("table5", "table6") else method, {})
+        values = {"metric": found}.get(quantity) if isinstance(found, list) else found.get(quantity)  # Table 2 has metrics only
+        return float(values[number - 1]) if values is not None and 1 <= number <= len(values) else math.nan
+
+
+def paper_of(dataset: TaskSequence) -> Paper | None:
+    """What the paper has of a data set; None unless its name, its number of tasks and the size of its first task are those."""
+    for key, about in _file().items():
+        alike = dataset.name.lower() in about["names"] and len(dataset.tasks) == about["tasks"]
+        if alike and len(np.unique(dataset.tasks[0].groups)) >= LEAST_SHARE * about["users"]:
+            return Paper(key, about["title"], about.get("noise_at"))
+    return None

@@ -1,0 +1,71 @@
+"""Figures 2 and 3: the test metric of a task after each epoch of its training, one line a method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teracon_fast.pictures import COLOURS, LINES, MARKERS, new_figure, panels, style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
+
+
+def mean_curve(curves: Sequence[Sequence[float]]) -> tuple[Array, Array]:
+    """Mean and spread (n - 1; 0 for one) over the seeds after each epoch; a seed that has ended keeps its last value.
+
+    Args:
+        curves: one a seed, of any lengths from 1.
+
+    Returns:
+        float64 [epochs] each.
+    """
+    length = max(map(len, curves))
+    table = np.asarray([[*curve, *[curve[-1]] * (length - len(curve))] for curve in curves], dtype=float)
+    return table.mean(0), table.std(0, ddof=1) if len(table) > 1 else np.zeros(length)
+
+
+def curves(tasks: Sequence[tuple[str, str, Mapping[str, Sequence[Sequence[float]]]]], title: str) -> Figure | None:
+    """One panel a task, one line a method, its spread over the seeds as a band.
+
+    Args:
+        tasks: name, metric, and for each method its curves, one a seed. Methods without curves are left out.
+        title: above all.
+    """
+    drawn = [(name, metric, {label: found for label, found in of_task.items() if found}) for name, metric, of_task in tasks]
+    drawn = [entry for entry in drawn if entry[2]]
+    if not drawn:
+        return None
+    from matplotlib.ticker import MaxNLocator
+
+    labels = list(dict.fromkeys(label for _, _, of_task in tasks for label in of_task))
+    with style():
+        if len(drawn) == 1:
+            figure = new_figure(6.2, 4.0)
+            all_axes = [figure.subplots()]
+        else:
+            figure, all_axes = panels(len(drawn))
+        known: dict[str, Any] = {}
+        for axes, (name, metric, of_task) in zip(all_axes, drawn, strict=True):
+            for label, found in of_task.items():
+                place = labels.index(label) % len(COLOURS)
+                mean, spread = mean_curve(found)
+                x = np.arange(1, len(mean) + 1)
+                few = MARKERS[place] if len(x) <= 20 else None
+                (line,) = axes.plot(x, mean, color=COLOURS[place], ls=LINES[place], marker=few, ms=4, lw=1.6)
+                if len(found) > 1:
+                    axes.fill_between(x, mean - spread, mean + spread, color=COLOURS[place], alpha=0.15, lw=0)
+                known.setdefault(label, line)
+            axes.set_title(name)
+            axes.set_xlabel("epoch")
+            axes.set_ylabel(f"test {metric}")
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.margins(x=0.06, y=0.12)
+        figure.suptitle(title, fontsize=11.5)
+        figure.legend(list(known.values()), list(known), loc="outside lower center", ncols=min(4, len(known)), frameon=False)
+    return figure

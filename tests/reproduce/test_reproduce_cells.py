@@ -1,0 +1,223 @@
+"""Whole experiments on a tiny data set: what is trained, what is not trained again, what fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from teracon_fast import reproduce as package
+from teracon_fast.cli.app import app
+from teracon_fast.data import TaskSequence
+from teracon_fast.errors import ConfigError
+from teracon_fast.methods import METHODS, SinMo, Teracon
+from teracon_fast.methods.sequence import learn_sequence
+from teracon_fast.reproduce import Cell, Choices, make_plan, read_result, reproduce
+from teracon_fast.reproduce import cells as cells_module
+from teracon_fast.reproduce.plan import load_plugin
+from teracon_fast.runfolder import locked
+
+RUNNER = CliRunner()
+BROKEN = """
+from teracon_fast.methods import METHODS, SinMo
+
+class Broken(SinMo):
+    name = "broken"
+
+    def loss(self, batch, place, companions):
+        raise RuntimeError("this method is broken")
+
+METHODS["broken"] = Broken
+"""
+
+
+class Stopped(Exception):
+    """In place of a kill signal."""
+
+
+def without_times(file: Path) -> dict[str, Any]:
+    saved = json.loads(file.read_text("utf-8"))
+    return {"cell": saved["cell"], **{key: saved["result"][key] for key in ("R", "epochs", "parameters", "curves", "tasks")}}
+
+
+def test_table_2_and_nothing_is_trained_twice(choices: Callable[..., Choices], tiny: TaskSequence) -> None:
+    wanted = choices(methods=("sinmo", "fine_all"), seeds=(0, 1))
+    seen: list[tuple[str, str, int]] = []
+    first = reproduce("table2", wanted, report=lambda event, cell, text: seen.append((event, cell.method, cell.seed)))
+    assert [(cell.method, cell.seed) for cell in first.ran] == [("sinmo", 0), ("sinmo", 1), ("fine_all", 0), ("fine_all", 1)]
+    assert [event for event, *_ in seen if event != "epoch"] == ["start", "done"] * 4
+    assert sum(event == "epoch" for event, *_ in seen) == 4 * 3, "one epoch a task"
+    assert [file.name for file in first.files] == ["table2.md", "table2.csv", "table2_transfer.csv", "table2_cost.csv"]
+
+    # What is printed is what the driver gives.
+    setup, cell = first.plan.setup, first.plan.cells[1]
+    straight = learn_sequence(setup.new_method(cell, tiny.num_items), tiny, lambda task: setup.task_settings(task + 1), seed=1)
+    result = first.found[0].cells[1]
+    assert result is not None and result.R == straight.results.R and result.tasks == straight.results.tasks
+    per_network = 31 * 8 + 4 * (8 * 8 * 3 + 8) + 4 * 2 * 8  # embedding, convolutions, LayerNorms
+    assert result.parameters == 3 * per_network + sum(9 * task.num_labels for task in tiny.tasks)
+    assert result.kept_mib == pytest.approx(4 * result.parameters / 2**20) and result.peak_mib > 50
+    page = first.files[0].read_text("utf-8")
+    means = [np.mean([of_seed.R[-1][i] for of_seed in first.found[0].cells if of_seed]) for i in range(3)]
+    assert all(f"{mean:.4f} ± " in page for mean in means)
+
+    def texts() -> dict[str, str]:
+        return {file.name: file.read_text("utf-8") for file in first.files}
+
+    before = texts()
+    assert reproduce("table2", wanted).ran == [] and texts() == before
+    folder = first.plan.folder(cell)
+    kept = without_times(folder / "result.json")
+    (folder / "result.json").unlink()
+    assert reproduce("table2", wanted).ran == [cell], "a deleted one is trained alone"
+    assert without_times(folder / "result.json") == kept
+    assert not (folder / "sequence.pt").exists() and "task 3 of 3 (task 3), train, epoch 1" in (folder / "log.txt").read_text("utf-8")
+    more = make_plan("table2", choices(methods=("sinmo", "fine_all"), overrides={"later.lr": 1e-3}))
+    assert all(read_result(more.setup, cell, tiny) is None for cell in more.cells), "other settings are other cells"
+    shared = make_plan("table3", choices(methods=("fine_all",), seeds=(0, 1)))
+    have = [cell for cell in shared.cells if read_result(shared.setup, cell, tiny) is not None]
+    assert len(have) == 4 and len(shared.cells) == 6, "the original order is there from table 2"
+
+
+def test_a_stopped_cell_goes_on_to_the_same_curves(
+    choices: Callable[..., Choices], tiny: TaskSequence, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Killed in the third task; the curves of the second, which is not trained again, are still there."""
+    wanted = choices(methods=("fine_all",), overrides={"later.epochs": 2})
+    plan = make_plan("figure3", wanted)
+    (cell,) = plan.cells
+    assert cell.watch == (0, 1, 2)
+    noted: list[str] = []
+
+    def note(text: str) -> None:
+        noted.append(text)
+        if "task 3" in text:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        package.run_cell(plan.setup, cell, "cpu", 1, note)
+    assert read_result(plan.setup, cell, tiny) is None and len(noted) == 4
+    done = reproduce("figure3", wanted)
+    (result,) = done.found[0].cells
+    straight = reproduce("figure3", choices(methods=("fine_all",), overrides={"later.epochs": 2}, output=tmp_path / "straight"))
+    (expected,) = straight.found[0].cells
+    assert result is not None and expected is not None
+    assert result.curves == expected.curves and result.R == expected.R
+    assert [len(result.curves[task]) for task in range(3)] == [1, 2, 2]
+    assert max(result.curves[2]) == pytest.approx(result.R[2][2]) or result.R[2][2] in result.curves[2]
+    assert done.files[-1].suffix == ".png" and done.files[-1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_noisy_task_is_learnt_among_the_others(choices: Callable[..., Choices]) -> None:
+    done = reproduce("table4", choices(methods=("fine_all",)))
+    assert [cell.order for cell in done.ran] == [(1, 2, 3), (1, 0, 2, 3)], "after half of the sequence"
+    noisy, plain = done.found[0].cells[0], done.found[0].plain[0]
+    assert noisy is not None and plain is not None and noisy.tasks == ["next", "noise", "task 2", "task 3"]
+    assert noisy.R[0] == plain.R[0], "before it nothing differs"
+    assert "T' noise" in done.files[0].read_text("utf-8")
+
+
+def test_processes_plugins_and_a_failure(tiny: TaskSequence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at a time; the broken one is reported, the other is trained, and the exit code is 1."""
+    plugin = tmp_path / "broken.py"
+    plugin.write_text(BROKEN, "utf-8")
+    monkeypatch.setitem(METHODS, "broken", SinMo)  # taken out again with the test
+    out = tmp_path / "out"
+    arguments = ["reproduce", "table2", "--data", str(tiny.path), "--output", str(out), "--quick", "--plugin", str(plugin)]
+    arguments += ["--methods", "broken,sinmo", "--jobs", "2"]
+    result = RUNNER.invoke(app, arguments)
+    assert result.exit_code == 1, result.output
+    assert "failed: broken, tasks 1,2,3, seed 0: RuntimeError: this method is broken" in result.stderr
+    assert "2 runs: 1 trained now, 0 finished before, 1 failed" in result.stdout
+    folders = {path.name.split("-")[0]: path for path in (out / "cells").iterdir()}
+    assert "this method is broken" in (folders["broken"] / "error.txt").read_text("utf-8")
+    assert "epoch 1" in (folders["sinmo"] / "log.txt").read_text("utf-8")
+    assert "1 of 2 runs are not finished" in (out / "table2.md").read_text("utf-8")
+    again = RUNNER.invoke(app, [*arguments[:-2], "--methods", "broken,sinmo"])
+    assert again.exit_code == 1 and "0 trained now, 1 finished before, 1 failed" in again.stdout
+
+
+def test_variants_and_settings_reach_the_methods(choices: Callable[..., Choices]) -> None:
+    plan = make_plan("table5", choices(preset="ml"))
+    methods = [plan.setup.new_method(cell, 31) for cell in plan.cells]
+    assert [method.settings()["mask"] for method in methods] == ["none", "positive_only", "relation"]
+    assert isinstance(methods[0], Teracon) and methods[0].alpha == (0.7, 0.9), "Table 10"
+    assert [row.label for row in plan.rows][0] == "TERACON (w/o relation)"
+    reverse = make_plan("table2", choices(preset="ml", order="reversed", methods=("teracon", "conure")))
+    teracon, conure = (reverse.setup.new_method(cell, 31) for cell in reverse.rows[0].cells + reverse.rows[1].cells)
+    assert isinstance(teracon, Teracon) and teracon.alpha == (0.9, 0.7), "settings belong to a task, not to its place"
+    assert conure.settings()["pruning"] == (0.7, 0.7, 0.8)
+    assert [reverse.setup.task_settings(number).lr for number in (1, 3, 2, 0)] == [1e-3, 5e-4, 1e-4, 1e-4]
+    sampling = make_plan("table6", choices())
+    assert [sampling.setup.new_method(cell, 31).settings()["sampling"] for cell in sampling.cells] == ["minimum", "adaptive", "all"]
+    own = make_plan("table2", choices(methods=("conure",), options={"conure": {"block": "pre-activation", "pruning": 0.5}}))
+    assert own.setup.new_method(own.cells[0], 31).settings()["pruning"] == 0.5
+    held = make_plan("figure2", choices(methods=("hat",), held_back=2))
+    assert held.cells == (Cell("hat", (), (1, 2), 0, (1,)),)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("table9", {}, "got 'table9', expected one of table2"),
+        ("table2", {"methods": ("sinmo", "lstm")}, "got method 'lstm', expected one of sinmo"),
+        ("table2", {"seeds": (0, 0)}, "seeds: got \\[0, 0\\]"),
+        ("table2", {"seeds": ()}, "seeds"),
+        ("table2", {"order": "2,1,3"}, "order: got '2,1,3'"),
+        ("table2", {"noise_at": 1}, "noise-at: got 1"),
+        ("figure2", {"held_back": 1}, "held-back: got task 1, expected 2 to 3"),
+        ("table5", {"methods": ("hat",)}, "hat has no setting 'mask'"),
+        ("table2", {"overrides": {"precision": "bf16"}}, "expected 'fp32'"),
+        ("table2", {"plugins": (Path("nowhere.py"),)}, "nowhere.py, expected a Python file"),
+        ("table2", {"overrides": {"model.channels": 0}}, "channels"),
+    ],
+)
+def test_bad_choices_are_refused_before_anything_is_trained(
+    name: str, changes: dict[str, Any], message: str, choices: Callable[..., Choices], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        reproduce(name, choices(**changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_line_refuses_in_one_line(tiny: TaskSequence, tmp_path: Path) -> None:
+    base = ["reproduce", "table2", "--data", str(tiny.path), "--output", str(tmp_path / "out")]
+    for more, message in (
+        (["--seeds", "a"], "--seeds: got 'a'"),
+        (["--set", "conure"], "--set: got 'conure', expected METHOD.NAME=VALUE"),
+        (["--set", "conure.p=1", "--methods", "conure"], "conure has no setting 'p'"),
+        (["--format", "bmp"], "picture format 'bmp'"),
+    ):
+        result = RUNNER.invoke(app, [*base, *more])
+        assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_cell_in_training_and_a_damaged_result_are_refused(choices: Callable[..., Choices]) -> None:
+    plan = make_plan("table2", choices(methods=("sinmo",)))
+    folder = plan.folder(plan.cells[0])
+    with locked(folder), pytest.raises(ConfigError, match="is training into"):
+        package.run_cell(plan.setup, plan.cells[0], "cpu", 1)
+    (folder / "result.json").write_text("{", "utf-8")
+    with pytest.raises(ConfigError, match="result.json: not the result of a cell"):
+        reproduce("table2", choices(methods=("sinmo",)))
+
+
+def test_gpus_are_dealt_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [cells_module._device("auto", slot) for slot in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert cells_module._device("cuda:1", 0) == "cuda:1" and cells_module._device("cpu", 1) == "cpu"
+
+
+def test_a_plugin_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "plugin.py"
+    count = tmp_path / "count"
+    file.write_text(f"open({str(count)!r}, 'a').write('x')", "utf-8")
+    load_plugin(file)
+    load_plugin(file)
+    assert count.read_text("utf-8") == "x"
