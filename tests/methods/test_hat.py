@@ -156,7 +156,10 @@ def test_embeddings_are_clamped() -> None:
 
 
 def test_inference_is_under_the_largest_scale() -> None:
+    """Also in the middle of an epoch, at a smaller one."""
     method = begun(2)
+    optimizer = torch.optim.SGD(method.begin_phase("train"), lr=0.1)
+    train_step(method, optimizer, some_batch(20, 6), PLACE, {})
     x = some_batch(20, 6).x
     for task in (0, 1):
         for drop in (0, 1):
