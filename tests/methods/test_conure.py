@@ -65,6 +65,7 @@ def test_loss_and_gradients_are_those_of_the_dense_form(block: Block, task: int,
     batch = a_batch(task)
     loss = method.loss(batch, PLACE, {})
     loss.backward()
+    method.after_backward()
     got = gradients(method)
 
     seen = FREE if phase == "train" else task
