@@ -22,7 +22,7 @@ import torch
 
 from teracon_fast.checkpoints import load_model, load_state, save_model, save_state
 from teracon_fast.config import RunConfig
-from teracon_fast.data import open_dataset, split_task
+from teracon_fast.data import check_tasks, open_dataset, split_task
 from teracon_fast.evaluation import evaluate
 from teracon_fast.files import atomic_write
 from teracon_fast.graphs import StepGraphs
@@ -31,7 +31,6 @@ from teracon_fast.results import Results, derived_seed, results_of
 from teracon_fast.runfolder import (
     RunStopped,
     StopSignals,
-    check_tasks,
     delete_old_run,
     keep_dictionaries,
     locked,

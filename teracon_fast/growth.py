@@ -34,14 +34,13 @@ from torch.nn import Parameter
 from teracon_fast.checkpoints import load_model, load_state, read_notes, save_model, save_state
 from teracon_fast.config import RunConfig, load_config
 from teracon_fast.continual import task_split
-from teracon_fast.data import Dictionary, TaskSequence, epoch_batches, fetch, open_dataset
+from teracon_fast.data import Dictionary, TaskSequence, check_tasks, epoch_batches, fetch, open_dataset
 from teracon_fast.data.layout import read_about
 from teracon_fast.errors import ConfigError
 from teracon_fast.evaluation import evaluate
 from teracon_fast.files import atomic_write
 from teracon_fast.results import Results, derived_seed, results_of
 from teracon_fast.runfolder import (
-    check_tasks,
     keep_dictionaries,
     locked,
     resolved,

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,7 @@ from teracon_fast.errors import ConfigError, TeraconError
 from teracon_fast.files import atomic_write
 
 if TYPE_CHECKING:
-    from teracon_fast.data import Split, TaskSequence
+    from teracon_fast.data import TaskSequence
 
 # What may differ between the beginning of a run and its continuation: nothing of it changes the arithmetic.
 _FREE = {"data", "run", "num_tasks", "log_every", "checkpoint_every_seconds", "checkpoint_every_steps", "tensorboard"}
@@ -152,23 +152,6 @@ def require_same(now: Mapping[str, Any], begun: Mapping[str, Any], folder: Path)
         if any(name.startswith("data.") for name in different):
             lines.append("a run goes on with another data set, one whose catalogue has grown, after `teracon grow`")
         raise ConfigError("\n  ".join([f"{folder} began with other settings, expected the same ones:", *lines]))
-
-
-def check_tasks(dataset: TaskSequence, splits: Sequence[Split]) -> None:
-    """Refuse a task sequence that could not be trained to its end, before anything is trained.
-
-    Raises:
-        ConfigError: names the task and what is wrong with it.
-    """
-    if dataset.length < 2:
-        raise ConfigError(f"{dataset.path}: sequences have length {dataset.length}, expected at least 2")
-    for number, (data, split) in enumerate(zip(dataset.tasks, splits, strict=False), 1):
-        where, kind = f"{dataset.path}, task {number} ({data.name})", "next_item" if number == 1 else "label"
-        if data.kind != kind:
-            raise ConfigError(f"{where}: got kind {data.kind!r}, expected {kind!r}")
-        for part, samples in (("train", split.train), ("valid", split.valid), ("test", split.test)):
-            if not len(samples):
-                raise ConfigError(f"{where}: got no samples in the {part} split, expected at least one")
 
 
 def delete_old_run(folder: Path) -> None:

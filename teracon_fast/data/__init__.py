@@ -16,7 +16,7 @@ from teracon_fast.data.dictionaries import Dictionary, read_published_index
 from teracon_fast.data.layout import TaskMeta
 from teracon_fast.data.official import read_sequences_csv
 from teracon_fast.data.prefetch import ahead
-from teracon_fast.data.split import Split, split_task
+from teracon_fast.data.split import Split, check_tasks, split_task
 from teracon_fast.data.store import DatasetWriter, TaskData, TaskSequence, open_dataset
 from teracon_fast.data.tabular import read_parquet
 
@@ -32,6 +32,7 @@ __all__ = [
     "TaskMeta",
     "TaskSequence",
     "ahead",
+    "check_tasks",
     "epoch_batches",
     "fetch",
     "open_dataset",

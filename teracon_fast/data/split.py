@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from teracon_fast.data.store import TaskData
+from teracon_fast.data.store import TaskData, TaskSequence
 from teracon_fast.errors import ConfigError
 
 Indices = npt.NDArray[np.int64]
@@ -66,6 +67,23 @@ def split_task(
         parts = [np.flatnonzero(side == part) for part in range(3)]
     train, valid, test = (np.sort(part).astype(np.int64, copy=False) for part in parts)
     return Split(train, valid, test)
+
+
+def check_tasks(dataset: TaskSequence, splits: Sequence[Split]) -> None:
+    """Refuse a task sequence that could not be trained to its end, before anything is trained.
+
+    Raises:
+        ConfigError: names the task and what is wrong with it.
+    """
+    if dataset.length < 2:
+        raise ConfigError(f"{dataset.path}: sequences have length {dataset.length}, expected at least 2")
+    for number, (data, split) in enumerate(zip(dataset.tasks, splits, strict=False), 1):
+        where, kind = f"{dataset.path}, task {number} ({data.name})", "next_item" if number == 1 else "label"
+        if data.kind != kind:
+            raise ConfigError(f"{where}: got kind {data.kind!r}, expected {kind!r}")
+        for part, samples in (("train", split.train), ("valid", split.valid), ("test", split.test)):
+            if not len(samples):
+                raise ConfigError(f"{where}: got no samples in the {part} split, expected at least one")
 
 
 def _cuts(n: int, fractions: tuple[float, float, float], what: str, name: str) -> tuple[int, int]:

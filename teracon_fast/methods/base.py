@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
@@ -78,6 +78,9 @@ class Method(nn.Module, ABC):
     Its state dict is all that inference on the tasks so far, and going on with the next, need: `restore` reads it.
 
     Subclasses implement `_start`, `_groups`, `loss` and `encode`, and override what else they need.
+
+    Public attributes that are numbers, strings or tuples of such are taken for settings (`settings`); what changes while a task
+    is trained and is none of the state has a name with an underscore.
 
     Args:
         sizes: of its networks.
@@ -222,6 +225,11 @@ class Method(nn.Module, ABC):
             self.requires_grad_(False)
         self.load_state_dict(dict(state))
 
+    def settings(self) -> dict[str, Any]:
+        """Name, sizes and own settings: the public attributes that are numbers, strings or tuples of such."""
+        own = {name: value for name, value in vars(self).items() if not name.startswith("_") and _is_plain(value)}
+        return {"name": self.name, **asdict(self.sizes), **{k: v for k, v in own.items() if k not in ("task", "training")}}
+
     # For subclasses
 
     def check_task(self, task: int) -> None:
@@ -271,6 +279,12 @@ class Method(nn.Module, ABC):
         self.check_task(task)
         with torch.no_grad():
             yield
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(part) for part in value)
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def group(*modules: nn.Module | Iterable[nn.Parameter], **options: Any) -> Group:

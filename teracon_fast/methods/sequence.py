@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,12 +15,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teracon_fast import ops
-from teracon_fast.data import Batch, BatchSource, Split, TaskData, TaskSequence, ahead, epoch_batches
-from teracon_fast.errors import ConfigError
+from teracon_fast.checkpoints import load_state, save_state
+from teracon_fast.data import (
+    Batch,
+    BatchSource,
+    Split,
+    TaskData,
+    TaskSequence,
+    ahead,
+    check_tasks,
+    epoch_batches,
+    split_task,
+)
+from teracon_fast.errors import CheckpointError, ConfigError
 from teracon_fast.evaluation import check_task, ranks_of
 from teracon_fast.methods.base import Method, Place
 from teracon_fast.metrics import selection_value, task_metrics
-from teracon_fast.results import derived_seed
+from teracon_fast.results import Results, derived_seed, results_of
 from teracon_fast.trainer import Losses, Position, StepRecord, StepResult, make_optimizer
 
 
@@ -119,6 +132,110 @@ def learn_task(
     return epochs
 
 
+@dataclass(frozen=True)
+class Learnt:
+    """What a sequence came to.
+
+    Attributes:
+        results: R, BWT and the rest.
+        tests: test metrics of each task so far, after each task.
+        epochs: of each task.
+    """
+
+    results: Results
+    tests: list[list[dict[str, float]]]
+    epochs: list[list[Epoch]]
+
+
+def learn_sequence(
+    method: Method,
+    dataset: TaskSequence,
+    settings: Callable[[int], Settings] = Settings.published,
+    seed: int = 0,
+    split_by: Literal["sample", "user"] = "sample",
+    num_tasks: int | None = None,
+    folder: str | Path | None = None,
+    observe: Callable[[int, Epoch], None] | None = None,
+) -> Learnt:
+    """Learn tasks one after the other, and test every task so far after each.
+
+    With a folder, what a finished task left is written to `FOLDER/sequence.pt`, whole or not at all, and a sequence that was
+    stopped goes on after the last finished task, to the same bits. The file of a finished sequence is read, and nothing is
+    trained; with more tasks, those are.
+
+    Args:
+        method: has started no task; its device is where it trains.
+        dataset: the tasks.
+        settings: of each task, counted from 0.
+        seed: of splits, initial weights and orders of samples.
+        split_by: see `data.split_task`.
+        num_tasks: only the first so many; None: all.
+        folder: created where it is missing; None: nothing is kept.
+        observe: called with (task, what an epoch came to) after each epoch.
+
+    Raises:
+        ConfigError: a task has been started already, the tasks are not the next item first and then labels, or the folder is
+            that of another sequence. CheckpointError: its file is damaged. DivergedError: a loss became NaN or infinite.
+    """
+    count = len(dataset.tasks) if num_tasks is None else num_tasks
+    if not 1 <= count <= len(dataset.tasks):
+        raise ConfigError(f"num_tasks is {num_tasks}, expected 1 to {len(dataset.tasks)}, as the data set has")
+    if method.task != -1:
+        raise ConfigError(f"{method.name} has started task {method.task} already, expected a method before its first task")
+    tasks = dataset.tasks[:count]
+    splits = [split_task(data, split_by, seed) for data in tasks]
+    check_tasks(dataset, splits)
+    plans = [_plan(method, dataset, settings(number), number, seed, split_by) for number in range(count)]
+    file = None if folder is None else Path(folder) / "sequence.pt"
+    tests: list[list[dict[str, float]]] = []
+    epochs: list[list[Epoch]] = []
+    if file is not None and file.exists():
+        tests, epochs = _go_on(method, file, plans)
+    for task in range(len(tests), count):
+        epochs.append(learn_task(method, dataset, splits, task, settings(task), seed, observe))
+        size = settings(task).evaluate_batch_size
+        tests.append([evaluate_method(method, tasks[i], i, splits[i].test, size) for i in range(task + 1)])
+        if file is not None:
+            save_state(file, {
+                "plans": plans[: task + 1], "labels": method.labels, "tests": tests, "state": method.state_dict(),
+                "epochs": [[asdict(epoch) for epoch in of_task] for of_task in epochs],
+            })  # fmt: skip
+    return Learnt(results_of(dataset, tests), tests, epochs)
+
+
+def _plan(
+    method: Method, dataset: TaskSequence, settings: Settings, task: int, seed: int, split_by: str
+) -> dict[str, Any]:
+    """All that decides what a task comes to, given those before it; how fast it is computed is not part of that."""
+    data, apart = dataset.tasks[task], ("backend", "algorithm")
+    return {
+        "method": {name: value for name, value in method.settings().items() if name not in apart},
+        "task": {"name": data.name, "labels": data.num_labels, "samples": len(data.samples)},
+        "data": {"name": dataset.name, "num_items": dataset.num_items, "length": dataset.length},
+        "settings": {name: value for name, value in asdict(settings).items() if name != "evaluate_batch_size"},
+        "seed": seed,
+        "split_by": split_by,
+    }
+
+
+def _go_on(
+    method: Method, file: Path, plans: Sequence[dict[str, Any]]
+) -> tuple[list[list[dict[str, float]]], list[list[Epoch]]]:
+    """Bring the method to where the file left it; returns tests and epochs of the finished tasks."""
+    saved = load_state(file)
+    if len(saved["plans"]) > len(plans):
+        raise ConfigError(f"{file}: {len(saved['plans'])} tasks are finished, expected at most the {len(plans)} wanted")
+    for task, (was, is_now) in enumerate(zip(saved["plans"], plans, strict=False)):
+        for key, value in is_now.items():
+            if was[key] != value:
+                raise ConfigError(f"{file}: task {task + 1} was learnt with {key} {was[key]}, expected {value}")
+    try:
+        method.restore(saved["labels"], saved["state"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{file}: the state does not fit {method.name}: {error}") from None
+    return saved["tests"], [[Epoch(**epoch) for epoch in of_task] for of_task in saved["epochs"]]
+
+
 def _train(
     method: Method, dataset: TaskSequence, splits: Sequence[Split], task: int, settings: Settings, seed: int, phase: str
 ) -> Iterator[Epoch]:
@@ -143,7 +260,7 @@ def _train(
                 for batch in map(source.load, ready):
                     place = Place(at.batch, num_batches)
                     companions = {other: next(stream) for other, stream in others.items()}
-                    result = StepResult(_step(method, optimizer, batch, place, companions))
+                    result = StepResult(train_step(method, optimizer, batch, place, companions))
                     losses.add(StepRecord(len(batch.x), at.epoch, at.batch, at.step, place.scale(50.0), [], result))
                     at.batch, at.step = at.batch + 1, at.step + 1
             losses.read(at)
@@ -161,10 +278,18 @@ def _train(
     method.load_state_dict(best, strict=False)
 
 
-def _step(
+def train_step(
     method: Method, optimizer: torch.optim.Optimizer, batch: Batch, place: Place, companions: Mapping[int, Batch]
 ) -> Tensor:
-    """One step; returns its loss, on the device."""
+    """One step of the present task; returns its loss, left on the device.
+
+    Args:
+        method: its phase has begun.
+        optimizer: of the phase's parameter groups.
+        batch: of the task, where the method is.
+        place: of the step in its epoch.
+        companions: a batch of each task in `method.companions()`.
+    """
     optimizer.zero_grad(set_to_none=True)
     loss = method.loss(batch, place, companions)
     loss.backward(ops.unit_gradient(loss))  # type: ignore[no-untyped-call]

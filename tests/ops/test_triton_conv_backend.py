@@ -153,7 +153,7 @@ def test_tf32_is_used_once_torch_allows_it(monkeypatch: pytest.MonkeyPatch) -> N
     table = packed().convolutions[0]
     used = []
     forward = kernels.forward
-    monkeypatch.setattr(kernels, "forward", lambda *arguments: used.append(arguments[-1]) or forward(*arguments))
+    monkeypatch.setattr(kernels, "forward", lambda *arguments: used.append(arguments[-2]) or forward(*arguments))
     values = [torch.randn(shape, device=DEVICE) for shape in [(table.rows_in, 5), (5, 5, 3), (5,), (5,), (5,), (2, 5)]]
     before = torch.get_float32_matmul_precision()
     try:
