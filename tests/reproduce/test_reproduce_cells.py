@@ -76,7 +76,8 @@ def test_table_2_and_nothing_is_trained_twice(choices: Callable[..., Choices], t
     (folder / "result.json").unlink()
     assert reproduce("table2", wanted).ran == [cell], "a deleted one is trained alone"
     assert without_times(folder / "result.json") == kept
-    assert not (folder / "sequence.pt").exists() and "task 3 of 3 (task 3), train, epoch 1" in (folder / "log.txt").read_text("utf-8")
+    assert not (folder / "sequence.pt").exists()
+    assert "task 3 of 3 (task 3), train, epoch 1" in (folder / "log.txt").read_text("utf-8")
     more = make_plan("table2", choices(methods=("sinmo", "fine_all"), overrides={"later.lr": 1e-3}))
     assert all(read_result(more.setup, cell, tiny) is None for cell in more.cells), "other settings are other cells"
     shared = make_plan("table3", choices(methods=("fine_all",), seeds=(0, 1)))
@@ -154,7 +155,8 @@ def test_variants_and_settings_reach_the_methods(choices: Callable[..., Choices]
     assert conure.settings()["pruning"] == (0.7, 0.7, 0.8)
     assert [reverse.setup.task_settings(number).lr for number in (1, 3, 2, 0)] == [1e-3, 5e-4, 1e-4, 1e-4]
     sampling = make_plan("table6", choices())
-    assert [sampling.setup.new_method(cell, 31).settings()["sampling"] for cell in sampling.cells] == ["minimum", "adaptive", "all"]
+    methods = [sampling.setup.new_method(cell, 31) for cell in sampling.cells]
+    assert [method.settings()["sampling"] for method in methods] == ["minimum", "adaptive", "all"]
     own = make_plan("table2", choices(methods=("conure",), options={"conure": {"block": "pre-activation", "pruning": 0.5}}))
     assert own.setup.new_method(own.cells[0], 31).settings()["pruning"] == 0.5
     held = make_plan("figure2", choices(methods=("hat",), held_back=2))
