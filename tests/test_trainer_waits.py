@@ -19,6 +19,8 @@ from torch import Tensor
 
 import teracon_fast
 from teracon_fast import FastTCN, masks, packing, trainer
+from teracon_fast.data import Batch
+from teracon_fast.methods import METHODS, Place, Sizes, sequence
 from teracon_fast.trainer import continual_step, t1_step
 
 # Where a step may do so all the same, by file and function.
@@ -26,7 +28,7 @@ HOST = "works on tensors that are on the host whatever the model's device"
 CPU_ONLY = "a branch for the CPU; other devices take one that does not wait"
 ALLOWED = {
     ("packing.py", "*"): HOST,  # tables
-    ("tcn.py", "_run"): HOST,  # drawn users, to numpy for the packing
+    ("backbone.py", "run"): HOST,  # drawn users, to numpy for the packing
     ("_heads.py", "require_range"): CPU_ONLY,
     ("_heads.py", "_is_unit"): CPU_ONLY,
     ("_torch_masked_conv.py", "_gather"): CPU_ONLY,
@@ -155,6 +157,27 @@ def test_no_step_waits(mask: str, tasks: int, student_mask: str, precision: str,
     assert waiting(steps(mask, tasks, student_mask, precision), watch) == []
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_no_step_of_a_method_waits(name: str, watch: Watch) -> None:
+    """Of the first task and the second, in every phase, each after a first step."""
+    method = METHODS[name](Sizes(50, channels=8, dilations=(1, 2), backend="torch"))
+    x = torch.randint(0, 50, (20, 9))
+    x[:10, :4] = 0
+    first = Batch(x, x[:, -1], packing.real_lengths(x))
+    second = first._replace(y=torch.randint(0, 7, (20,)))
+    for task, batch in enumerate((first, second)):
+        method.start(task, (50, 7)[task])
+        for phase in method.phases():
+            optimizer = torch.optim.Adam(method.begin_phase(phase), lr=1e-3, fused=True)
+
+            def step(optimizer: torch.optim.Optimizer = optimizer, batch: Batch = batch) -> None:
+                sequence.train_step(method, optimizer, batch, Place(1, 3.0), {0: first})
+
+            step()
+            assert waiting(step, watch) == [], (task, phase)
+            method.end_phase(phase)
+
+
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
@@ -196,10 +219,10 @@ def test_the_next_rates_are_on_their_way_before_the_encoder_is_queued(monkeypatc
         monkeypatch.setattr(owner, name, lambda *arguments, **options: queued.append(name) or plain(*arguments, **options))
 
     run = steps("relation", 3, "past", "fp32")
-    for owner, name in ((FastTCN, "step_masks"), (trainer, "HostCopy"), (FastTCN, "_run"), (FastTCN, "class_loss")):
+    for owner, name in ((FastTCN, "step_masks"), (trainer, "HostCopy"), (FastTCN, "run"), (FastTCN, "class_loss")):
         recorded(owner, name)
     run()
-    assert queued[:5] == ["step_masks", "HostCopy", "_run", "_run", "class_loss"]
+    assert queued[:5] == ["step_masks", "HostCopy", "run", "run", "class_loss"]
 
 
 def test_columns_are_made_once_for_a_device(watch: Watch) -> None:

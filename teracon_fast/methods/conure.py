@@ -32,7 +32,8 @@ class Conure(MaskedWeights):
     task is encoded by the weights that tasks 0 to itself have kept. With p = 0 nothing is pruned, and there is no "retrain".
 
     Biases, LayerNorms and the item embedding train in "train" of task 0 only, as in the authors' program: its later runs, and
-    the retraining of task 0, train "weight" and "softmax" variables alone, and read task 0's LayerNorms.
+    the retraining of task 0, train "weight" and "softmax" variables alone, and read task 0's LayerNorms. Each phase needs an
+    optimiser of its own, without weight decay, or frozen weights would move.
 
     Args:
         sizes: of the network.
@@ -113,17 +114,25 @@ class Conure(MaskedWeights):
             if self.pruned == "zero":
                 weight.masked_fill_(owner == FREE, 0)
 
-    def step_weights(self) -> Weights:
-        """Of each convolution the weights that train, with gradient, and those of earlier tasks; others are zero."""
-        trained, found = self._trained(self._phase), []
+    def step_weights(self) -> Weights | None:
+        """None in "train", where every weight takes part; else those kept so far, the others zero."""
+        return None if self._phase == "train" else self._up_to(self.task)
+
+    @torch.no_grad()
+    def after_backward(self) -> None:
+        """Weights that do not train have a gradient of exactly 0, with which Adam leaves them as they are, bit by bit."""
+        if self.task == 0 and self._phase == "train":
+            return
+        trained = self._trained(self._phase)
         for owner, weight in zip(self.owners, self.convolutions, strict=True):
-            earlier = torch.where(owner < self.task, weight.detach(), 0)
-            # `where` has a gradient of exactly zero elsewhere, with which Adam leaves a weight as it is, bit by bit.
-            found.append(torch.where(owner == trained, weight, earlier))
-        return found
+            if weight.grad is not None:
+                weight.grad.masked_fill_(owner != trained, 0)
 
     def _weights_of(self, task: int) -> Weights:
-        last = self._trained(self._phase) if task == self.task else task
+        return self._up_to(self._trained(self._phase) if task == self.task else task)
+
+    def _up_to(self, last: int) -> list[Tensor]:
+        """The weights of owners up to one, the others zero."""
         return [torch.where(own <= last, weight, 0) for own, weight in zip(self.owners, self.convolutions, strict=True)]
 
     def _sources(self, task: int) -> Sequence[Tensor]:

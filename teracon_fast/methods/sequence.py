@@ -260,7 +260,7 @@ def _train(
                 for batch in map(source.load, ready):
                     place = Place(at.batch, num_batches)
                     companions = {other: next(stream) for other, stream in others.items()}
-                    result = StepResult(_step(method, optimizer, batch, place, companions))
+                    result = StepResult(train_step(method, optimizer, batch, place, companions))
                     losses.add(StepRecord(len(batch.x), at.epoch, at.batch, at.step, place.scale(50.0), [], result))
                     at.batch, at.step = at.batch + 1, at.step + 1
             losses.read(at)
@@ -278,10 +278,18 @@ def _train(
     method.load_state_dict(best, strict=False)
 
 
-def _step(
+def train_step(
     method: Method, optimizer: torch.optim.Optimizer, batch: Batch, place: Place, companions: Mapping[int, Batch]
 ) -> Tensor:
-    """One step; returns its loss, on the device."""
+    """One step of the present task; returns its loss, left on the device.
+
+    Args:
+        method: its phase has begun.
+        optimizer: of the phase's parameter groups.
+        batch: of the task, where the method is.
+        place: of the step in its epoch.
+        companions: a batch of each task in `method.companions()`.
+    """
     optimizer.zero_grad(set_to_none=True)
     loss = method.loss(batch, place, companions)
     loss.backward(ops.unit_gradient(loss))  # type: ignore[no-untyped-call]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from teracon_fast.backbone import Backbone
 from teracon_fast.data import Batch
-from teracon_fast.methods import Method, Place
+from teracon_fast.methods import Method
 from teracon_fast.packing import real_lengths
 from teracon_fast.reference.model import causal_conv
 
@@ -59,19 +59,6 @@ def some_batch(items: int, labels: int, users: int = 12, length: int = 8, seed: 
     for row in range(users):
         x[row, : row % (length + 1)] = 0
     return Batch(x, torch.randint(labels, (users,), generator=generator), real_lengths(x))
-
-
-def take_step(
-    method: Method, optimizer: torch.optim.Optimizer, batch: Batch, place: Place, companions: Mapping[int, Batch]
-) -> Tensor:
-    """One step, as a driver takes it; returns the loss."""
-    optimizer.zero_grad(set_to_none=True)
-    loss = method.loss(batch, place, companions)
-    loss.backward()
-    method.after_backward()
-    optimizer.step()
-    method.after_step()
-    return loss.detach()
 
 
 def shaken(method: Method, seed: int = 0) -> None:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from dense_form import dense_loss, dense_states, some_batch, take_step
+from dense_form import dense_loss, dense_states, some_batch
 from parameters import changed, gradients, snapshot
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from teracon_fast.errors import ConfigError
 from teracon_fast.methods import METHODS, Conure, Place, SinMo, Sizes
 from teracon_fast.methods.conure import FREE, PRUNING, Block, largest
 from teracon_fast.methods.preactivation import PreActivationBackbone
-from teracon_fast.methods.sequence import Settings, evaluate_method, learn_task
+from teracon_fast.methods.sequence import Settings, evaluate_method, learn_task, train_step
 
 SIZES = Sizes(23, channels=6, dilations=(1, 2))
 PLACE = Place(0, 1.0)
@@ -33,7 +33,7 @@ def learn(method: Conure, task: int, steps: int = 2) -> None:
 def run_phase(method: Conure, phase: str, steps: int = 2, seed: int = 0) -> None:
     optimizer = torch.optim.Adam(method.begin_phase(phase), lr=1e-2)
     for step in range(steps):
-        take_step(method, optimizer, a_batch(method.task, seed + step), PLACE, {})
+        train_step(method, optimizer, a_batch(method.task, seed + step), PLACE, {})
     method.end_phase(phase)
 
 
@@ -65,6 +65,7 @@ def test_loss_and_gradients_are_those_of_the_dense_form(block: Block, task: int,
     batch = a_batch(task)
     loss = method.loss(batch, PLACE, {})
     loss.backward()
+    method.after_backward()
     got = gradients(method)
 
     seen = FREE if phase == "train" else task
@@ -230,7 +231,7 @@ def test_pruned_weights_stay_as_they_were_where_asked_for() -> None:
         method = learned(0, pruning=0.5, pruned=pruned)
         method.start(0, LABELS[0], torch.Generator().manual_seed(0))
         optimizer = torch.optim.Adam(method.begin_phase("train"), lr=1e-2)
-        take_step(method, optimizer, a_batch(0), PLACE, {})
+        train_step(method, optimizer, a_batch(0), PLACE, {})
         before = [weight.detach().clone() for weight in method.convolutions]
         method.end_phase("train")
         run_phase(method, "retrain")
@@ -300,7 +301,7 @@ def test_a_task_in_training_is_encoded_by_its_present_weights() -> None:
         optimizer = torch.optim.Adam(method.begin_phase(phase), lr=1e-2, fused=True)
         for _ in range(2):
             found.append(method.encode(x, 1))
-            take_step(method, optimizer, a_batch(1), PLACE, {})
+            train_step(method, optimizer, a_batch(1), PLACE, {})
         found.append(method.encode(x, 1))
         method.end_phase(phase)
     assert torch.equal(method.encode(x, 1), found[-1])

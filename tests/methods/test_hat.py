@@ -7,10 +7,11 @@ import math
 
 import pytest
 import torch
-from dense_form import dense_loss, dense_states, shaken, some_batch, take_step
+from dense_form import dense_loss, dense_states, shaken, some_batch
 
 from teracon_fast.errors import ConfigError
 from teracon_fast.methods import HAT, Place, Sizes
+from teracon_fast.methods.sequence import train_step
 
 SIZES = Sizes(20, channels=8, dilations=(1, 2))
 PLACE = Place(2, 4.0)
@@ -46,7 +47,7 @@ def test_a_step_is_that_of_the_dense_form(protection: str, task: int) -> None:
     plain = copy.deepcopy(method)
     batch = some_batch(20, 6)
     optimizer = torch.optim.SGD(method.begin_phase("train"), lr=0.1)
-    loss = take_step(method, optimizer, batch, PLACE, {})
+    loss = train_step(method, optimizer, batch, PLACE, {})
 
     s = (50 - 1 / 50) * 2 / 4 + 1 / 50
     plain.begin_phase("train")
@@ -88,7 +89,7 @@ def trained(protection: str, steps: int = 5, used: float | None = None) -> tuple
     before = copy.deepcopy(method)
     optimizer = torch.optim.Adam(method.begin_phase("train"), lr=1e-2)
     for step in range(steps):
-        take_step(method, optimizer, some_batch(20, 6, seed=step), Place(step, 5.0), {})
+        train_step(method, optimizer, some_batch(20, 6, seed=step), Place(step, 5.0), {})
     return before, method
 
 
@@ -131,7 +132,7 @@ def test_items_move_on_request() -> None:
     method = begun(2, train_items=True)
     before = method.backbone.embeding.weight.detach().clone()
     optimizer = torch.optim.Adam(method.begin_phase("train"), lr=1e-2)
-    take_step(method, optimizer, some_batch(20, 6), PLACE, {})
+    train_step(method, optimizer, some_batch(20, 6), PLACE, {})
     assert not torch.equal(method.backbone.embeding.weight, before)
 
 
@@ -150,12 +151,15 @@ def test_embeddings_are_clamped() -> None:
     with torch.no_grad():
         method.embeddings[0][0, :2] = torch.tensor([7.0, -7.0])
     optimizer = torch.optim.SGD(method.begin_phase("train"), lr=1e-6)
-    take_step(method, optimizer, some_batch(20, 6), PLACE, {})
+    train_step(method, optimizer, some_batch(20, 6), PLACE, {})
     assert method.embeddings[0][0, :2].tolist() == [6.0, -6.0]
 
 
 def test_inference_is_under_the_largest_scale() -> None:
+    """Also in the middle of an epoch, at a smaller one."""
     method = begun(2)
+    optimizer = torch.optim.SGD(method.begin_phase("train"), lr=0.1)
+    train_step(method, optimizer, some_batch(20, 6), PLACE, {})
     x = some_batch(20, 6).x
     for task in (0, 1):
         for drop in (0, 1):

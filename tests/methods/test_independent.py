@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
-from dense_form import dense_loss, dense_states, shaken, some_batch, take_step
+from dense_form import dense_loss, dense_states, shaken, some_batch
 
 from teracon_fast.methods import MTL, FineAll, Method, Place, SinMo, Sizes
+from teracon_fast.methods.sequence import train_step
 
 SIZES = Sizes(20, channels=8, dilations=(1, 2))
 LABELS = (20, 6, 3)
@@ -37,7 +38,7 @@ def test_a_step_is_that_of_the_dense_form(kind: type[SinMo], task: int) -> None:
     batch = some_batch(20, LABELS[task])
     first = some_batch(20, 20, users=5, seed=1)
     optimizer = torch.optim.SGD(method.begin_phase("train"), lr=0.1)
-    loss = take_step(method, optimizer, batch, PLACE, {0: first} if task else {})
+    loss = train_step(method, optimizer, batch, PLACE, {0: first} if task else {})
 
     plain.begin_phase("train")
     expected = dense_loss(task, plain.backbone(task), plain.head(task), batch)
@@ -58,7 +59,7 @@ def test_what_is_not_in_training_stays_bit_by_bit(kind: type[SinMo]) -> None:
     method = begun(kind, 2, torch.float32)
     before = snapshot(method)
     optimizer = torch.optim.Adam(method.begin_phase("train"), lr=1e-2)
-    take_step(method, optimizer, some_batch(20, 6), PLACE, {0: some_batch(20, 20)})
+    train_step(method, optimizer, some_batch(20, 6), PLACE, {0: some_batch(20, 20)})
     for name, value in method.state_dict().items():
         own = name.startswith(("backbones.1.", "heads.1.", "first_head."))
         assert torch.equal(value, before[name]) != own, name

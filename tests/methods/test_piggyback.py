@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from dense_form import dense_loss, dense_states, some_batch, take_step
+from dense_form import dense_loss, dense_states, some_batch
 from parameters import changed, gradients, snapshot
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from teracon_fast.data import Batch, TaskSequence, split_task
 from teracon_fast.errors import ConfigError
 from teracon_fast.methods import METHODS, Piggyback, Place, SinMo, Sizes
 from teracon_fast.methods.piggyback import pack_bits, unpack_bits
-from teracon_fast.methods.sequence import Settings, evaluate_method, learn_task
+from teracon_fast.methods.sequence import Settings, evaluate_method, learn_task, train_step
 
 SIZES = Sizes(23, channels=5, dilations=(1, 2))  # 5 * 5 * 3 weights: no whole number of bytes
 PLACE = Place(0, 1.0)
@@ -29,7 +29,7 @@ def run(method: Piggyback, steps: int = 3) -> None:
     """The phase of a task that has been started, with r moving far enough for some to cross the threshold."""
     optimizer = torch.optim.Adam(method.begin_phase("train"), lr=1e-2)
     for step in range(steps):
-        take_step(method, optimizer, a_batch(method.task, step), PLACE, {})
+        train_step(method, optimizer, a_batch(method.task, step), PLACE, {})
     method.end_phase("train")
 
 
@@ -124,7 +124,7 @@ def test_real_masks_start_at_their_initial_value_with_a_learning_rate_of_their_o
     x = a_batch(0).x
     assert torch.equal(method.encode(x, 1), method.encode(x, 0)), "at first every weight counts"
     optimizer = torch.optim.Adam([reals, heads], lr=1.0)
-    take_step(method, optimizer, a_batch(1), PLACE, {})
+    train_step(method, optimizer, a_batch(1), PLACE, {})
     assert all(float((real.detach() - 1e-2).abs().max()) == pytest.approx(1e-4, rel=1e-3) for real in method.reals)
 
 
@@ -133,7 +133,7 @@ def test_masks_are_kept_as_bits() -> None:
     method.start(1, LABELS[1])
     optimizer = torch.optim.Adam(method.begin_phase("train"), lr=1e-2)
     for step in range(3):
-        take_step(method, optimizer, a_batch(1, step), PLACE, {})
+        train_step(method, optimizer, a_batch(1, step), PLACE, {})
     expected, state = [real > 5e-3 for real in method.reals], method.encode(a_batch(0).x, 1)
     assert any(not mask.all() for mask in expected)
     method.end_phase("train")

@@ -168,7 +168,7 @@ def test_seeds(tiny: TaskSequence, sizes: Sizes) -> None:
 def test_companions_come_from_their_own_training_samples(
     tiny: TaskSequence, sizes: Sizes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the size asked for, epoch after epoch: all of them are seen."""
+    """In the size asked for, epoch after epoch, all of them."""
     seen: list[Batch] = []
     plain = MTL.loss
 
@@ -189,6 +189,7 @@ def test_companions_come_from_their_own_training_samples(
     per_epoch = math.ceil(len(train) / 20)
     assert [len(batch.x) for batch in seen[: per_epoch + 1]] == [20] * (per_epoch - 1) + [partial, 20]
     assert len(seen) > 2 * per_epoch
+    assert not torch.equal(seen[0].x, seen[per_epoch].x), "in another order in each epoch"
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tiny: TaskSequence, sizes: Sizes) -> None:
