@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +16,20 @@ from teracon_fast.reference.model import causal_conv
 
 
 def dense_states(
-    backbone: Backbone, x: Tensor, masks: Tensor | None = None, weights: Sequence[Tensor] | None = None
-) -> Tensor:
-    """States of all positions, `[B, L, f]`. masks: `[S, f]`; weights: S tensors `[f, f, 1, K]`."""
+    backbone: Backbone, x: Tensor, masks: Tensor | None = None, weights: Sequence[Tensor] | None = None,
+    addend: Callable[[int, Tensor], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """States of all positions, `[B, L, f]`. masks: `[S, f]`; weights: S tensors `[f, f, 1, K]`; addend: called with (site, the
+    convolution's input `[B, L, f]`), what it returns is added before LayerNorm."""
     hidden = F.embedding(x, backbone.embeding.weight)
     for i, dilation in enumerate(backbone.dilations):
         inner = hidden
         for number in (2 * i, 2 * i + 1):
             conv, norm = backbone.site(number)
             weight = conv.weight if weights is None else weights[number]
+            added = None if addend is None else addend(number, inner)
             inner = causal_conv(inner, weight, conv.bias, dilation * (1 + number % 2))
+            inner = inner if added is None else inner + added
             inner = F.relu(F.layer_norm(inner, (backbone.channels,), norm.weight, norm.bias, norm.eps))
             inner = inner if masks is None else masks[number] * inner
         hidden = hidden + inner
