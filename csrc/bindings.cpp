@@ -83,10 +83,11 @@ teracon::MaskedConv<E> masked_conv(const Tensor& x, const Tensor& weight, const 
 }
 
 template <class E>
-void forward_of(const teracon::MaskedConv<E>& op, const Tensor& residual, const Tensor& residual_rows, const Tensor& out,
-                const Tensor& conv, const Tensor& mean, const Tensor& rstd) {
+void forward_of(const teracon::MaskedConv<E>& op, const Tensor& addend, const Tensor& residual, const Tensor& residual_rows,
+                const Tensor& out, const Tensor& conv, const Tensor& mean, const Tensor& rstd) {
   const int64_t all = op.rows * op.f_out;
   teracon::MaskedConvForward<E> io{};
+  if (addend.numel() != 0) io.addend = rows_of<E>(addend, all, "addend");
   if (residual.numel() != 0) {
     io.residual = rows_of<E>(residual, residual.numel(), "residual");
     io.residual_rows = row_numbers(residual_rows, op.rows, residual.numel() / op.f_out, false, "residual_rows");
@@ -104,13 +105,13 @@ void forward_of(const teracon::MaskedConv<E>& op, const Tensor& residual, const 
 // activations; parameters, masks and statistics are float32.
 void masked_conv_forward(Tensor x, Tensor weight, Tensor bias, Tensor ln_weight, Tensor ln_bias, Tensor mask, Tensor taps,
                          Tensor readers, int64_t bags, Tensor rows_per_request, double eps, int64_t algorithm,
-                         int64_t threads, Tensor residual, Tensor residual_rows, Tensor out, Tensor conv, Tensor mean,
-                         Tensor rstd) {
+                         int64_t threads, Tensor addend, Tensor residual, Tensor residual_rows, Tensor out, Tensor conv,
+                         Tensor mean, Tensor rstd) {
   const auto run = [&](auto element) {
     using E = decltype(element);
     forward_of(masked_conv<E>(x, weight, bias, ln_weight, ln_bias, mask, taps, readers, bags, rows_per_request, eps,
                               algorithm, threads),
-               residual, residual_rows, out, conv, mean, rstd);
+               addend, residual, residual_rows, out, conv, mean, rstd);
   };
   x.scalar_type() == kBf16 ? run(teracon::Bf16{}) : run(float{});
 }
@@ -119,7 +120,7 @@ template <class E>
 void backward_of(const teracon::MaskedConv<E>& op, const Tensor& grad, const Tensor& conv, const Tensor& mean,
                  const Tensor& rstd, const Tensor& bag_rows, const Tensor& bag_offsets, const Tensor& residual_readers,
                  const Tensor& d_x, const Tensor& d_weight, const Tensor& d_bias, const Tensor& d_ln_weight,
-                 const Tensor& d_ln_bias, const Tensor& d_mask, const Tensor& d_residual) {
+                 const Tensor& d_ln_bias, const Tensor& d_mask, const Tensor& d_residual, const Tensor& d_addend) {
   const int64_t all = op.rows * op.f_out;
   teracon::MaskedConvBackward<E> io{};
   io.grad = rows_of<E>(grad, all, "grad");
@@ -136,9 +137,8 @@ void backward_of(const teracon::MaskedConv<E>& op, const Tensor& grad, const Ten
     io.d_residual = rows_of<E>(d_residual, io.residual_count * op.f_out, "d_residual");
   }
   if (d_x.numel() != 0) io.d_x = rows_of<E>(d_x, op.rows_in * op.f_in, "d_x");
-  STD_TORCH_CHECK(d_weight.dim() == 3 && d_weight.size(1) <= op.f_in, "masked_conv: expected d_weight [f_out, up to f_in, K]");
-  io.frozen = op.f_in - d_weight.size(1);
-  io.d_weight = floats(d_weight, op.f_out * d_weight.size(1) * op.kernel_size, "d_weight");
+  if (d_weight.numel() != 0) io.d_weight = floats(d_weight, op.f_out * op.f_in * op.kernel_size, "d_weight");
+  if (d_addend.numel() != 0) io.d_addend = rows_of<E>(d_addend, all, "d_addend");
   io.d_bias = floats(d_bias, op.f_out, "d_bias");
   io.d_ln_weight = floats(d_ln_weight, op.f_out, "d_ln_weight");
   io.d_ln_bias = floats(d_ln_bias, op.f_out, "d_ln_bias");
@@ -150,13 +150,13 @@ void masked_conv_backward(Tensor x, Tensor weight, Tensor bias, Tensor ln_weight
                           Tensor readers, Tensor rows_per_request, double eps, int64_t algorithm, int64_t threads,
                           Tensor grad, Tensor conv, Tensor mean, Tensor rstd, Tensor bag_rows, Tensor bag_offsets,
                           Tensor residual_readers, Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_ln_weight,
-                          Tensor d_ln_bias, Tensor d_mask, Tensor d_residual) {
+                          Tensor d_ln_bias, Tensor d_mask, Tensor d_residual, Tensor d_addend) {
   const auto run = [&](auto element) {
     using E = decltype(element);
     backward_of(masked_conv<E>(x, weight, bias, ln_weight, ln_bias, mask, taps, readers, bag_offsets.numel() - 1,
                                rows_per_request, eps, algorithm, threads),
                 grad, conv, mean, rstd, bag_rows, bag_offsets, residual_readers, d_x, d_weight, d_bias, d_ln_weight, d_ln_bias,
-                d_mask, d_residual);
+                d_mask, d_residual, d_addend);
   };
   x.scalar_type() == kBf16 ? run(teracon::Bf16{}) : run(float{});
 }
@@ -182,13 +182,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(teracon_fast, m) {
   m.def(
       "masked_conv_cpu_forward(Tensor x, Tensor weight, Tensor bias, Tensor ln_weight, Tensor ln_bias, Tensor mask, "
       "Tensor taps, Tensor readers, int bags, Tensor rows_per_request, float eps, int algorithm, int threads, "
-      "Tensor residual, Tensor residual_rows, Tensor(a!) out, Tensor(b!) conv, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
+      "Tensor addend, Tensor residual, Tensor residual_rows, Tensor(a!) out, Tensor(b!) conv, Tensor(c!) mean, "
+      "Tensor(d!) rstd) -> ()");
   m.def(
       "masked_conv_cpu_backward(Tensor x, Tensor weight, Tensor bias, Tensor ln_weight, Tensor ln_bias, Tensor mask, "
       "Tensor taps, Tensor readers, Tensor rows_per_request, float eps, int algorithm, int threads, Tensor grad, "
       "Tensor conv, Tensor mean, Tensor rstd, Tensor bag_rows, Tensor bag_offsets, Tensor residual_readers, "
       "Tensor(a!) d_x, Tensor(b!) d_weight, Tensor(c!) d_bias, Tensor(d!) d_ln_weight, Tensor(e!) d_ln_bias, "
-      "Tensor(f!) d_mask, Tensor(g!) d_residual) -> ()");
+      "Tensor(f!) d_mask, Tensor(g!) d_residual, Tensor(h!) d_addend) -> ()");
 }
 
 // These take no tensor, so no device chooses between implementations.

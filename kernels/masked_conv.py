@@ -125,9 +125,9 @@ def columns_of_piece(piece, PIECES: tl.constexpr, SPANS: tl.constexpr, COLUMNS: 
 
 @triton.jit(do_not_specialize=["count", "source_count", "residual_count", "requests"])
 def forward_kernel(
-    x, taps, weight, bias, ln_weight, ln_bias, mask, row_ends, residual, residual_rows, out, conv, mean, rstd,
+    x, taps, weight, bias, ln_weight, ln_bias, mask, row_ends, addend, residual, residual_rows, out, conv, mean, rstd,
     count, source_count, residual_count, requests, channels_in, channels_out, stride_tap, stride_channel, eps,
-    RESIDUAL: tl.constexpr, SAVE: tl.constexpr, WHOLE: tl.constexpr, PIECES: tl.constexpr,
+    ADDEND: tl.constexpr, RESIDUAL: tl.constexpr, SAVE: tl.constexpr, WHOLE: tl.constexpr, PIECES: tl.constexpr,
     TAPS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -154,6 +154,9 @@ def forward_kernel(
         o_piece = columns_of_piece(piece, PIECES, SPANS, BLOCK_COLUMNS)
         m_piece = o_piece < channels_out
         part = sums[piece] + tl.load(bias + o_piece, mask=m_piece, other=0.0).to(tl.float32)[None, :]
+        if ADDEND:
+            p_addend = addend + o_rows.to(tl.int64)[:, None] * channels_out + o_piece[None, :]
+            part += tl.load(p_addend, mask=m_rows[:, None] & m_piece[None, :], other=0.0).to(tl.float32)
         average += tl.sum(part, 1)
         if SAVE:
             p_conv = conv + o_rows.to(tl.int64)[:, None] * channels_out + o_piece[None, :]
@@ -201,8 +204,9 @@ def packed_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     row_ends: Tensor, residual: Tensor | None, residual_rows: Tensor | None, eps: float, save: bool, precision: str = "ieee",
+    addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`mask[q(r)] * relu(LayerNorm(bias + sum_k weight[:, :, k] @ x[taps[r, k]])) (+ residual[residual_rows[r]])`.
+    """`mask[q(r)] * relu(LayerNorm(bias + sum_k weight[:, :, k] @ x[taps[r, k]] (+ addend[r]))) (+ residual[residual_rows[r]])`.
 
     Args:
         x: `[rows_in, f_in]`, float32, bfloat16 or float16.
@@ -213,9 +217,10 @@ def forward(
         residual: `[n, f_out]` of x's dtype. residual_rows: int32 `[rows]`. Both or none.
         save: whether what backward needs is wanted.
         precision: of products of float32: "ieee" or "tf32".
+        addend: `[rows, f_out]` of x's dtype.
 
     Returns:
-        The output `[rows, f_out]` and the convolution `[rows, f_out]` in x's dtype, its mean and 1/std, float32 `[rows, 1]`;
+        The output `[rows, f_out]` and what LayerNorm takes `[rows, f_out]` in x's dtype, its mean and 1/std, float32 `[rows, 1]`;
         the last three empty without `save`.
     """
     device, dtype = x.device, x.dtype
@@ -227,13 +232,15 @@ def forward(
     mean, rstd = (torch.empty((kept, 1), dtype=torch.float32, device=device) for _ in range(2))
     wide = operand(x.contiguous(), dtype)
     added = wide if residual is None else operand(residual.contiguous(), dtype)
+    before = wide if addend is None else operand(addend.contiguous(), dtype)
     launch(
         forward_kernel, (tile_count(count, requests, sizes.rows),), sizes, device, x=wide, taps=taps.contiguous(),
         weight=kernel, bias=vector(bias), ln_weight=vector(ln_weight), ln_bias=vector(ln_bias), mask=vector(mask),
-        row_ends=row_ends, residual=added, residual_rows=taps if residual_rows is None else residual_rows.contiguous(),
+        row_ends=row_ends, addend=before, residual=added,
+        residual_rows=taps if residual_rows is None else residual_rows.contiguous(),
         out=out, conv=conv, mean=mean, rstd=rstd, count=count, source_count=x.shape[0], residual_count=added.shape[0],
         requests=requests, channels_in=f_in, channels_out=f_out, stride_tap=kernel.stride(0), stride_channel=kernel.stride(1),
-        eps=float(eps), RESIDUAL=residual is not None, SAVE=save, WHOLE=f_out == columns,
+        eps=float(eps), ADDEND=addend is not None, RESIDUAL=residual is not None, SAVE=save, WHOLE=f_out == columns,
         PIECES=max(columns // (sizes.columns or columns), 1), TAPS=kernel_size,
         COMPUTE=operand_dtype(x), PRECISION=precision, BLOCK_ROWS=sizes.rows, BLOCK_COLUMNS=columns, DEPTH=sizes.depth,
     )  # fmt: skip

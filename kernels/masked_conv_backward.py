@@ -225,8 +225,8 @@ def gather_kernel(
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor, readers: Tensor,
     bag_rows: Tensor, bag_offsets: Tensor, row_ends: Tensor, residual_readers: Tensor | None, conv: Tensor, mean: Tensor,
-    rstd: Tensor, need_input: bool, precision: str = "ieee", frozen: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rstd: Tensor, need_input: bool, precision: str = "ieee", need_weight: bool = True, need_addend: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `sum(grad * output)`.
 
     Args:
@@ -234,16 +234,14 @@ def backward(
         readers, bag_rows, bag_offsets: see `teracon_fast.packing.TapTable`.
         residual_readers: int32 `[n]`, the output row that adds each row of the residual, or none if it needs no gradient.
         conv, mean, rstd: of `masked_conv.forward`. Others: as there. What padding rows hold is not looked at.
-        need_input: whether x's gradient is wanted.
-        frozen: input channels, the first ones, whose weights need no gradient.
+        need_input, need_weight, need_addend: whether the gradient of x, of the weight, of an addend is wanted.
 
     Returns:
-        d(x), d(weight), d(bias), d(ln_weight), d(ln_bias), d(mask), d(residual) in the dtypes of those, that of the bias in
-        weight's; the first and the last empty where not wanted, d(weight) `[f_out, f_in - frozen, K]`.
+        d(x), d(weight), d(bias), d(ln_weight), d(ln_bias), d(mask), d(residual), d(addend) in the dtypes of those, that of the
+        bias in weight's; empty where not wanted.
     """
     device, dtype = x.device, x.dtype
     (count, kernel_size), (f_out, f_in, _), requests = taps.shape, weight.shape, mask.shape[0]
-    trained = f_in - frozen
     bags, columns = bag_offsets.shape[0] - 1, power_of_two(f_out)
     wide_grad, taps, row_ends = operand(grad.contiguous(), dtype), taps.contiguous(), row_ends.contiguous()
     dz = result((count + bags, f_out), dtype, device)[0]
@@ -265,17 +263,20 @@ def backward(
     )  # fmt: skip
     dz = operand(dz, dtype)
     d_x = _input_gradient(dz, weight, readers, dtype, precision) if need_input else x.new_empty(0)
-    shares = _weight_shares(x[:, frozen:], taps, dz, precision)
-    d_weight, d_bias = (result(shape, weight.dtype, device) for shape in ((f_out, trained, kernel_size), (f_out,)))
+    shares = _weight_shares(x, taps, dz, precision) if need_weight else x.new_empty(0, dtype=torch.float32)
+    shape = (f_out, f_in, kernel_size) if need_weight else (0,)
+    d_weight, d_bias = result(shape, weight.dtype, device), result((f_out,), weight.dtype, device)
     d_ln_weight, d_ln_bias = (result((f_out,), ln_weight.dtype, device) for _ in range(2))
     d_mask = result((requests, f_out), mask.dtype, device)
     programs = (requests + 3) * triton.cdiv(f_out, _FINISH.columns) + triton.cdiv(d_weight.numel(), _ELEMENTS)
     launch(
         finish_kernel, (programs,), _FINISH, device, shares=shares, d_weight=d_weight, sums=sums, row_ends=row_ends,
         d_mask=d_mask, d_ln_weight=d_ln_weight, d_ln_bias=d_ln_bias, d_bias=d_bias, parts=shares.shape[0], requests=requests,
-        channels_in=trained, channels_out=f_out, TAPS=kernel_size, ELEMENTS=_ELEMENTS, BLOCK_ROWS=_NORM.rows,
+        channels_in=f_in, channels_out=f_out, TAPS=kernel_size, ELEMENTS=_ELEMENTS, BLOCK_ROWS=_NORM.rows,
         STEP=_FINISH.depth, BLOCK_COLUMNS=_FINISH.columns,
     )  # fmt: skip
+    # A copy: an operation's result is no part of another.
+    d_addend = dz[:count].to(dtype, copy=True) if need_addend else x.new_empty(0)
     d_residual = x.new_empty(0)
     if residual_readers is not None:
         d_residual = result((residual_readers.shape[0], f_out), dtype, device)
@@ -287,7 +288,7 @@ def backward(
         d_residual = finished(d_residual, dtype)
     return (
         d_x, finished(d_weight, weight.dtype), finished(d_bias, weight.dtype), finished(d_ln_weight, ln_weight.dtype),
-        finished(d_ln_bias, ln_weight.dtype), finished(d_mask, mask.dtype), d_residual,
+        finished(d_ln_bias, ln_weight.dtype), finished(d_mask, mask.dtype), d_residual, d_addend,
     )  # fmt: skip
 
 
@@ -309,8 +310,6 @@ def _input_gradient(dz: Tensor, weight: Tensor, readers: Tensor, dtype: torch.dt
 def _weight_shares(x: Tensor, taps: Tensor, dz: Tensor, precision: str) -> Tensor:
     """Parts of the weight's gradient, float32 `[shares, K, f_out, f_in]`."""
     (count, kernel_size), f_out, f_in, device = taps.shape, dz.shape[1], x.shape[1], x.device
-    if not f_in:
-        return torch.empty((0, kernel_size, f_out, 0), dtype=torch.float32, device=device)
     sizes = config("conv_weight", device, x.dtype, f_out)
     owners = (triton.cdiv(f_out, sizes.rows), kernel_size * triton.cdiv(f_in, sizes.columns))
     parts, share = split(owners[0] * owners[1], triton.cdiv(count, sizes.depth), device)

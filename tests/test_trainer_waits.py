@@ -28,6 +28,7 @@ HOST = "works on tensors that are on the host whatever the model's device"
 CPU_ONLY = "a branch for the CPU; other devices take one that does not wait"
 ALLOWED = {
     ("packing.py", "*"): HOST,  # tables
+    ("trainer.py", "tolist"): "reads rho of the step before: waits for that step's masks, not for the step",
     ("backbone.py", "run"): HOST,  # drawn users, to numpy for the packing
     ("_heads.py", "require_range"): CPU_ONLY,
     ("_heads.py", "_is_unit"): CPU_ONLY,

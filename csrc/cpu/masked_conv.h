@@ -36,10 +36,11 @@ struct MaskedConv : Convolution {
 
 template <class E>
 struct MaskedConvForward {
+  const E* addend;               // [rows, f_out], added before LayerNorm; null when there is none
   const E* residual;             // null when there is none
   const int32_t* residual_rows;  // [rows]
   E* out;                        // [rows, f_out]
-  E* conv;                       // [rows, f_out], before LayerNorm; null when backward will not run
+  E* conv;                       // [rows, f_out], what LayerNorm takes; null when backward will not run
   float* mean;                   // [rows]
   float* rstd;                   // [rows]
 };
@@ -56,13 +57,13 @@ struct MaskedConvBackward {
   const int32_t* residual_readers;  // [residual_count], null when the residual needs no gradient
   int64_t residual_count;
   E* d_x;              // [rows_in, f_in], null when not needed
-  int64_t frozen;      // input channels, the first ones, whose weights need no gradient
-  float* d_weight;     // [f_out, f_in - frozen, kernel_size]
+  float* d_weight;     // [f_out, f_in, kernel_size], null when not needed
   float* d_bias;       // [f_out]
   float* d_ln_weight;  // [f_out]
   float* d_ln_bias;    // [f_out]
   float* d_mask;       // [requests, f_out]
   E* d_residual;       // [residual_count, f_out]
+  E* d_addend;         // [rows, f_out], null when not needed
 };
 
 template <class E>

@@ -66,15 +66,17 @@ class RequestOf {
   Array<int64_t> ends_;
 };
 
-// LayerNorm, ReLU, mask and residual of one row; z [ldc] holds its sums and is overwritten. A mask that is null is
+// Addend, LayerNorm, ReLU, mask and residual of one row; z [ldc] holds its sums and is overwritten. A mask that is null is
 // 1 in every channel.
 template <class E>
 static TERACON_INLINE void finish_row(const MaskedConv<E>& op, const MaskedConvForward<E>& io, int64_t row, int64_t request,
                                       float* z) {
   const int64_t f = op.f_out;
+  const E* before = io.addend == nullptr ? nullptr : io.addend + row * f;
   V total = V{}, squares = V{};
   for (int64_t i = 0; i < f; i += W) {
-    const V value = load(z + i) + load_part(op.bias + i, f - i);
+    V value = load(z + i) + load_part(op.bias + i, f - i);
+    if (before != nullptr) value += load_part(before + i, f - i);
     store(z + i, value);
     total += value;
   }
@@ -124,12 +126,12 @@ static void forward(const MaskedConv<E>& op, const MaskedConvForward<E>& io) {
 // What one thread sums up in backward.
 template <class E>
 struct Partial {
-  Partial(const MaskedConv<E>& op, int64_t trained, int64_t ldz)
+  Partial(const MaskedConv<E>& op, int64_t f_in, int64_t ldz)
       : d_bias(ldz, true),
         d_ln_weight(ldz, true),
         d_ln_bias(ldz, true),
         d_mask(op.requests * ldz, true),
-        d_kernel(op, trained, ldz) {}
+        d_kernel(op, f_in, ldz) {}
   Array<float> d_bias, d_ln_weight, d_ln_bias, d_mask;
   WeightGradient<E> d_kernel;
 };
@@ -172,14 +174,14 @@ static TERACON_INLINE void row_backward(const MaskedConv<E>& op, const MaskedCon
 
 template <class E>
 static void backward(const MaskedConv<E>& op, const MaskedConvBackward<E>& io) {
-  const int64_t f = op.f_out, ldz = round_up(f, NR), trained = op.f_in - io.frozen;
-  const bool need_input = io.d_x != nullptr;
+  const int64_t f = op.f_out, ldz = round_up(f, NR);
+  const bool need_input = io.d_x != nullptr, need_weight = io.d_weight != nullptr;
   const OwnedPlan plan(op.taps, op.rows, op.readers, op.rows_in, op.kernel_size, op.algorithm);
   const OwnedPlan back(op.readers, need_input ? op.rows_in : 0, op.taps, op.rows, op.kernel_size, op.algorithm);
   const PackedWeights<Operand<E>> weights = pack(op, *back, true);
   // Rows of dz are padded with zeros to whole tiles.
   Array<E> dz((op.rows + io.bags) * ldz), zeros(std::max(ldz, op.f_in), true);
-  const RowSource<E> x{op.x + io.frozen, trained, op.f_in, zeros.get()};
+  const RowSource<E> x{op.x, op.f_in, op.f_in, zeros.get()};
   const RowSource<E> gradients{dz.get(), round_up(f, Units<Operand<E>>::kDepth), ldz, zeros.get()};
   RequestOf request_of(op);
   // One per thread; each lives in its thread's scope, which ends after the sums over threads.
@@ -187,12 +189,13 @@ static void backward(const MaskedConv<E>& op, const MaskedConvBackward<E>& io) {
   in_parallel(op.threads, [&] {
     const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
     int64_t low, high;
-    Partial<E> own(op, trained, ldz);
+    Partial<E> own(op, need_weight ? op.f_in : 0, ldz);
     partials.get()[thread] = &own;
     Array<float> work(ldz);
     share(op.rows, threads, thread, &low, &high);
     for (int64_t row = low; row < high; ++row) {
       row_backward(op, io, row, request_of(row), ldz, work.get(), dz.get() + row * ldz, &own);
+      if (io.d_addend != nullptr) std::memcpy(io.d_addend + row * f, dz.get() + row * ldz, f * sizeof(E));
     }
 #pragma omp barrier
     // Pad rows with several readers: one row per bag, summed in the order of its members.
@@ -207,7 +210,7 @@ static void backward(const MaskedConv<E>& op, const MaskedConvBackward<E>& io) {
         store(to + i, total);
       }
     }
-    if (trained != 0) {
+    if (need_weight) {
       share(plan->split.pair_count, threads, thread, &low, &high);
       own.d_kernel.add_pairs(*plan, low, high, x, gradients);
       share(plan->split.single_count, threads, thread, &low, &high);
@@ -242,8 +245,8 @@ static void backward(const MaskedConv<E>& op, const MaskedConvBackward<E>& io) {
       total(&Partial<E>::d_ln_weight, first, io.d_ln_weight + first);
       total(&Partial<E>::d_ln_bias, first, io.d_ln_bias + first);
       for (int64_t q = 0; q < op.requests; ++q) total(&Partial<E>::d_mask, q * ldz + first, io.d_mask + q * f + first);
-      // [trained * kernel_size] sums of W outputs at a time, W of them transposed at once.
-      const int64_t pitch = trained * op.kernel_size;
+      // [f_in * kernel_size] sums of W outputs at a time, W of them transposed at once.
+      const int64_t pitch = need_weight ? op.f_in * op.kernel_size : 0;
       for (int64_t q = 0; q < pitch; q += W) {
         V v[W];
         for (int i = 0; i < W; ++i) {

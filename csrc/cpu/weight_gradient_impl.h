@@ -8,7 +8,7 @@ class WeightGradient {
   typedef Operand<E> T;
 
  public:
-  // Of the last `f_in` input channels.
+  // Of `f_in` input channels: all of them, or none where no gradient is needed.
   WeightGradient(const Convolution& op, int64_t f_in, int64_t ldz)
       : f_in_(f_in),
         kernel_size_(op.kernel_size),

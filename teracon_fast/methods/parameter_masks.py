@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from teracon_fast import ops
 from teracon_fast.backbone import Convolution, PackedPositions
 from teracon_fast.methods.teracon import Teracon
 from teracon_fast.tcn import Encode, FastTCN
@@ -58,11 +59,12 @@ class WeightMaskedTCN(FastTCN):
     ) -> list[Tensor]:
         found = []
         for (users, drop), masks in zip(requests, chosen.unbind(1), strict=True):
-            rows, real = x, lengths
-            if users is not None:
-                rows = x[users.to(x.device)]
-                real = None if lengths is None else lengths[users.cpu().numpy()]
-            found.append(self.represent(rows, None, drop, real, self.masked_weights(masks)))
+            weights = self.masked_weights(masks)
+            if users is None:
+                found.append(self.represent(x, None, drop, lengths, weights))
+            else:
+                hidden, packed = self.run(x, [(users, drop)], None, lengths, weights=weights)
+                found.append(ops.gather_rows(hidden, packed.outputs[0]))
         return found
 
     def encoder(self, s: float = 50.0) -> Encode:

@@ -12,7 +12,6 @@ from functools import partial
 from typing import cast
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -57,22 +56,16 @@ class Patches(nn.Module):
         self, backbone: Backbone, site: int, x: Tensor, mask: Tensor, table: packing.TapTable,
         residual: Tensor | None = None, residual_table: packing.ResidualTable | None = None, weight: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """`Backbone.convolve` of a frozen network with the site's patch beside it.
-
-        The bottleneck's activations are further input channels of the convolution: their weights are those of `up` at the last
-        tap, which reads the same position, and zeros at the others. So one product has both sums before LayerNorm sees them,
-        and only the weights of those channels have a gradient.
-        """
+        """`Backbone.convolve` with the site's patch beside the convolution; its last tap is what reads the same position."""
         conv, norm = backbone.site(site)
         patch = cast(Patch, self.patches[site])
         assert conv.bias is not None
-        own = (conv.weight if weight is None else weight).squeeze(2)
-        bottleneck = F.leaky_relu(patch.down(x), self.slope)
-        added = F.pad(patch.up.weight[:, :, None], (own.shape[2] - 1, 0))
+        # The bottleneck of all input rows, then of those wanted: less is gathered than of the input. Padding reads any.
+        bottleneck = ops.gather_rows(F.leaky_relu(patch.down(x), self.slope), table.taps[:, -1].clamp_min(0).long())
         return ops.masked_conv(
-            torch.cat([x, bottleneck.to(x.dtype)], 1), torch.cat([own, added], 1), conv.bias + patch.up.bias, norm.weight,
-            norm.bias, mask, table, residual=residual, residual_table=residual_table, eps=norm.eps, backend=backbone.backend,
-            algorithm=backbone.algorithm, frozen=own.shape[1],
+            x, (conv.weight if weight is None else weight).squeeze(2), conv.bias, norm.weight, norm.bias, mask, table,
+            residual=residual, residual_table=residual_table, addend=patch.up(bottleneck), eps=norm.eps,
+            backend=backbone.backend, algorithm=backbone.algorithm,
         )  # fmt: skip
 
 

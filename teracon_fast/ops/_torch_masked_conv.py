@@ -51,9 +51,9 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bags: int, rows_per_request: list[int], row_ends: Tensor, residual: Tensor | None,
     residual_rows: Tensor | None, eps: float,
-    algorithm: str, save: bool,
+    algorithm: str, save: bool, addend: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Output `[rows, f_out]`; for backward (empty unless `save`) the convolution `[rows, f_out]`, mean and 1/std `[rows, 1]`."""
+    """Output `[rows, f_out]`; for backward (empty unless `save`) LayerNorm's input `[rows, f_out]`, mean, 1/std `[rows, 1]`."""
     rows, f_out = taps.shape[0], weight.shape[0]
     kernel, bias = weight.to(x.dtype).permute(2, 1, 0).reshape(-1, f_out), bias.to(x.dtype)
     out = x.new_empty(rows, f_out)
@@ -65,6 +65,8 @@ def forward(
     rstd = x.new_empty(kept, 1, dtype=statistics)
     for request, part in _chunks(rows_per_request, kernel.shape[0] * x.element_size(), x.device):
         z = torch.addmm(bias, _gather(x, taps[part]), kernel)
+        if addend is not None:
+            z += addend[part]
         y, mean_part, rstd_part = torch.native_layer_norm(z, (f_out,), ln_weight, ln_bias, eps)
         if save:
             conv[part], mean[part], rstd[part] = z, mean_part, rstd_part
@@ -79,11 +81,9 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
     residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, algorithm: str, need_input: bool,
-    frozen: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, weight, bias, ln_weight, ln_bias, mask, residual (empty where not needed).
-
-    That of the weight is of the input channels from `frozen` on, `[f_out, f_in - frozen, K]`.
+    need_weight: bool, need_addend: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, weight, bias, ln_weight, ln_bias, mask, residual, addend (empty where not needed).
 
     No scatter and no atomics: the input's gradient gathers from its readers, so results do not change from run to run.
     """
@@ -92,9 +92,7 @@ def backward(
     sums, parameters = statistics_dtype(x.dtype), ln_weight.dtype
     mask_dtype = mask.dtype
     ln_weight, ln_bias, mask = ln_weight.to(sums), ln_bias.to(sums), mask.to(sums)
-    trained = f_in - frozen
-    moving = x[:, frozen:]
-    d_kernel = weight.new_zeros(kernel_size * trained, f_out, dtype=sums)
+    d_kernel = weight.new_zeros(kernel_size * f_in if need_weight else 0, f_out, dtype=sums)
     d_bias = weight.new_zeros(f_out, dtype=sums)
     d_ln_weight, d_ln_bias = torch.zeros_like(ln_weight), torch.zeros_like(ln_bias)
     d_mask = torch.zeros_like(mask)
@@ -110,11 +108,12 @@ def backward(
         )
         d_ln_weight += dw
         d_ln_bias += db
-        gathered = _gather(moving, taps[part])
-        if sums == x.dtype:
-            d_kernel.addmm_(gathered.t(), dz_part)
-        else:
-            d_kernel += gathered.t() @ dz_part
+        if need_weight:
+            gathered = _gather(x, taps[part])
+            if sums == x.dtype:
+                d_kernel.addmm_(gathered.t(), dz_part)
+            else:
+                d_kernel += gathered.t() @ dz_part
         d_bias += dz_part.sum(0, dtype=sums)
         dz[part] = dz_part
     if bags:
@@ -123,10 +122,13 @@ def backward(
     d_residual = grad.new_empty(0)
     if residual_readers is not None:
         d_residual = _gather(grad, residual_readers[:, None])
-    d_weight = d_kernel.view(kernel_size, trained, f_out).permute(2, 1, 0).contiguous().to(weight.dtype)
+    d_weight = weight.new_empty(0)
+    if need_weight:
+        d_weight = d_kernel.view(kernel_size, f_in, f_out).permute(2, 1, 0).contiguous().to(weight.dtype)
+    d_addend = dz[:rows].clone() if need_addend else grad.new_empty(0)  # an operation's result is no part of another
     return (
         d_x, d_weight, d_bias.to(weight.dtype), d_ln_weight.to(parameters), d_ln_bias.to(parameters),
-        d_mask.to(mask_dtype), d_residual,
+        d_mask.to(mask_dtype), d_residual, d_addend,
     )  # fmt: skip
 
 

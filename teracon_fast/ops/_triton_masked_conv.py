@@ -14,7 +14,7 @@ from teracon_fast.backends import BackendError
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bags: int, rows_per_request: list[int], row_ends: Tensor, residual: Tensor | None,
-    residual_rows: Tensor | None, eps: float, algorithm: str, save: bool,
+    residual_rows: Tensor | None, eps: float, algorithm: str, save: bool, addend: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `_torch_masked_conv.forward`; rows from `row_ends[-1]` on are left unwritten.
 
@@ -28,7 +28,8 @@ def forward(
     if most > kernels.MOST_CHANNELS:
         raise BackendError(f"masked_conv: backend 'triton' takes up to {kernels.MOST_CHANNELS} channels, got {most}")
     return kernels.forward(
-        x, weight, bias, ln_weight, ln_bias, mask, taps, row_ends, residual, residual_rows, eps, save, dot_precision(x.device)
+        x, weight, bias, ln_weight, ln_bias, mask, taps, row_ends, residual, residual_rows, eps, save, dot_precision(x.device),
+        addend,
     )  # fmt: skip
 
 
@@ -36,13 +37,13 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
     residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, algorithm: str, need_input: bool,
-    frozen: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    need_weight: bool, need_addend: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `_torch_masked_conv.backward`."""
     from teracon_fast.kernels import masked_conv_backward as kernels
     from teracon_fast.kernels.tiles import dot_precision
 
     return kernels.backward(
         grad, x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets, row_ends, residual_readers,
-        conv, mean, rstd, need_input, dot_precision(x.device), frozen,
+        conv, mean, rstd, need_input, dot_precision(x.device), need_weight, need_addend,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Masked dilated causal convolution on packed rows, with LayerNorm, ReLU, output mask and residual in one operation.
 
-`y[r] = mask[q(r)] * relu(LayerNorm(bias + sum_k W[:, :, k] @ x[taps[r, k]])) (+ residual[residual_rows[r]])`
+`y[r] = mask[q(r)] * relu(LayerNorm(bias + sum_k W[:, :, k] @ x[taps[r, k]] (+ addend[r]))) (+ residual[residual_rows[r]])`
 
 (Eq. 1 to 3 and 7 of the TERACON paper, on gathered rows; indirect convolution after Dukhan 2019, arXiv 1907.02129.)
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from teracon_fast import backends
@@ -25,15 +24,15 @@ class _Implementation(Protocol):
     def forward(
         self, x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
         readers: Tensor, bags: int, rows_per_request: list[int], row_ends: Tensor, residual: Tensor | None,
-        residual_rows: Tensor | None, eps: float, algorithm: str, save: bool,
+        residual_rows: Tensor | None, eps: float, algorithm: str, save: bool, addend: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
 
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
         readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
         residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float,
-        algorithm: str, need_input: bool, frozen: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
+        algorithm: str, need_input: bool, need_weight: bool, need_addend: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
 
 
 ALGORITHMS = ("auto", "direct", "winograd")
@@ -53,10 +52,10 @@ def masked_conv(
     *,
     residual: Tensor | None = None,
     residual_table: ResidualTable | None = None,
+    addend: Tensor | None = None,
     eps: float = 1e-8,
     backend: str = "auto",
     algorithm: str = "auto",
-    frozen: int = 0,
 ) -> Tensor:
     """One convolution of the network over packed rows.
 
@@ -69,14 +68,14 @@ def masked_conv(
         mask: `[requests, f_out]`; row `q` multiplies the `table.rows_per_request[q]` consecutive output rows of request q.
         table: which rows each output row reads (see `teracon_fast.packing`).
         residual: `[rows, f_out]` added after the mask through `residual_table`; both or none.
+        addend: `[rows_out, f_out]` added to the convolution, before LayerNorm: what is trained beside a frozen convolution. A
+            weight that needs no gradient costs none.
         eps: added to the variance.
         backend: "auto", "torch", or another that `teracon_fast.env_report()` lists as available.
         algorithm: "direct": one product per tap; "winograd": two outputs one dilation apart from four products instead of six,
             by minimal filtering F(2,3) (Lavin & Gray 2015, arXiv 1509.09308), outputs without a partner directly, only with
             K = 3 and the `cpu` backend; "auto": what measures faster. The rounding error of "winograd" is about 1.5 times that
             of "direct".
-        frozen: of the input channels, so many at the front have weights that are constants: their part of the weight's
-            gradient is zeros and costs nothing. What is trained beside a frozen convolution is appended to its input.
 
     Returns:
         `[rows_out, f_out]`, differentiable with respect to every floating argument.
@@ -89,24 +88,23 @@ def masked_conv(
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         residual = None if residual is None else residual.to(dtype)
-    _check(x, weight, bias, ln_weight, ln_bias, mask, table, residual, residual_table)
+        addend = None if addend is None else addend.to(dtype)
+    _check(x, weight, bias, ln_weight, ln_bias, mask, table, residual, residual_table, addend)
     _check_algorithm(algorithm, backend, weight.shape[2], x)
-    if not 0 <= frozen <= weight.shape[1]:
-        raise ShapeError(f"masked_conv: frozen is {frozen}, expected 0 to f_in = {weight.shape[1]}")
     floating = (x, weight, bias, ln_weight, ln_bias, mask)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (*floating, residual) if t is not None)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (*floating, residual, addend) if t is not None)
     rows, back = (None, None) if residual_table is None else residual_table
     output: Tensor = _masked_conv(
         x.contiguous(), weight, bias, ln_weight, ln_bias, mask, table.taps, table.readers, table.bag_rows,
         table.bag_offsets, list(table.rows_per_request), table.row_ends, residual, rows, back, eps, backend, algorithm, save,
-        frozen,
+        addend,
     )[0]  # fmt: skip
     return output
 
 
 def _check(
     x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, table: TapTable,
-    residual: Tensor | None, residual_table: ResidualTable | None,
+    residual: Tensor | None, residual_table: ResidualTable | None, addend: Tensor | None,
 ) -> None:  # fmt: skip
     def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device != x.device:
@@ -135,6 +133,8 @@ def _check(
     expect("table.row_ends", table.row_ends, (len(table.rows_per_request),), (torch.int32,))
     if sum(table.rows_per_request) != rows_out:
         raise ShapeError(f"masked_conv: rows_per_request sums to {sum(table.rows_per_request)}, expected {rows_out} rows")
+    if addend is not None:
+        expect("addend", addend, (rows_out, f_out), same)
     if (residual is None) != (residual_table is None):
         raise ShapeError("masked_conv: residual and residual_table go together: one is given, the other is not")
     if residual is not None and residual_table is not None:
@@ -158,12 +158,12 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
     residual: Tensor | None, residual_rows: Tensor | None, residual_readers: Tensor | None, eps: float, backend: str,
-    algorithm: str, save: bool, frozen: int = 0,
+    algorithm: str, save: bool, addend: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     implementation = _IMPLEMENTATIONS[backends.resolve(backend, "masked_conv", x.device, x.dtype)]
     return implementation.forward(
         x, weight, bias, ln_weight, ln_bias, mask, taps, readers, bag_offsets.shape[0] - 1, rows_per_request, row_ends,
-        residual, residual_rows, eps, algorithm, save,
+        residual, residual_rows, eps, algorithm, save, addend,
     )  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def _forward_fake(
     x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
     residual: Tensor | None, residual_rows: Tensor | None, residual_readers: Tensor | None, eps: float, backend: str,
-    algorithm: str, save: bool, frozen: int = 0,
+    algorithm: str, save: bool, addend: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, f_out = taps.shape[0], weight.shape[0]
     kept = rows if save else 0
@@ -188,12 +188,12 @@ def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
     residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, backend: str, algorithm: str,
-    need_input: bool, frozen: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    need_input: bool, need_weight: bool, need_addend: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     implementation = _IMPLEMENTATIONS[backends.resolve(backend, "masked_conv", x.device, x.dtype)]
     return implementation.backward(
         grad, x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets, rows_per_request,
-        row_ends, residual_readers, conv, mean, rstd, eps, algorithm, need_input, frozen,
+        row_ends, residual_readers, conv, mean, rstd, eps, algorithm, need_input, need_weight, need_addend,
     )  # fmt: skip
 
 
@@ -201,29 +201,29 @@ def _backward_fake(
     grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
     readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
     residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, backend: str, algorithm: str,
-    need_input: bool, frozen: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    need_input: bool, need_weight: bool, need_addend: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     residual_shape = (0,) if residual_readers is None else (residual_readers.shape[0], weight.shape[0])
     return (
         x.new_empty(x.shape if need_input else (0,)),
-        weight.new_empty(weight.shape[0], weight.shape[1] - frozen, weight.shape[2]),
+        weight.new_empty(weight.shape if need_weight else (0,)),
         weight.new_empty(weight.shape[0]),
         torch.empty_like(ln_weight),
         torch.empty_like(ln_bias),
         torch.empty_like(mask),
         grad.new_empty(residual_shape),
+        grad.new_empty(grad.shape if need_addend else (0,)),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (x, weight, _, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets,
-     rows_per_request, row_ends, _, _, residual_readers, eps, backend, algorithm, _, frozen) = inputs  # fmt: skip
+     rows_per_request, row_ends, _, _, residual_readers, eps, backend, algorithm, _, _) = inputs  # fmt: skip
     _, conv, mean, rstd = output
     ctx.save_for_backward(
         x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets, row_ends, residual_readers, conv, mean, rstd
     )
     ctx.rows_per_request, ctx.eps, ctx.backend, ctx.algorithm = rows_per_request, eps, backend, algorithm
-    ctx.frozen = frozen
     ctx.set_materialize_grads(False)
 
 
@@ -233,18 +233,15 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     (x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets, row_ends,
      residual_readers, conv, mean, rstd) = ctx.saved_tensors  # fmt: skip
     need = ctx.needs_input_grad
-    frozen = ctx.frozen if need[1] else weight.shape[1]
-    d_x, d_weight, d_bias, d_ln_weight, d_ln_bias, d_mask, d_residual = _masked_conv_backward(
+    d_x, d_weight, d_bias, d_ln_weight, d_ln_bias, d_mask, d_residual, d_addend = _masked_conv_backward(
         grad.contiguous(), x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets,
         ctx.rows_per_request, row_ends, residual_readers if need[12] else None, conv, mean, rstd, ctx.eps, ctx.backend,
-        ctx.algorithm, need[0], frozen,
+        ctx.algorithm, need[0], need[1], need[19],
     )  # fmt: skip
-    if need[1] and frozen:
-        d_weight = F.pad(d_weight, (0, 0, frozen, 0))
     gradients: list[Tensor | None] = [d_x, d_weight, d_bias, d_ln_weight, d_ln_bias, d_mask]
     gradients = [g if needed else None for g, needed in zip(gradients, need[:6], strict=True)]
-    tables, rest = (None,) * 6, (None,) * 7
-    return (*gradients, *tables, d_residual if need[12] else None, *rest)
+    tables, rest = (None,) * 6, (None,) * 6
+    return (*gradients, *tables, d_residual if need[12] else None, *rest, d_addend if need[19] else None)
 
 
 _FORWARD, _BACKWARD = "teracon_fast::masked_conv", "teracon_fast::masked_conv_backward"

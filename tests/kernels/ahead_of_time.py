@@ -95,7 +95,9 @@ def packing(dtype: torch.dtype, labels: int, channels: int) -> None:
 
 def conv_forward(dtype: torch.dtype, labels: int, channels: int) -> None:
     x, weight, vector, taps, row_ends = _conv(dtype, channels)
-    masked_conv.forward(x, weight, *[vector] * 3, vector[None], taps, row_ends, x, taps[:, 0], 1e-8, True)
+    arguments = x, weight, *[vector] * 3, vector[None], taps, row_ends, x, taps[:, 0], 1e-8, True
+    masked_conv.forward(*arguments)
+    masked_conv.forward(*arguments, addend=x)
 
 
 def conv_backward(dtype: torch.dtype, labels: int, channels: int) -> None:

@@ -43,7 +43,7 @@ KERNELS = {
     "topk": "topk_kernel |",
     "packing": "| tables_kernel bags_kernel cells_kernel",
     "masks": "| " + 3 * "task_masks_kernel task_masks_backward_kernel ",
-    "conv_forward": "forward_kernel |",
+    "conv_forward": "forward_kernel forward_kernel |",  # without and with an addend
     "conv_backward": "input_kernel weight_kernel | norm_backward_kernel bag_sums_kernel finish_kernel gather_kernel",
     "adam": "| step_kernel catch_up_kernel catch_up_kernel whole_step_kernel",
 }

@@ -50,35 +50,39 @@ def inputs(
 
 
 def by_kernels(
-    values: list[Tensor], table: TapTable, back: ResidualTable, residual: bool = True, need_input: bool = True
-) -> list[Tensor]:
-    """The output, and gradients of x, weight, bias, ln_weight, ln_bias, mask, residual."""
+    values: list[Tensor], table: TapTable, back: ResidualTable, residual: bool = True, need_input: bool = True,
+    need_weight: bool = True, addend: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """The output, and gradients of x, weight, bias, ln_weight, ln_bias, mask, residual, addend."""
     x, weight, bias, ln_weight, ln_bias, mask, added, grad = values
     added_rows = (added, back.rows) if residual else (None, None)
     out, conv, mean, rstd = masked_conv.forward(
-        x, weight, bias, ln_weight, ln_bias, mask, table.taps, table.row_ends, *added_rows, EPS, True
+        x, weight, bias, ln_weight, ln_bias, mask, table.taps, table.row_ends, *added_rows, EPS, True,
+        addend=addend,
     )
     gradients = masked_conv_backward.backward(
         grad, x, weight, ln_weight, ln_bias, mask, table.taps, table.readers, table.bag_rows, table.bag_offsets, table.row_ends,
-        back.readers if residual else None, conv, mean, rstd, need_input,
+        back.readers if residual else None, conv, mean, rstd, need_input, "ieee", need_weight, addend is not None,
     )  # fmt: skip
     return [out, *gradients]
 
 
 def by_torch(
-    values: list[Tensor], table: TapTable, back: ResidualTable, dtype: torch.dtype, residual: bool = True, need_input: bool = True
-) -> list[Tensor]:
+    values: list[Tensor], table: TapTable, back: ResidualTable, dtype: torch.dtype, residual: bool = True,
+    need_input: bool = True, need_weight: bool = True, addend: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
     """The same by the `torch` backend in another dtype."""
     x, weight, bias, ln_weight, ln_bias, mask, added, grad = (value.to(dtype) for value in values)
+    addend = None if addend is None else addend.to(dtype)
     rows = list(table.rows_per_request)
     added_rows = (added, back.rows) if residual else (None, None)
     out, *kept = plain.forward(
         x, weight, bias, ln_weight, ln_bias, mask, table.taps, table.readers, len(table.bag_offsets) - 1, rows,
-        table.row_ends, *added_rows, EPS, "auto", True,
+        table.row_ends, *added_rows, EPS, "auto", True, addend,
     )  # fmt: skip
     gradients = plain.backward(
         grad, x, weight, ln_weight, ln_bias, mask, table.taps, table.readers, table.bag_rows, table.bag_offsets, rows,
-        table.row_ends, back.readers if residual else None, *kept, EPS, "auto", need_input,
+        table.row_ends, back.readers if residual else None, *kept, EPS, "auto", need_input, need_weight, addend is not None,
     )  # fmt: skip
     return [out, *gradients]
 
@@ -114,20 +118,16 @@ def test_error_is_that_of_the_same_arithmetic_in_the_same_dtype(
     assert_as_exact(values, table, back, by_kernels(values, table, back))
 
 
-@pytest.mark.parametrize("frozen", [0, 3, 40])
-def test_weights_of_frozen_channels_have_no_gradient(device: torch.device, frozen: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [7, 40])
+def test_an_addend_beside_a_frozen_weight(device: torch.device, channels: int, dtype: torch.dtype) -> None:
     table, back = tables(device, [0, 4, 12, 12, 7, 1])
-    x, weight, bias, ln_weight, ln_bias, mask, _, grad = inputs(device, table, back, 40, 20)
-    kept = masked_conv.forward(x, weight, bias, ln_weight, ln_bias, mask, table.taps, table.row_ends, None, None, EPS, True)[1:]
-    arguments = (
-        grad, x, weight, ln_weight, ln_bias, mask, table.taps, table.readers, table.bag_rows, table.bag_offsets, table.row_ends,
-        None, *kept, True,
-    )  # fmt: skip
-    expected = masked_conv_backward.backward(*arguments)
-    got = masked_conv_backward.backward(*arguments, frozen=frozen)
-    torch.testing.assert_close(got[1], expected[1][:, frozen:])
-    for index in (0, 2, 3, 4, 5):
-        assert torch.equal(got[index], expected[index])
+    values = inputs(device, table, back, channels, channels, dtype)
+    addend = torch.randn(table.taps.shape[0], channels).to(device, dtype)
+    options: dict[str, Any] = {"need_weight": False, "addend": addend}
+    got = by_kernels(values, table, back, **options)
+    assert got[2].numel() == 0 and got[8].shape == addend.shape
+    assert_as_exact(values, table, back, got, **options)
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])

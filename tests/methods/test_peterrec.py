@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense_check import assert_close, gradients, ragged
-from dense_network import dense_states
+from dense_form import dense_states
 from torch import Tensor
 
 from teracon_fast import packing
@@ -145,7 +145,11 @@ def test_three_tasks_are_learnt_and_nothing_is_forgotten(tiny: TaskSequence, siz
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"reduction": 0}, "reduction is 0, expected 1 to 8"), ({"reduction": 9}, "reduction is 9"), ({"slope": 1.0}, "slope is 1.0")],
+    [
+        ({"reduction": 0}, "reduction is 0, expected 1 to 8"),
+        ({"reduction": 9}, "reduction is 9"),
+        ({"slope": 1.0}, "slope is 1.0"),
+    ],
 )
 def test_settings_that_make_no_patch_are_refused(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -96,8 +96,9 @@ def test_schema_and_fake() -> None:
         *values, table.taps, table.readers, table.bag_rows, table.bag_offsets, list(table.rows_per_request), table.row_ends,
         added, back.rows, back.readers, 1e-8, "triton", "auto",
     )  # fmt: skip
-    for save in (True, False):
-        torch.library.opcheck(_masked_conv, (*arguments, save), test_utils=("test_schema", "test_faketensor"))
+    addend = torch.randn(table.taps.shape[0], 5, device=DEVICE)
+    for rest in ((True, None), (False, None), (True, addend)):
+        torch.library.opcheck(_masked_conv, (*arguments, *rest), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_it_runs_on_request_only_and_is_refused_where_it_cannot_run() -> None:
@@ -152,7 +153,7 @@ def test_tf32_is_used_once_torch_allows_it(monkeypatch: pytest.MonkeyPatch) -> N
     table = packed().convolutions[0]
     used = []
     forward = kernels.forward
-    monkeypatch.setattr(kernels, "forward", lambda *arguments: used.append(arguments[-1]) or forward(*arguments))
+    monkeypatch.setattr(kernels, "forward", lambda *arguments: used.append(arguments[-2]) or forward(*arguments))
     values = [torch.randn(shape, device=DEVICE) for shape in [(table.rows_in, 5), (5, 5, 3), (5,), (5,), (5,), (2, 5)]]
     before = torch.get_float32_matmul_precision()
     try:
