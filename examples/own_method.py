@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from teracon_fast.backbone import Backbone
 from teracon_fast.data import Batch, DatasetWriter
 from teracon_fast.methods import METHODS, Group, Method, Place, group
 from teracon_fast.reproduce import Choices, reproduce
@@ -25,7 +26,7 @@ class HeadOnly(Method):
 
     def _start(self, task: int) -> None:
         if task == 0:
-            self.backbone = self.new_backbone()
+            self.backbone: Backbone = self.new_backbone()
 
     def _groups(self, phase: str) -> list[Group]:
         return [group(self.head(self.task), *([self.backbone] if self.task == 0 else []))]
@@ -38,9 +39,6 @@ class HeadOnly(Method):
             return self.backbone.represent(x, None, drop_last, lengths)
 
 
-METHODS[HeadOnly.name] = HeadOnly
-
-
 def write_data(folder: Path) -> None:
     """Users who walk up or down a row of 40 items; task 2 asks for the next but one, task 3 for the direction."""
     up, starts = np.random.default_rng(0).integers(0, [[2], [40]], (2, 300))
@@ -50,6 +48,8 @@ def write_data(folder: Path) -> None:
         writer.add_task("later", "label", items, labels=(items[:, -1] - 101 + np.where(up, 2, -2)) % 40 + 101)
         writer.add_task("direction", "label", items, labels=np.where(up, "up", "down"))
 
+
+METHODS[HeadOnly.name] = HeadOnly
 
 if __name__ == "__main__":
     output = Path(sys.argv[1])

@@ -19,7 +19,7 @@ EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "own_method.py"
 def test_the_example_is_short_and_writes_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert len(EXAMPLE.read_text("utf-8").splitlines()) <= 60
+    assert len(EXAMPLE.read_text("utf-8").splitlines()) < 60
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), str(tmp_path)])
     for name in list(METHODS):
         monkeypatch.setitem(METHODS, name, METHODS[name])  # what the example adds is taken out again

@@ -7,13 +7,17 @@ import importlib.util
 import inspect
 import json
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from teracon_fast.config import RunConfig, load_config
-from teracon_fast.data import TaskSequence, open_dataset
+from teracon_fast.data import TaskData, TaskSequence, open_dataset
 from teracon_fast.errors import ConfigError
 from teracon_fast.methods import HAT, METHODS, Conure, Method, Sizes, Teracon
 from teracon_fast.methods.conure import PRUNING
@@ -155,10 +159,19 @@ def identity(setup: Setup, cell: Cell, dataset: TaskSequence) -> dict[str, Any]:
         "settings": [{key: of_task[key] for key in of_task if key != "evaluate_batch_size"} for of_task in settings],
         "data": {
             "name": dataset.name, "num_items": dataset.num_items, "length": dataset.length,
-            "tasks": [{"name": t.name, "labels": t.num_labels, "samples": len(t.samples)} for t in dataset.tasks],
+            "tasks": [
+                {"name": task.name, "labels": task.num_labels, "samples": len(task.samples), "check": _check(task)}
+                for task in dataset.tasks
+            ],
         },
     }  # fmt: skip
     return dict(json.loads(json.dumps(found)))
+
+
+@lru_cache(maxsize=64)
+def _check(task: TaskData) -> int:
+    """A checksum of the samples: a data set that was prepared anew in the same folder is another one."""
+    return zlib.crc32(np.ascontiguousarray(task.samples).data)
 
 
 def cell_folder(setup: Setup, cell: Cell, dataset: TaskSequence) -> Path:

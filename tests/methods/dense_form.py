@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,12 @@ from teracon_fast.reference.model import causal_conv
 
 def dense_states(
     backbone: Backbone, x: Tensor, masks: Tensor | None = None, weights: Sequence[Tensor] | None = None,
-    pre_activation: bool = False,
+    pre_activation: bool = False, addend: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """States of all positions, `[B, L, f]`. masks: `[S, f]`; weights: S tensors `[f, f, 1, K]`.
 
     pre_activation: LayerNorm and ReLU come before the convolution, and nothing is masked.
+    addend: called with (site, the convolution's input `[B, L, f]`), what it returns is added before LayerNorm.
     """
     hidden = F.embedding(x, backbone.embeding.weight)
     for i, dilation in enumerate(backbone.dilations):
@@ -34,7 +35,9 @@ def dense_states(
                 inner = F.relu(F.layer_norm(inner, shape, norm.weight, norm.bias, norm.eps))
                 inner = causal_conv(inner, weight, conv.bias, step)
                 continue
+            added = None if addend is None else addend(number, inner)
             inner = causal_conv(inner, weight, conv.bias, step)
+            inner = inner if added is None else inner + added
             inner = F.relu(F.layer_norm(inner, shape, norm.weight, norm.bias, norm.eps))
             inner = inner if masks is None else masks[number] * inner
         hidden = hidden + inner

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense_check import assert_close, gradients, ragged
-from dense_network import dense_states
+from dense_form import dense_states
 from torch import Tensor
 
 from teracon_fast import FastTCN, packing
@@ -43,7 +43,7 @@ def dense_weights(model: FastTCN, task: int, s: float) -> list[Tensor]:
 
 
 def dense_last(model: FastTCN, x: Tensor, task: int, s: float, drop_last: int = 0) -> Tensor:
-    return dense_states(model, x, dense_weights(model, task, s))[:, -1 - drop_last]
+    return dense_states(model, x, weights=dense_weights(model, task, s))[:, -1 - drop_last]
 
 
 def begun(tasks: int) -> ParameterMasks:
@@ -68,7 +68,7 @@ def test_loss_and_gradients_are_those_of_the_dense_form(tasks: int) -> None:
     got = gradients(method)
     method.zero_grad()
     if teacher is None:
-        hidden = dense_states(model, x[:, :-1], dense_weights(model, 0, s)).flatten(0, 1)
+        hidden = dense_states(model, x[:, :-1], weights=dense_weights(model, 0, s)).flatten(0, 1)
         expected = F.cross_entropy(model.head(0)(hidden), x[:, 1:].flatten())
     else:
         expected = F.cross_entropy(model.head(task)(dense_last(model, x, task, s)), batch.y)
@@ -133,7 +133,7 @@ def test_requests_of_some_users_and_the_published_call(known: bool) -> None:
     expected = [dense_last(model, x, 2, 3.0), dense_last(model, x[users], 0, 3.0, 1), dense_last(model, x[users], 1, 3.0)]
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
-    every = dense_states(model, x, dense_weights(model, 1, 3.0))
+    every = dense_states(model, x, weights=dense_weights(model, 1, 3.0))
     for onecall, states in ((True, every[:, -1]), (False, every.flatten(0, 1))):
         logits, masks = model(x, 3.0, None, 1, onecall=onecall)
         torch.testing.assert_close(logits, model.head(1)(states), rtol=1e-10, atol=1e-12)

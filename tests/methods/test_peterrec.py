@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense_check import assert_close, gradients, ragged
-from dense_network import dense_states
+from dense_form import dense_states
 from torch import Tensor
 
 from teracon_fast import packing

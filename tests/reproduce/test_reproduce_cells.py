@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from teracon_fast import reproduce as package
 from teracon_fast.cli.app import app
 from teracon_fast.data import TaskSequence
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods import METHODS, SinMo, Teracon
+from teracon_fast.methods import METHODS, SinMo, Sizes, Teracon
 from teracon_fast.methods.sequence import learn_sequence
 from teracon_fast.reproduce import Cell, Choices, make_plan, read_result, reproduce
 from teracon_fast.reproduce import cells as cells_module
-from teracon_fast.reproduce.plan import load_plugin
+from teracon_fast.reproduce.plan import cell_folder, load_plugin
 from teracon_fast.runfolder import locked
 
 RUNNER = CliRunner()
@@ -76,7 +77,8 @@ def test_table_2_and_nothing_is_trained_twice(choices: Callable[..., Choices], t
     (folder / "result.json").unlink()
     assert reproduce("table2", wanted).ran == [cell], "a deleted one is trained alone"
     assert without_times(folder / "result.json") == kept
-    assert not (folder / "sequence.pt").exists() and "task 3 of 3 (task 3), train, epoch 1" in (folder / "log.txt").read_text("utf-8")
+    assert not (folder / "sequence.pt").exists()
+    assert "task 3 of 3 (task 3), train, epoch 1" in (folder / "log.txt").read_text("utf-8")
     more = make_plan("table2", choices(methods=("sinmo", "fine_all"), overrides={"later.lr": 1e-3}))
     assert all(read_result(more.setup, cell, tiny) is None for cell in more.cells), "other settings are other cells"
     shared = make_plan("table3", choices(methods=("fine_all",), seeds=(0, 1)))
@@ -154,11 +156,33 @@ def test_variants_and_settings_reach_the_methods(choices: Callable[..., Choices]
     assert conure.settings()["pruning"] == (0.7, 0.7, 0.8)
     assert [reverse.setup.task_settings(number).lr for number in (1, 3, 2, 0)] == [1e-3, 5e-4, 1e-4, 1e-4]
     sampling = make_plan("table6", choices())
-    assert [sampling.setup.new_method(cell, 31).settings()["sampling"] for cell in sampling.cells] == ["minimum", "adaptive", "all"]
+    methods = [sampling.setup.new_method(cell, 31) for cell in sampling.cells]
+    assert [method.settings()["sampling"] for method in methods] == ["minimum", "adaptive", "all"]
     own = make_plan("table2", choices(methods=("conure",), options={"conure": {"block": "pre-activation", "pruning": 0.5}}))
     assert own.setup.new_method(own.cells[0], 31).settings()["pruning"] == 0.5
     held = make_plan("figure2", choices(methods=("hat",), held_back=2))
     assert held.cells == (Cell("hat", (), (1, 2), 0, (1,)),)
+
+
+def test_other_data_of_the_same_shape_are_other_cells(choices: Callable[..., Choices], tiny: TaskSequence) -> None:
+    plan = make_plan("table2", choices(methods=("sinmo",)))
+    samples = np.array(tiny.tasks[1].samples)
+    samples[0, 1] = (samples[0, 1] + 1) % 30
+    other = replace(tiny, tasks=[tiny.tasks[0], replace(tiny.tasks[1], samples=samples), tiny.tasks[2]])
+    cell = plan.cells[0]
+    assert cell_folder(plan.setup, cell, tiny) == plan.folder(cell) != cell_folder(plan.setup, cell, other)
+
+
+def test_alpha_of_each_task(tiny: TaskSequence) -> None:
+    method = Teracon(Sizes(tiny.num_items, channels=8, dilations=(1,)), alpha=(0.7, 0.9))
+    found = []
+    for task in range(4):
+        method.start(task, tiny.num_items if task == 0 else 3)
+        found.append(method.present_alpha)
+    assert found[1:] == [0.7, 0.9, 0.9], "the last counts for those that follow"
+    for alpha in ((), (0.5, -0.1), -1.0):
+        with pytest.raises(ConfigError, match="alpha"):
+            Teracon(Sizes(tiny.num_items), alpha=alpha)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,9 @@ def result(rows: list[list[float]], curves: dict[int, list[float]] | None = None
     return CellResult(["mrr@5"] * count, ["t"] * count, rows, [2] * count, [8.0] * count, 1000, 0.5, 100.0, "cpu", curves or {})
 
 
-def found(plan: Plan, rows: list[list[float]], single: list[list[float]] | None = None, plain: list[list[float]] | None = None) -> list[Found]:
+def found(
+    plan: Plan, rows: list[list[float]], single: list[list[float]] | None = None, plain: list[list[float]] | None = None
+) -> list[Found]:  # fmt: skip
     return [
         Found(
             row, tuple(result(rows) for _ in row.cells), tuple(None if single is None else result(single) for _ in row.single),
@@ -113,7 +115,8 @@ def test_table_3_has_a_table_for_each_order_and_columns_for_each_quantity(choice
     assert first.title.endswith("(original)") and second.title.endswith("(reversed)")
     assert first.rows()[0][1:4] == ["T1 next MRR@5", "T1 next BWT", "T1 next FWT"]
     assert second.rows()[0][4] == "T3 task 3 accuracy"
-    assert first.rows()[1][0] == ["HAT (original)", "0.4500", "-10.00 %", "–", "0.3000", "+50.00 %", "+0.00 %", "0.8000", "–", "+0.00 %"]
+    line = ["HAT (original)", "0.4500", "-10.00 %", "–", "0.3000", "+50.00 %", "+0.00 %", "0.8000", "–", "+0.00 %"]
+    assert first.rows()[1][0] == line
     matrix = matrix_grids(plan, rows[:1])[0].rows()[1]
     assert matrix[1] == ["after T2 task 2", "0.4000", "0.2000", "–"]
     files = write_pages(plan, rows)
@@ -154,8 +157,8 @@ def test_what_the_paper_prints() -> None:
     assert TTL.value("table5", "teracon", "positive_only", order, "bwt", 3) == 0.69
     assert TTL.value("table6", "teracon", "all", order, "seconds", 5) == 1355.18
     assert TTL.value("table6", "teracon", "all", back, "seconds", 2) == 1673.55, "Table 9"
-    for unknown in (("table2", "own", "", order, "metric"), ("table2", "hat", "", back, "metric"), ("table2", "hat", "", order, "bwt")):
-        assert math.isnan(TTL.value(*unknown, 1))
+    for method, unknown, quantity in (("own", order, "metric"), ("hat", back, "metric"), ("hat", order, "bwt")):
+        assert math.isnan(TTL.value("table2", method, "", unknown, quantity, 1))
 
 
 def test_the_papers_changes_follow_from_its_metrics() -> None:
