@@ -135,7 +135,7 @@ def test_bfloat16_rounds_weights_where_they_are_used(device: torch.device, weigh
     table, back = tables(device, [0, 4, 12, 12, 7, 1])
     values = inputs(device, table, back, 40, 40, torch.bfloat16, weights)
     got = by_kernels(values, table, back)
-    assert [tensor.dtype for tensor in got] == [torch.bfloat16, torch.bfloat16, *[weights] * 5, torch.bfloat16]
+    assert [tensor.dtype for tensor in got] == [torch.bfloat16, torch.bfloat16, *[weights] * 5, torch.bfloat16, torch.bfloat16]
     assert_as_exact(values, table, back, got)
 
 
