@@ -81,10 +81,10 @@ def test_wheel_has_the_package_its_data_and_its_kernels_and_nothing_else(wheel: 
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "teracon_fast").rglob("*.py")}
     presets = {str(path.relative_to(ROOT)) for path in (ROOT / "teracon_fast" / "presets").glob("*.toml")}
     kernels = {f"teracon_fast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
-    table = {"teracon_fast/kernels/configs.json"}
+    tables = {"teracon_fast/kernels/configs.json", "teracon_fast/reproduce/paper.toml"}
     library = {"teracon_fast/_C.so"} if _native.available() else set()
     metadata = {name for name in names if ".dist-info/" in name}
-    assert presets and set(names) - metadata == modules | presets | kernels | table | library | {"teracon_fast/py.typed"}
+    assert presets and set(names) - metadata == modules | presets | kernels | tables | library | {"teracon_fast/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in metadata)
     # A library of torch operations needs no particular Python.
     assert wheel.name.split("-")[2:4] == ["py3", "none"]
