@@ -64,7 +64,7 @@ def curves(tasks: Sequence[tuple[str, str, Mapping[str, Sequence[Sequence[float]
             axes.set_title(name)
             axes.set_xlabel("epoch")
             axes.set_ylabel(f"test {metric}")
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
             axes.margins(x=0.06, y=0.12)
         figure.suptitle(title, fontsize=11.5)
         figure.legend(list(known.values()), list(known), loc="outside lower center", ncols=min(4, len(known)), frameon=False)
