@@ -39,8 +39,8 @@ class Conure(MaskedWeights):
         sizes: of the network.
         pruning: p of each task in order, or one for all, each in [0, 1); "ttl" and "ml": those of the paper.
         block: "post-norm", the block of the other methods, or "pre-activation", that of CONURE's authors.
-        pruned: where the next task finds weights that were pruned: at "zero", as in PackNet (Mallya and Lazebnik 2018), or
-            "as-is", where they were when they were pruned, as in the authors' program.
+        pruned: where the next task finds weights that were pruned: "as-is", where they were when they were pruned, as in the
+            authors' program, or at "zero", as in PackNet (Mallya and Lazebnik 2018).
 
     Attributes:
         backbone: the network.
@@ -55,7 +55,7 @@ class Conure(MaskedWeights):
 
     def __init__(
         self, sizes: Sizes, pruning: float | Sequence[float] | str = "ttl", block: Block = "post-norm",
-        pruned: Pruned = "zero",
+        pruned: Pruned = "as-is",
     ) -> None:  # fmt: skip
         if block not in _BLOCKS:
             raise ConfigError(f"conure: block is {block!r}, expected one of {list(_BLOCKS)}")

@@ -130,7 +130,7 @@ def test_unpruned_is_plain_training(tiny: TaskSequence, sizes: Sizes) -> None:
 
 
 def test_task_0_trains_everything_then_only_what_is_kept_and_the_head() -> None:
-    method = learned(0, pruning=0.5)
+    method = learned(0, pruning=0.5, pruned="zero")
     method.start(0, LABELS[0])
     before = snapshot(method)
     run_phase(method, "train")

@@ -15,7 +15,7 @@ from teracon_fast.methods.sequence import Settings, learn_sequence
 
 METHODS: dict[str, Callable[[Sizes], Method]] = {
     "conure": Conure,
-    "conure, pre-activation": lambda sizes: Conure(sizes, block="pre-activation", pruned="as-is"),
+    "conure, pre-activation": lambda sizes: Conure(sizes, block="pre-activation", pruned="zero"),
     "piggyback": lambda sizes: Piggyback(sizes, mask_lr=1e-3),
 }
 
