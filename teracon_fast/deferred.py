@@ -8,6 +8,7 @@ bits.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -41,7 +42,7 @@ class StepNumbers(NamedTuple):
     root: float
 
 
-class Deferred:
+class Deferred(ABC):
     """The steps that rows of one parameter have yet to take. Subclasses say by which kernels.
 
     The parameter is given to each call, since whoever keeps a `Deferred` must not keep the parameter alive.
@@ -60,13 +61,13 @@ class Deferred:
         """Forget all steps, all rows being up to date."""
         self._number, self._behind = 0, False
 
+    @abstractmethod
     def _take(self, parameter: Tensor, rows: Tensor, values: Tensor, numbers: StepNumbers) -> None:
         """Take step `_number + 1` in these rows, after what they have missed, and remember its numbers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _bring(self, parameter: Tensor, items: Tensor | None) -> bool:
         """Bring rows to the end of `_number` steps; whether any may have changed."""
-        raise NotImplementedError
 
     def goes_on(self, moments: tuple[Tensor, Tensor], constants: Constants) -> bool:
         """Whether a step with these moments and constants can follow those that are remembered."""
