@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from called import Calls
 from torch import Tensor
 
 import teracon_fast
@@ -56,8 +57,6 @@ class Watch:
         for owner, names in ((Tensor, READS), (torch, MAKES)):
             for name in names:
                 monkeypatch.setattr(owner, name, self._watched(name, getattr(owner, name)))
-        monkeypatch.setattr(Tensor, "__getitem__", self._indexed(Tensor.__getitem__))
-        monkeypatch.setattr(Tensor, "__setitem__", self._indexed(Tensor.__setitem__))
 
     def _watched(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -71,19 +70,17 @@ class Watch:
 
         return call
 
-    def _indexed(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def indexed(self, name: str, arguments: tuple[Any, ...]) -> None:
         """A list becomes a tensor, which is copied to the device; where a mask is true must be looked for."""
-
-        def call(tensor: Tensor, index: Any, *value: Any) -> Any:
-            for part in index if isinstance(index, tuple) else (index,):
-                truth = isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8)
-                if truth or isinstance(part, (list, range, np.ndarray)):
-                    place = _place()
-                    if place is not None and not _allowed(place):
-                        self.found.append(f"index {type(part).__name__} in {place[1]} of {place[0]}")
-            return plain(tensor, index, *value)
-
-        return call
+        if name not in ("__getitem__", "__setitem__"):
+            return
+        index = arguments[1]
+        for part in index if isinstance(index, tuple) else (index,):
+            truth = isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8)
+            if truth or isinstance(part, (list, range, np.ndarray)):
+                place = _place()
+                if place is not None and not _allowed(place):
+                    self.found.append(f"index {type(part).__name__} in {place[1]} of {place[0]}")
 
 
 def _allowed(place: tuple[str, str]) -> bool:
@@ -124,8 +121,10 @@ def _above(event: Any) -> Iterator[str]:
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    return Watch(monkeypatch)
+def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
+    watch = Watch(monkeypatch)
+    with Calls(watch.indexed):
+        yield watch
 
 
 def steps(mask: str, tasks: int, student_mask: Any, precision: Any) -> Callable[[], None]:
@@ -234,3 +233,9 @@ def test_columns_are_made_once_for_a_device(watch: Watch) -> None:
     assert watch.found == ["tensor in _columns of masks.py"] * 3
     masks.relation_masks(*parts, 2.0)
     assert len(watch.found) == 3
+
+
+def test_watching_leaves_tensors_as_they_were() -> None:
+    with pytest.MonkeyPatch.context() as patch, Calls(Watch(patch).indexed):
+        assert float(torch.ones(2)[1]) == 1
+    assert torch.tensor([torch.tensor(1.0), 2.0]).tolist() == [1, 2]
