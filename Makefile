@@ -6,6 +6,7 @@
 #   make bench       ours beside the eager reference and torch.compile of it (BENCH=--quick for a smoke run)
 #   make bench-scaling   how the cost of ours grows with length, batch and number of past tasks (BENCH=--quick)
 #   make bench-large   heads over hundreds of thousands of labels, beside PyTorch's (BENCH=--quick)
+#   make bench-methods   training steps of the other methods beside their eager forms (BENCH=--quick)
 #   make bench-gpu   on a GPU: equivalence tests, then ours beside eager and the device's own limits (BENCH=--quick)
 #   make tune        on a GPU: measure launch configurations, rewrite its row of kernels/configs.json (TUNE="--operation conv")
 #   make lint        ruff      make typecheck   mypy      make clean   remove what was built here
@@ -32,10 +33,10 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 # A change of any of these installs again; Python files need no installing, the package is editable.
 BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: help demo test asan bench bench-scaling bench-large bench-gpu tune lint typecheck clean
+.PHONY: help demo test asan bench bench-scaling bench-large bench-methods bench-gpu tune lint typecheck clean
 
 help:
-	@sed -n '3,17s/^# \{0,1\}//p' Makefile
+	@sed -n '3,18s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
@@ -68,6 +69,9 @@ bench-scaling: $(VENV)/.installed-dev
 
 bench-large: $(VENV)/.installed-dev
 	$(BIN)/python bench/large_catalogues.py $(BENCH)
+
+bench-methods: $(VENV)/.installed-dev
+	$(BIN)/python bench/methods.py $(BENCH)
 
 # The tests are run by the script, which keeps what they say beside the figures, and refuses at once where there is no GPU.
 bench-gpu: $(VENV)/.installed-dev

@@ -9,10 +9,12 @@ Continual User Representation Learning", KDD 2023; "published program" is the co
     losses.py   cross-entropy, retention loss, rho, annealing (Eq. 15, 16, 18, 19)
     step.py     drawing users and one training step (Eq. 9, 14, 17)
     metrics.py  ranks of the targets and what is counted from them
+    dense.py    the backbone as the other methods run it: without relations, with other weights, patches, pre-activation
 """
 
 from __future__ import annotations
 
+from teracon_fast.reference.dense import dense_loss, dense_states, patch_addend
 from teracon_fast.reference.losses import annealed_scale, cross_entropy, retention_loss, rho
 from teracon_fast.reference.masks import plain_masks, relation_mask
 from teracon_fast.reference.metrics import target_rank, top_labels
@@ -25,7 +27,10 @@ __all__ = [
     "clamp_task_embeddings",
     "continual_step",
     "cross_entropy",
+    "dense_loss",
+    "dense_states",
     "draw_users",
+    "patch_addend",
     "plain_masks",
     "relation_mask",
     "retention_loss",

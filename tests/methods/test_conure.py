@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from dense_form import dense_loss, dense_states, some_batch
 from parameters import changed, gradients, snapshot
+from some_batches import some_batch
 from torch import Tensor
 
 from teracon_fast.data import Batch, TaskSequence, split_task
@@ -16,6 +16,7 @@ from teracon_fast.methods import METHODS, Conure, Place, SinMo, Sizes
 from teracon_fast.methods.conure import FREE, PRUNING, Block, largest
 from teracon_fast.methods.preactivation import PreActivationBackbone
 from teracon_fast.methods.sequence import Settings, evaluate_method, learn_task, train_step
+from teracon_fast.reference import dense_loss, dense_states
 
 SIZES = Sizes(23, channels=6, dilations=(1, 2))
 PLACE = Place(0, 1.0)

@@ -7,11 +7,12 @@ import math
 
 import pytest
 import torch
-from dense_form import dense_loss, dense_states, shaken, some_batch
+from some_batches import shaken, some_batch
 
 from teracon_fast.errors import ConfigError
 from teracon_fast.methods import HAT, Place, Sizes
 from teracon_fast.methods.sequence import train_step
+from teracon_fast.reference import dense_loss, dense_states
 
 SIZES = Sizes(20, channels=8, dilations=(1, 2))
 PLACE = Place(2, 4.0)

@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
-from dense_form import dense_loss, dense_states, shaken, some_batch
+from some_batches import shaken, some_batch
 
 from teracon_fast.methods import MTL, FineAll, Method, Place, SinMo, Sizes
 from teracon_fast.methods.sequence import train_step
+from teracon_fast.reference import dense_loss, dense_states
 
 SIZES = Sizes(20, channels=8, dilations=(1, 2))
 LABELS = (20, 6, 3)

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense_check import assert_close, gradients, ragged
-from dense_form import dense_states
 from torch import Tensor
 
 from teracon_fast import FastTCN, packing
 from teracon_fast.data import Batch
 from teracon_fast.methods import ParameterMasks, Place, Sizes
 from teracon_fast.methods.parameter_masks import WeightMaskedTCN
+from teracon_fast.reference import dense_states
 from teracon_fast.reference.masks import plain_masks, relation_mask
 from teracon_fast.tcn import Request
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense_check import assert_close, gradients, ragged
-from dense_form import dense_states
 from torch import Tensor
 
 from teracon_fast import packing
@@ -16,6 +15,7 @@ from teracon_fast.data import Batch, TaskSequence, split_task
 from teracon_fast.errors import ConfigError
 from teracon_fast.methods import METHODS, PeterRec, Place, Sizes
 from teracon_fast.methods.sequence import Settings, evaluate_method, learn_task
+from teracon_fast.reference import dense_states, patch_addend
 
 SETTINGS = Settings(lr=5e-3, batch_size=32, epochs=5, patience=3)
 LENGTHS = [0, 2, 9, 5, 9, 1]
@@ -42,14 +42,11 @@ def batch(labels: int) -> Batch:
 
 
 def dense_hidden(method: PeterRec, x: Tensor, task: int) -> Tensor:
-    """Eagerly: `W2 leaky(W1 x + b1) + b2` added to each convolution's output."""
-
-    def patch(site: int, state: Tensor) -> Tensor:
-        layers = method.patches[task - 1].patches[site]  # type: ignore[union-attr, index]
-        down = F.leaky_relu(state @ layers.down.weight.T + layers.down.bias, method.slope)
-        return down @ layers.up.weight.T + layers.up.bias
-
-    return dense_states(method.backbone, x, addend=patch if task else None)
+    """Eagerly: every patch added to its convolution's output."""
+    if task == 0:
+        return dense_states(method.backbone, x)
+    down, up = zip(*((patch.down, patch.up) for patch in method.patches[task - 1].patches), strict=True)  # type: ignore[union-attr]
+    return dense_states(method.backbone, x, addend=patch_addend(down, up, method.slope))
 
 
 @pytest.mark.parametrize("kernel_size", [2, 3])

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from dense_form import dense_loss, dense_states, some_batch
 from parameters import changed, gradients, snapshot
+from some_batches import some_batch
 from torch import Tensor
 
 from teracon_fast.data import Batch, TaskSequence, split_task
@@ -15,6 +15,7 @@ from teracon_fast.errors import ConfigError
 from teracon_fast.methods import METHODS, Piggyback, Place, SinMo, Sizes
 from teracon_fast.methods.piggyback import pack_bits, unpack_bits
 from teracon_fast.methods.sequence import Settings, evaluate_method, learn_task, train_step
+from teracon_fast.reference import dense_loss, dense_states
 
 SIZES = Sizes(23, channels=5, dilations=(1, 2))  # 5 * 5 * 3 weights: no whole number of bytes
 PLACE = Place(0, 1.0)
