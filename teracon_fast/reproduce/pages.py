@@ -1,4 +1,5 @@
-"""What an experiment leaves in the output folder: NAME.md, NAME.csv and others for transfer and cost, the picture of a figure."""
+"""What an experiment leaves in the output folder: NAME.md, NAME.csv and others for transfer, cost and a ranking by frequency, the
+picture of a figure."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import numpy as np
 from teracon_fast.files import atomic_write
 from teracon_fast.pictures import save
 from teracon_fast.reproduce import pictures
+from teracon_fast.reproduce.frequency import frequency_grid
 from teracon_fast.reproduce.grids import Column, Entry, Grid, Line, csv_text
 from teracon_fast.reproduce.plan import Plan
 from teracon_fast.reproduce.tables import (
@@ -58,7 +60,9 @@ def write_pages(plan: Plan, found: Sequence[Found], file_format: str = "png") ->
         shown = dict.fromkeys(row.row.shown for row in found)
         keys = [f"_{text.replace(',', '-')}" for text in shown] if len(grids) > 1 else [""]
         tables = dict(zip(keys, map(csv_text, grids), strict=True))
-    more = {"_transfer": transfer_grid(plan, found), "_cost": cost_grid(plan, found)}
+    more = {
+        "_frequency": frequency_grid(plan), "_transfer": transfer_grid(plan, found), "_cost": cost_grid(plan, found),
+    }  # fmt: skip
     parts += [grid.markdown() for grid in (*grids, *more.values())]
     parts += ["# R", *(grid.markdown() for grid in matrix_grids(plan, found)), DEFINITIONS.replace("\n", " ")]
     texts = {f"{name}.md": "\n\n".join(parts) + "\n"}

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from teracon_fast.data import split_task
 from teracon_fast.metrics import forgetting, gem_backward_transfer, result_matrix
 from teracon_fast.reproduce import Choices, Found, Plan, make_plan, write_pages
 from teracon_fast.reproduce.cells import CellResult
+from teracon_fast.reproduce.frequency import frequency_grid
 from teracon_fast.reproduce.grids import Column, Entry, Grid, Line, csv_text
 from teracon_fast.reproduce.paper import LEAST_SHARE, Paper, paper_of
 from teracon_fast.reproduce.pictures import mean_curve
@@ -121,7 +123,8 @@ def test_table_3_has_a_table_for_each_order_and_columns_for_each_quantity(choice
     assert matrix[1] == ["after T2 task 2", "0.4000", "0.2000", "–"]
     files = write_pages(plan, rows)
     assert [file.name for file in files] == [
-        "table3.md", "table3_original.csv", "table3_reversed.csv", "table3_transfer.csv", "table3_cost.csv",
+        "table3.md", "table3_original.csv", "table3_reversed.csv", "table3_frequency.csv", "table3_transfer.csv",
+            "table3_cost.csv",
     ]  # fmt: skip
     named = main_grids(make_plan("table3", choices(methods=("hat",), order="1,3,2")), rows[2:3])
     assert named[0].rows()[1][0][0] == "HAT (reversed)"
@@ -205,3 +208,19 @@ def test_figures(name: str, titles: list[str], choices: Callable[..., Choices]) 
     last = [point for point in points if point["task"] == "T3 task 3" and point["method"] == "HAT"]
     assert [float(point["mean"]) for point in last] == pytest.approx([0.3, 0.45, 0.35]) and last[0]["seeds"] == "2"
     assert "| HAT |" in page and "0.4500 ± 0.0707" in page, "best of each seed: 0.5 and 0.4"
+
+
+def test_ranking_by_frequency(choices: Callable[..., Choices]) -> None:
+    """By hand: labels of the training samples counted, the test targets' places among them."""
+    plan = make_plan("table2", choices(seeds=(0, 1)))
+    (line,) = frequency_grid(plan).lines
+    assert len(line.entries) == len(plan.dataset.tasks)
+    for data, (entry,) in zip(plan.dataset.tasks, line.entries, strict=True):
+        assert len(entry.values) == 2
+        for seed, got in enumerate(entry.values):
+            split = split_task(data, plan.setup.config.split_by, seed)
+            train, test = data.samples[split.train, 1].tolist(), data.samples[split.test, 1].tolist()
+            ranked = sorted(range(data.num_labels), key=lambda label: (-train.count(label), label))
+            places = [ranked.index(label) for label in test]
+            cutoff = 5 if data.num_labels > 20 else 1  # MRR@1 is the accuracy
+            assert got == pytest.approx(sum(1 / (place + 1) for place in places if place < cutoff) / len(places))

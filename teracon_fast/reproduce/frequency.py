@@ -1,0 +1,34 @@
+"""What is reached without learning anything from sequences: labels ranked by how often the training samples have them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from teracon_fast.data import Split, TaskData, split_task
+from teracon_fast.metrics import headline, task_metrics
+from teracon_fast.reproduce.grids import Column, Entry, Grid, Line
+from teracon_fast.reproduce.plan import Plan
+from teracon_fast.reproduce.tables import metric_name, task_name
+
+
+def frequency_metric(data: TaskData, split: Split) -> float:
+    """The task's metric over its test samples when labels are ranked by their number of training samples."""
+    labels = np.asarray(data.samples[:, 1], dtype=np.int64)
+    counts = np.bincount(labels[split.train], minlength=data.num_labels)
+    rank = np.empty(data.num_labels, dtype=np.int64)
+    rank[np.argsort(-counts, kind="stable")] = np.arange(data.num_labels)
+    return task_metrics(torch.from_numpy(rank[labels[split.test]]), data.num_labels)[headline(data.num_labels)]
+
+
+def frequency_grid(plan: Plan) -> Grid:
+    """One line: the metric of every task of the data set, over the splits of the plan's seeds."""
+    columns, entries = [], []
+    for number, data in enumerate(plan.dataset.tasks, 1):
+        splits = [split_task(data, plan.setup.config.split_by, seed) for seed in plan.seeds]
+        values = tuple(frequency_metric(data, split) for split in splits)
+        heading = f"{task_name(plan, number)} {metric_name(plan, number)}"
+        columns.append(Column(heading, (heading,)))
+        entries.append((Entry(values),))
+    line = Line("labels by frequency", tuple(entries))
+    return Grid("Without learning from sequences", "ranking", tuple(columns), (line,))
