@@ -62,6 +62,7 @@ def reproduce(
     """
     from teracon_fast.reproduce import Choices
     from teracon_fast.reproduce import reproduce as run
+    from teracon_fast.runfolder import RunStopped
 
     given = {
         "model.channels": channels, "first.epochs": epochs, "later.epochs": epochs, "split_by": split_by, "device": device,
@@ -72,8 +73,12 @@ def reproduce(
         _seeds(seeds), preset, config, {name: value for name, value in given.items() if value is not None},
         _settings(own or []), tuple(plugin or ()), quick, keep_weights,
     )  # fmt: skip
-    with _Shown() as shown:
-        done = run(experiment, choices, jobs, shown.report, file_format)
+    try:
+        with _Shown() as shown:
+            done = run(experiment, choices, jobs, shown.report, file_format)
+    except RunStopped as stopped:
+        say(str(stopped), stderr=True)
+        raise typer.Exit(128 + stopped.signum) from None
     from teracon_fast.reproduce import main_grids
 
     say(f"{len(done.plan.cells)} runs: {len(done.ran) - len(done.failed)} trained now, "

@@ -146,6 +146,7 @@ class Method(nn.Module, ABC):
             raise ConfigError(f"{self.name}: got phase {phase!r}, expected one of {list(self.phases())}")
         groups = self._groups(phase)
         self.requires_grad_(False)
+        self.zero_grad(set_to_none=True)
         for group in groups:
             group["params"] = list(group["params"])
             for parameter in group["params"]:
@@ -228,6 +229,13 @@ class Method(nn.Module, ABC):
             self.start(task, count, generator)
             self.requires_grad_(False)
         self.load_state_dict(dict(state))
+
+    def training_state(self) -> dict[str, Any]:
+        """What the next step of a task in training needs besides the state dict and what `begin_phase` makes; plain values."""
+        return {}
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `training_state` gave, after `start`, `begin_phase` and `load_state_dict`."""
 
     def settings(self) -> dict[str, Any]:
         """Name, sizes and own settings: the public attributes that are numbers, strings or tuples of such."""

@@ -30,8 +30,10 @@ from teracon_fast.data import (
 from teracon_fast.errors import CheckpointError, ConfigError
 from teracon_fast.evaluation import check_task, ranks_of
 from teracon_fast.methods.base import Method, Place
+from teracon_fast.methods.unfinished import Keeper, Unfinished, require_same
 from teracon_fast.metrics import selection_value, task_metrics
 from teracon_fast.results import Results, derived_seed, results_of
+from teracon_fast.runfolder import RunStopped
 from teracon_fast.trainer import Losses, Position, StepRecord, StepResult, make_optimizer
 
 
@@ -85,12 +87,13 @@ class Epoch:
 
 
 def evaluate_method(
-    method: Method, data: TaskData, task: int, samples: NDArray[np.int64], batch_size: int = 1024
-) -> dict[str, float]:
+    method: Method, data: TaskData, task: int, samples: NDArray[np.int64], batch_size: int = 1024,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Metrics of a task over the given samples, as `evaluation.evaluate`."""
     head = method.head(task)
     check_task(head.out_features, data, task, samples)
-    ranks = ranks_of(method.encode, head, data, task, samples, batch_size, None, method.sizes.backend)
+    ranks = ranks_of(method.encode, head, data, task, samples, batch_size, progress, method.sizes.backend)
     return task_metrics(ranks, data.num_labels)
 
 
@@ -102,6 +105,7 @@ def learn_task(
     settings: Settings,
     seed: int = 0,
     observe: Callable[[int, Epoch], None] | None = None,
+    keeper: Keeper | None = None,
 ) -> list[Epoch]:
     """Start a task and train it through all phases; the best weights of each are kept.
 
@@ -113,21 +117,23 @@ def learn_task(
         settings: of this task.
         seed: of initial weights and the order of samples.
         observe: called with (task, what an epoch came to) after each.
+        keeper: of the file by which a stopped task goes on; None: nothing is kept.
 
     Returns:
         The epochs of all phases.
 
     Raises:
-        DivergedError: a loss became NaN or infinite.
+        DivergedError: a loss became NaN or infinite. RunStopped: by the keeper's `poll`; all is saved.
     """
     generator = torch.Generator().manual_seed(derived_seed(seed, task + 1, "initial weights"))
     method.start(task, dataset.tasks[task].num_labels, generator)
-    epochs: list[Epoch] = []
-    for phase in method.phases():
-        for epoch in _train(method, dataset, splits, task, settings, seed, phase):
-            epochs.append(epoch)
-            if observe is not None:
-                observe(task, epoch)
+    found = None if keeper is None else keeper.load(task)
+    epochs = [] if found is None else [Epoch(**epoch) for epoch in found.epochs]
+    phases = list(method.phases())
+    for phase in phases[phases.index(found.phase) if found else 0 :]:
+        part = _Phase(method, dataset, splits, task, settings, seed, phase, epochs, keeper)
+        part.train(found, observe)
+        found = None
         method.end_phase(phase)
     return epochs
 
@@ -156,12 +162,14 @@ def learn_sequence(
     num_tasks: int | None = None,
     folder: str | Path | None = None,
     observe: Callable[[int, Epoch], None] | None = None,
+    save_seconds: float = 120.0,
+    poll: Callable[[], None] | None = None,
 ) -> Learnt:
     """Learn tasks one after the other, and test every task so far after each.
 
-    With a folder, what a finished task left is written to `FOLDER/sequence.pt`, whole or not at all, and a sequence that was
-    stopped goes on after the last finished task, to the same bits. The file of a finished sequence is read, and nothing is
-    trained; with more tasks, those are.
+    With a folder, what a finished task left is written to `FOLDER/sequence.pt`, and from time to time what the task in training
+    needs to `FOLDER/task.pt`, each whole or not at all. A sequence that was stopped goes on from there, to the same bits. The
+    file of a finished sequence is read, and nothing is trained; with more tasks, those are.
 
     Args:
         method: has started no task; its device is where it trains.
@@ -171,11 +179,14 @@ def learn_sequence(
         split_by: see `data.split_task`.
         num_tasks: only the first so many; None: all.
         folder: created where it is missing; None: nothing is kept.
-        observe: called with (task, what an epoch came to) after each epoch.
+        observe: called with (task, what an epoch came to) after each epoch; again with an epoch that ended after the last save.
+        save_seconds: between two writes of the task in training.
+        poll: called after every step; where it raises RunStopped, all is saved first.
 
     Raises:
         ConfigError: a task has been started already, the tasks are not the next item first and then labels, or the folder is
             that of another sequence. CheckpointError: its file is damaged. DivergedError: a loss became NaN or infinite.
+            RunStopped: by `poll`.
     """
     count = len(dataset.tasks) if num_tasks is None else num_tasks
     if not 1 <= count <= len(dataset.tasks):
@@ -187,12 +198,15 @@ def learn_sequence(
     check_tasks(dataset, splits)
     plans = [_plan(method, dataset, settings(number), number, seed, split_by) for number in range(count)]
     file = None if folder is None else Path(folder) / "sequence.pt"
+    keeper = None
+    if file is not None:
+        keeper = Keeper(file.with_name("task.pt"), plans, save_seconds, poll or (lambda: None))
     tests: list[list[dict[str, float]]] = []
     epochs: list[list[Epoch]] = []
     if file is not None and file.exists():
         tests, epochs = _go_on(method, file, plans)
     for task in range(len(tests), count):
-        epochs.append(learn_task(method, dataset, splits, task, settings(task), seed, observe))
+        epochs.append(learn_task(method, dataset, splits, task, settings(task), seed, observe, keeper))
         size = settings(task).evaluate_batch_size
         tests.append([evaluate_method(method, tasks[i], i, splits[i].test, size) for i in range(task + 1)])
         if file is not None:
@@ -200,6 +214,8 @@ def learn_sequence(
                 "plans": plans[: task + 1], "labels": method.labels, "tests": tests, "state": method.state_dict(),
                 "epochs": [[asdict(epoch) for epoch in of_task] for of_task in epochs],
             })  # fmt: skip
+        if keeper is not None:
+            keeper.forget()
     return Learnt(results_of(dataset, tests), tests, epochs)
 
 
@@ -225,10 +241,7 @@ def _go_on(
     saved = load_state(file)
     if len(saved["plans"]) > len(plans):
         raise ConfigError(f"{file}: {len(saved['plans'])} tasks are finished, expected at most the {len(plans)} wanted")
-    for task, (was, is_now) in enumerate(zip(saved["plans"], plans, strict=False)):
-        for key, value in is_now.items():
-            if was[key] != value:
-                raise ConfigError(f"{file}: task {task + 1} was learnt with {key} {was[key]}, expected {value}")
+    require_same(file, saved["plans"], plans)
     try:
         method.restore(saved["labels"], saved["state"])
     except RuntimeError as error:
@@ -236,46 +249,121 @@ def _go_on(
     return saved["tests"], [[Epoch(**epoch) for epoch in of_task] for of_task in saved["epochs"]]
 
 
-def _train(
-    method: Method, dataset: TaskSequence, splits: Sequence[Split], task: int, settings: Settings, seed: int, phase: str
-) -> Iterator[Epoch]:
-    """Train one phase; afterwards the method has its best weights."""
-    data, split, at, losses = dataset.tasks[task], splits[task], Position(), Losses(task + 1)
-    source = BatchSource(data, method.device)
-    optimizer = make_optimizer(method, settings.lr, method.begin_phase(phase))
-    size = settings.companion_batch_size or settings.batch_size
-    others = {
-        other: _endless(
-            dataset.tasks[other], method.device, splits[other], size, derived_seed(seed, task + 1, f"{phase} {other}")
+class _Phase:
+    """A phase of a task in training.
+
+    Args:
+        epochs: of the task so far; those of the phase are added.
+        keeper: None: nothing is kept.
+        The others: as `learn_task`.
+    """
+
+    def __init__(
+        self, method: Method, dataset: TaskSequence, splits: Sequence[Split], task: int, settings: Settings, seed: int,
+        phase: str, epochs: list[Epoch], keeper: Keeper | None,
+    ) -> None:  # fmt: skip
+        self.method, self.task, self.settings, self.phase = method, task, settings, phase
+        self.dataset, self.splits, self.seed = dataset, splits, seed
+        self.data, self.split = dataset.tasks[task], splits[task]
+        self.epochs, self.keeper = epochs, keeper
+        self.at, self.best, self.losses = Position(), dict[str, Tensor](), Losses(task + 1)
+
+    def train(self, found: Unfinished | None, observe: Callable[[int, Epoch], None] | None) -> None:
+        """Train it to its end, from its beginning or from where it was found; afterwards the method has its best weights."""
+        self.began = time.monotonic()
+        if found is None:
+            self.optimizer = self._new_optimizer()
+        else:
+            self.optimizer, self.at, self.best = found.begin(self.method, self._new_optimizer), found.position, found.best
+        others = {other: self._stream(other) for other in self.method.companions()}
+        source = BatchSource(self.data, self.method.device)
+        try:
+            while self.at.epoch < self.settings.epochs and self.at.stale < self.settings.patience:
+                self._steps(source, others)
+                epoch = self._validated()
+                self.epochs.append(epoch)
+                if observe is not None:
+                    observe(self.task, epoch)
+                self._keep()
+        except RunStopped as stopped:
+            if self.keeper is None:
+                raise
+            self._save()
+            where = f" in task {self.task + 1}, {self.phase}, epoch {self.at.epoch + 1}"
+            raise RunStopped(stopped.signum, where) from None
+        finally:
+            for stream in others.values():
+                stream.close()
+        self.method.load_state_dict(self.best, strict=False)
+
+    def _stream(self, other: int) -> Generator[Batch, None, None]:
+        """Batches of a companion task, from the next step's on."""
+        size = self.settings.companion_batch_size or self.settings.batch_size
+        order_seed = derived_seed(self.seed, self.task + 1, f"{self.phase} {other}")
+        return _endless(
+            self.dataset.tasks[other], self.method.device, self.splits[other], size, order_seed, self.at.step
         )
-        for other in method.companions()
-    }
-    order_seed, best = derived_seed(seed, task + 1, f"order {phase}"), dict[str, Tensor]()
-    try:
-        while at.epoch < settings.epochs and at.stale < settings.patience:
-            began = time.monotonic()
-            batches = epoch_batches(split.train, settings.batch_size, order_seed, at.epoch)
-            num_batches = len(split.train) / settings.batch_size  # a float: the official annealing does not round it
-            with closing(ahead(map(source.prepare, batches))) as ready:
-                for batch in map(source.load, ready):
-                    place = Place(at.batch, num_batches)
-                    companions = {other: next(stream) for other, stream in others.items()}
-                    result = StepResult(train_step(method, optimizer, batch, place, companions))
-                    losses.add(StepRecord(len(batch.x), at.epoch, at.batch, at.step, place.scale(50.0), [], result))
-                    at.batch, at.step = at.batch + 1, at.step + 1
-            losses.read(at)
-            valid = evaluate_method(method, data, task, split.valid, settings.evaluate_batch_size)
-            score = selection_value(valid, settings.select)
-            better = score > at.best_score
-            if better:
-                best = _what_changes(method)
-            found = Epoch(phase, at.epoch, at.mean_losses()["class_loss"], valid, better, time.monotonic() - began)
-            at.end_epoch(score)
-            yield found
-    finally:
-        for stream in others.values():
-            stream.close()
-    method.load_state_dict(best, strict=False)
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.method, self.settings.lr, self.method.begin_phase(self.phase))
+
+    def _steps(self, source: BatchSource, others: Mapping[int, Iterator[Batch]]) -> None:
+        """Those of an epoch that are left."""
+        at, method = self.at, self.method
+        order_seed = derived_seed(self.seed, self.task + 1, f"order {self.phase}")
+        batches = epoch_batches(self.split.train, self.settings.batch_size, order_seed, at.epoch)
+        num_batches = len(self.split.train) / self.settings.batch_size  # a float: the official annealing does not round it
+        rest = (source.prepare(batches[number]) for number in range(at.batch, len(batches)))
+        with closing(ahead(rest)) as ready:
+            for batch in map(source.load, ready):
+                place = Place(at.batch, num_batches)
+                companions = {other: next(stream) for other, stream in others.items()}
+                result = StepResult(train_step(method, self.optimizer, batch, place, companions))
+                self.losses.add(StepRecord(len(batch.x), at.epoch, at.batch, at.step, place.scale(50.0), [], result))
+                at.batch, at.step = at.batch + 1, at.step + 1
+                self._keep()
+
+    def _validated(self) -> Epoch:
+        """The epoch that has just ended; the best weights are kept."""
+        at, settings, progress = self.at, self.settings, None
+        self.losses.read(at)
+        if self.keeper is not None:
+            poll = self.keeper.poll
+
+            def progress(done: int, total: int) -> None:
+                poll()
+
+        valid = evaluate_method(self.method, self.data, self.task, self.split.valid, settings.evaluate_batch_size, progress)
+        score = selection_value(valid, settings.select)
+        better = score > at.best_score
+        if better:
+            self.best = _what_changes(self.method)
+        self._count_seconds()
+        epoch = Epoch(self.phase, at.epoch, at.mean_losses()["class_loss"], valid, better, at.seconds)
+        at.end_epoch(score)
+        at.seconds = 0.0
+        return epoch
+
+    def _keep(self) -> None:
+        """Stop if asked to, save if it is time."""
+        if self.keeper is not None:
+            self.keeper.poll()
+            if self.keeper.due:
+                self._save()
+
+    def _save(self) -> None:
+        assert self.keeper is not None
+        self.losses.read(self.at)
+        self._count_seconds()
+        epochs = [asdict(epoch) for epoch in self.epochs]
+        training, optimizer = self.method.training_state(), self.optimizer.state_dict()
+        state = self.method.state_dict()
+        self.keeper.save(self.task, Unfinished(self.phase, self.at, state, training, optimizer, self.best, epochs))
+
+    def _count_seconds(self) -> None:
+        """Add the time since the last call to the epoch's."""
+        now = time.monotonic()
+        self.at.seconds, self.began = self.at.seconds + now - self.began, now
 
 
 def train_step(
@@ -300,14 +388,16 @@ def train_step(
 
 
 def _endless(
-    data: TaskData, device: torch.device, split: Split, batch_size: int, seed: int
+    data: TaskData, device: torch.device, split: Split, batch_size: int, seed: int, done: int = 0
 ) -> Generator[Batch, None, None]:
-    """Batches of a task, epoch after epoch."""
-    source, epoch = BatchSource(data, device), 0
+    """Batches of a task, epoch after epoch, from the one after the first `done`."""
+    source = BatchSource(data, device)
+    epoch, first = divmod(done, len(epoch_batches(split.train, batch_size, seed, 0)))
     while True:
-        with closing(ahead(map(source.prepare, epoch_batches(split.train, batch_size, seed, epoch)))) as ready:
+        batches = epoch_batches(split.train, batch_size, seed, epoch)
+        with closing(ahead(source.prepare(batches[number]) for number in range(first, len(batches)))) as ready:
             yield from map(source.load, ready)
-        epoch += 1
+        epoch, first = epoch + 1, 0
 
 
 def _what_changes(method: Method) -> dict[str, Tensor]:

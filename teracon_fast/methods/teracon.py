@@ -114,6 +114,15 @@ class Teracon(Method):
         self.draws.manual_seed(int(torch.randint(2**62, ())))
         self._rho = [FIRST_RHO] * task
 
+    def training_state(self) -> dict[str, Any]:
+        """The rates of the next step, and where the drawing of users stands."""
+        return {"rho": self.rho, "draws": self.draws.get_state()}
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """As `Method.load_training_state`."""
+        self._rho = list(state["rho"])
+        self.draws.set_state(state["draws"])
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         for teacher in self._frozen:
             teacher._apply(fn, recurse)

@@ -3,6 +3,7 @@
     OUTPUT/cells/NAME/
       result.json       what a finished cell came to, and all that decided it
       sequence.pt       the tasks finished so far; deleted with the last one, unless weights are kept
+      task.pt           the task in training, as it was a moment ago
       progress.json     what epochs have measured so far
       log.txt           a line an epoch; in a process of its own, also all that it prints
       error.txt         why the cell failed, if it did
@@ -13,11 +14,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -34,7 +37,7 @@ from teracon_fast.methods.sequence import Epoch, Learnt, evaluate_method, learn_
 from teracon_fast.metrics import headline
 from teracon_fast.reproduce.plan import Cell, Setup, cell_folder, identity, load_plugin
 from teracon_fast.reproduce.tasks import arranged
-from teracon_fast.runfolder import locked, resolved_device
+from teracon_fast.runfolder import RunStopped, StopSignals, locked, resolved_device
 
 Event = Literal["start", "epoch", "done", "failed"]
 Report = Callable[[Event, Cell, str], None]
@@ -85,14 +88,19 @@ def read_result(setup: Setup, cell: Cell, dataset: TaskSequence) -> CellResult |
         raise ConfigError(f"{file}: not the result of a cell ({error}); delete it to run the cell again") from None
 
 
-def run_cell(setup: Setup, cell: Cell, device: str, threads: int, note: Callable[[str], None] | None = None) -> None:
+def run_cell(
+    setup: Setup, cell: Cell, device: str, threads: int, note: Callable[[str], None] | None = None,
+    poll: Callable[[], None] | None = None,
+) -> None:  # fmt: skip
     """Train a cell to its end, from where it was stopped if it was.
 
     Args:
         device: as `RunConfig.device`. threads: of torch on the CPU. note: called with a line about each epoch.
+        poll: called after every step; raises RunStopped where it is asked to stop.
 
     Raises:
         ConfigError: another process trains it, or settings do not fit the data. DivergedError: a loss was not finite.
+        RunStopped: all is saved.
     """
     for plugin in setup.plugins:
         load_plugin(plugin)
@@ -102,15 +110,16 @@ def run_cell(setup: Setup, cell: Cell, device: str, threads: int, note: Callable
     with locked(folder):
         try:
             torch.set_num_threads(threads)
-            _train(setup, cell, dataset, folder, device, note or (lambda _: None))
+            _train(setup, cell, dataset, folder, device, note or (lambda _: None), poll)
         finally:
             torch.set_num_threads(before)
         (folder / "error.txt").unlink(missing_ok=True)
 
 
 def _train(
-    setup: Setup, cell: Cell, dataset: TaskSequence, folder: Path, device: str, note: Callable[[str], None]
-) -> None:
+    setup: Setup, cell: Cell, dataset: TaskSequence, folder: Path, device: str, note: Callable[[str], None],
+    poll: Callable[[], None] | None,
+) -> None:  # fmt: skip
     place = torch.device(resolved_device(setup.config.model_copy(update={"device": device})))
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
@@ -120,7 +129,7 @@ def _train(
     progress = _Progress(folder, cell, setup, dataset, method, place, note)
     learnt = learn_sequence(
         method, dataset, lambda task: setup.task_settings(cell.order[task]), cell.seed, setup.config.split_by, folder=folder,
-        observe=progress.observe,
+        observe=progress.observe, save_seconds=setup.config.checkpoint_every_seconds, poll=poll,
     )  # fmt: skip
     result = progress.result(learnt)
     with atomic_write(folder / "result.json", "w") as file:
@@ -141,9 +150,10 @@ class _Progress:
         self.file, self.log = folder / "progress.json", folder / "log.txt"
         self.cell, self.setup, self.dataset, self.method, self.place, self.note = cell, setup, dataset, method, place, note
         saved: dict[str, Any] = {}
-        if self.file.is_file() and (folder / "sequence.pt").is_file():
+        if self.file.is_file() and any((folder / name).is_file() for name in ("sequence.pt", "task.pt")):
             saved = json.loads(self.file.read_text("utf-8"))
-        self.curves = {int(task): values for task, values in saved.get("curves", {}).items()}
+        # By epoch, since one that ended after the last save comes again.
+        self.curves: dict[int, dict[str, float]] = {int(task): points for task, points in saved.get("curves", {}).items()}
         self.peak = float(saved.get("peak_mib", 0.0))
 
     def observe(self, task: int, epoch: Epoch) -> None:
@@ -151,11 +161,11 @@ class _Progress:
         data = self.dataset.tasks[task]
         if task in self.cell.watch:
             if epoch.epoch == 0 and epoch.phase == self.method.phases()[0]:
-                self.curves[task] = []  # the task begins, perhaps again after a stop
+                self.curves[task] = {}  # the task begins, perhaps again after a stop
             test = split_task(data, self.setup.config.split_by, self.cell.seed).test
             size = self.setup.config.evaluate_batch_size
             metrics = evaluate_method(self.method, data, task, test, size)
-            self.curves[task].append(metrics[headline(data.num_labels)])
+            self.curves[task][f"{epoch.phase} {epoch.epoch}"] = metrics[headline(data.num_labels)]
         self.peak = max(self.peak, self.highest())
         with atomic_write(self.file, "w") as file:
             file.write(json.dumps({"curves": self.curves, "peak_mib": self.peak}) + "\n")
@@ -186,7 +196,7 @@ class _Progress:
             sum(value.numel() * value.element_size() for value in kept) / 2**20,
             max(self.peak, self.highest()),
             torch.cuda.get_device_name(self.place) if self.place.type == "cuda" else str(self.place),
-            self.curves,
+            {task: list(points.values()) for task, points in self.curves.items()},
         )
 
 
@@ -201,17 +211,29 @@ def run_cells(setup: Setup, cells: Sequence[Cell], dataset: TaskSequence, jobs: 
 
     Returns:
         The cells that failed, each with an error.txt.
+
+    Raises:
+        RunStopped: Ctrl-C or SIGTERM; all is saved.
     """
     if jobs < 1:
         raise ConfigError(f"jobs: got {jobs}, expected at least 1")
     threads = max(1, (setup.config.threads or torch.get_num_threads()) // jobs)
-    if jobs > 1:
-        return _in_processes(setup, cells, dataset, jobs, threads, report)
+    with StopSignals() as stop:
+        if jobs > 1:
+            return _in_processes(setup, cells, dataset, jobs, threads, report, stop)
+        return _in_turn(setup, cells, dataset, threads, report, stop)
+
+
+def _in_turn(
+    setup: Setup, cells: Sequence[Cell], dataset: TaskSequence, threads: int, report: Report, stop: StopSignals
+) -> list[Cell]:
     failed = []
     for number, cell in enumerate(cells, 1):
         report("start", cell, f"{number} of {len(cells)}")
         try:
-            run_cell(setup, cell, setup.config.device, threads, lambda text, cell=cell: report("epoch", cell, text))  # type: ignore[misc]
+            run_cell(setup, cell, setup.config.device, threads, partial(report, "epoch", cell), stop.poll)
+        except RunStopped:
+            raise
         except Exception as error:
             _write_error(cell_folder(setup, cell, arranged(dataset, cell.order, cell.seed)))
             report("failed", cell, f"{type(error).__name__}: {error}")
@@ -222,7 +244,7 @@ def run_cells(setup: Setup, cells: Sequence[Cell], dataset: TaskSequence, jobs: 
 
 
 def _in_processes(
-    setup: Setup, cells: Sequence[Cell], dataset: TaskSequence, jobs: int, threads: int, report: Report
+    setup: Setup, cells: Sequence[Cell], dataset: TaskSequence, jobs: int, threads: int, report: Report, stop: StopSignals
 ) -> list[Cell]:
     context = multiprocessing.get_context("spawn")
     waiting, failed, free = list(cells), list[Cell](), list(range(jobs))
@@ -239,7 +261,8 @@ def _in_processes(
                 process.start()
                 running[process.sentinel] = process, cell, folder, slot
                 report("start", cell, f"{len(cells) - len(waiting)} of {len(cells)}")
-            for sentinel in connection.wait(list(running)):
+            stop.poll()
+            for sentinel in connection.wait(list(running), timeout=0.5):
                 process, cell, folder, slot = running.pop(sentinel)
                 process.join()
                 free.append(slot)
@@ -270,8 +293,25 @@ def _child(setup: Setup, cell: Cell, device: str, threads: int, folder: Path) ->
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for stream in (1, 2):
         os.dup2(log, stream)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    with StopSignals() as stop:
+        # Ctrl-C reaches all processes of a terminal; the one that started this one passes it on.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+        def poll() -> None:
+            stop.poll()
+            if not parent.is_alive():
+                raise RunStopped(signal.SIGTERM)
+
+        _run_child(setup, cell, device, threads, folder, poll)
+
+
+def _run_child(setup: Setup, cell: Cell, device: str, threads: int, folder: Path, poll: Callable[[], None]) -> None:
     try:
-        run_cell(setup, cell, device, threads)
+        run_cell(setup, cell, device, threads, poll=poll)
+    except RunStopped as stopped:
+        sys.exit(128 + stopped.signum)
     except Exception:
         _write_error(folder)
         sys.exit(1)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from teracon_fast import reproduce as package
+from teracon_fast.checkpoints import load_state
 from teracon_fast.cli.app import app
 from teracon_fast.data import TaskSequence
 from teracon_fast.errors import ConfigError
@@ -53,7 +58,9 @@ def test_table_2_and_nothing_is_trained_twice(choices: Callable[..., Choices], t
     assert [(cell.method, cell.seed) for cell in first.ran] == [("sinmo", 0), ("sinmo", 1), ("fine_all", 0), ("fine_all", 1)]
     assert [event for event, *_ in seen if event != "epoch"] == ["start", "done"] * 4
     assert sum(event == "epoch" for event, *_ in seen) == 4 * 3, "one epoch a task"
-    assert [file.name for file in first.files] == ["table2.md", "table2.csv", "table2_transfer.csv", "table2_cost.csv"]
+    assert [file.name for file in first.files] == [
+        "table2.md", "table2.csv", "table2_frequency.csv", "table2_transfer.csv", "table2_cost.csv",
+    ]  # fmt: skip
 
     # What is printed is what the driver gives.
     setup, cell = first.plan.setup, first.plan.cells[1]
@@ -142,6 +149,43 @@ def test_processes_plugins_and_a_failure(tiny: TaskSequence, tmp_path: Path, mon
     assert "1 of 2 runs are not finished" in (out / "table2.md").read_text("utf-8")
     again = RUNNER.invoke(app, [*arguments[:-2], "--methods", "broken,sinmo"])
     assert again.exit_code == 1 and "0 trained now, 1 finished before, 1 failed" in again.stdout
+
+
+def endless(tiny: TaskSequence, folder: Path, jobs: int) -> subprocess.Popen[str]:
+    """Two cells whose first task does not end; comes back when each that is running has an epoch behind it."""
+    settings = folder / "endless.toml"
+    settings.write_text("[model]\nchannels = 8\n[first]\nepochs = 1000000\npatience = 1000000\n", "utf-8")
+    command = [sys.executable, "-m", "teracon_fast", "reproduce", "table2", "--data", str(tiny.path), "--output", str(folder)]
+    command += ["--methods", "sinmo,fine_all", "--config", str(settings), "--jobs", str(jobs)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while len(list(folder.glob("cells/*/progress.json"))) < jobs:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize(("jobs", "signum"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_stops_all_processes_and_the_same_line_goes_on(
+    jobs: int, signum: signal.Signals, tiny: TaskSequence, tmp_path: Path
+) -> None:
+    process = endless(tiny, tmp_path, jobs)
+    process.send_signal(signum)
+    said = process.communicate()[0]
+    assert process.returncode == 128 + signum and f"stopped by {signum.name}" in said and "Traceback" not in said
+    folders = [path for path in (tmp_path / "cells").iterdir() if (path / "task.pt").is_file()]
+    assert len(folders) == jobs and not list(tmp_path.glob("cells/*/error.txt"))
+    for folder in folders:
+        with locked(folder):  # nobody trains there any more
+            position = load_state(folder / "task.pt")["position"]
+        assert position["epoch"] >= 1 and position["step"] > 0
+
+
+def test_a_child_ends_with_the_process_that_started_it(tiny: TaskSequence, tmp_path: Path) -> None:
+    process = endless(tiny, tmp_path, 2)
+    process.kill()
+    process.wait()
+    while len(list(tmp_path.glob("cells/*/task.pt"))) < 2:
+        time.sleep(0.05)
 
 
 def test_variants_and_settings_reach_the_methods(choices: Callable[..., Choices]) -> None:
