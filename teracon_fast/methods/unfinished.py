@@ -83,17 +83,20 @@ class Keeper:
     plans: Sequence[dict[str, Any]]
     seconds: float
     poll: Callable[[], None]
-    _written: float = field(default_factory=time.monotonic)
+    _written: float = field(default_factory=lambda: time.monotonic())
+    _took: float = 0.0
 
     @property
     def due(self) -> bool:
-        """Whether it is time to write."""
-        return time.monotonic() - self._written >= self.seconds
+        """Whether it is time to write: not so often that writing a large network takes more than a twentieth of the time."""
+        return time.monotonic() - self._written >= max(self.seconds, 20 * self._took)
 
     def save(self, task: int, kept: Unfinished) -> None:
         """Replace the file, whole or not at all."""
+        began = time.monotonic()
         save_state(self.file, {"plans": self.plans[: task + 1], **vars(kept), "position": asdict(kept.position)})
         self._written = time.monotonic()
+        self._took = self._written - began
 
     def load(self, task: int) -> Unfinished | None:
         """What was kept of a task; None if there is nothing, or of an earlier task.

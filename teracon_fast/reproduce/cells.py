@@ -135,9 +135,9 @@ def _train(
     with atomic_write(folder / "result.json", "w") as file:
         about = {"cell": identity(setup, cell, dataset), "torch": str(torch.__version__), "result": vars(result)}
         file.write(json.dumps(about, indent=1) + "\n")
-    (folder / "progress.json").unlink(missing_ok=True)
-    if not setup.keep_weights:
-        (folder / "sequence.pt").unlink(missing_ok=True)
+    # A process that is killed as a task ends leaves task.pt.
+    for name in ("progress.json", "task.pt", *([] if setup.keep_weights else ["sequence.pt"])):
+        (folder / name).unlink(missing_ok=True)
 
 
 class _Progress:

@@ -12,10 +12,11 @@ import torch
 
 from teracon_fast.data import TaskSequence
 from teracon_fast.errors import CheckpointError, ConfigError
-from teracon_fast.methods import HAT, METHODS, Method, SinMo, Sizes
+from teracon_fast.methods import HAT, METHODS, Method, SinMo, Sizes, unfinished
 from teracon_fast.methods.sequence import Epoch, Learnt, Settings, learn_sequence
-from teracon_fast.methods.unfinished import Unfinished
+from teracon_fast.methods.unfinished import Keeper, Unfinished
 from teracon_fast.runfolder import RunStopped
+from teracon_fast.trainer import Position
 
 SHORT = Settings(lr=5e-3, batch_size=64, epochs=2)
 
@@ -95,9 +96,10 @@ def test_a_killed_process_goes_on_from_the_last_save(
     with monkeypatch.context() as patch:
         patch.setattr(SinMo, "after_step", killing)
         with pytest.raises(Killed):
-            learn_sequence(SinMo(sizes), tiny, short, 3, folder=tmp_path, save_seconds=1e-9)
+            patch.setattr(Keeper, "due", True)
+            learn_sequence(SinMo(sizes), tiny, short, 3, folder=tmp_path)
         method, before = SinMo(sizes), steps[0]
-        found = learn_sequence(method, tiny, short, 3, folder=tmp_path, save_seconds=1e9)
+        found = learn_sequence(method, tiny, short, 3, folder=tmp_path)
     assert_same(found, method, expected, straight)
     per_epoch = sum(-(-round(0.8 * len(task.samples)) // 64) for task in tiny.tasks)
     assert steps[0] - before == 2 * per_epoch - 11, "the eleven steps before are not done again"
@@ -161,3 +163,20 @@ def test_what_is_kept_is_plain(sizes: Sizes, tiny: TaskSequence, tmp_path: Path)
     saved = torch.load(tmp_path / "task.pt", weights_only=True)
     assert set(saved) == {"version", "plans", *Unfinished.__dataclass_fields__}
     assert set(saved["training"]) == {"rho", "draws"}
+
+
+def test_writing_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(unfinished.time, "monotonic", lambda: clock[0])
+
+    def slow(file: Path, state: object) -> None:
+        clock[0] += 9
+
+    monkeypatch.setattr(unfinished, "save_state", slow)
+    keeper = Keeper(tmp_path / "task.pt", [{}], 60.0, lambda: None)
+    moments = [(159.0, False), (160.0, True)]
+    for clock[0], due in moments:
+        assert keeper.due is due
+    keeper.save(0, Unfinished("train", Position(), {}, {}, {}, {}, []))
+    for clock[0], due in [(169.0 + 60, False), (169.0 + 179, False), (169.0 + 180, True)]:
+        assert keeper.due is due
