@@ -14,7 +14,7 @@ from teracon_fast.errors import ConfigError
 if TYPE_CHECKING:
     from teracon_fast.reproduce import Cell, Event
 
-
+WIDEST = 8  # columns of a table as a screen shows it; one of more is turned
 
 def _what(text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel="What is trained", **more)
@@ -85,7 +85,7 @@ def reproduce(
         f"{len(done.plan.cells) - len(done.ran)} finished before, {len(done.failed)} failed")  # fmt: skip
     if not done.plan.experiment.is_figure:
         for grid in main_grids(done.plan, done.found):
-            table(grid.title, *grid.rows())
+            table(grid.title, *(grid.rows() if len(grid.columns) <= WIDEST else grid.upright()))
         if done.plan.paper is None:
             say("another data set than the paper's: its figures can not be compared with these")
     say(f"wrote {', '.join(str(path) for path in done.files)}")

@@ -46,7 +46,7 @@ class HAT(Method):
         train_items: later tasks train the item embedding too.
 
     Raises:
-        ConfigError: unknown protection.
+        ConfigError: unknown protection, a negative weight, a bound that is not positive, or s_max below 1.
     """
 
     name = "hat"
@@ -58,6 +58,13 @@ class HAT(Method):
         super().__init__(sizes)
         if protection not in get_args(Protection):
             raise ConfigError(f"protection is {protection!r}, expected one of {list(get_args(Protection))}")
+        if not weight >= 0:
+            raise ConfigError(f"hat: weight is {weight}, expected at least 0")
+        if not s_max >= 1:
+            raise ConfigError(f"hat: s_max is {s_max}, expected at least 1")
+        for setting, bound in (("embedding_bound", embedding_bound), ("cosh_bound", cosh_bound)):
+            if not bound > 0:
+                raise ConfigError(f"hat: {setting} is {bound}, expected more than 0")
         self.protection, self.weight, self.s_max = protection, weight, s_max
         self.embedding_bound, self.cosh_bound, self.train_items = embedding_bound, cosh_bound, train_items
         self.backbone: Backbone

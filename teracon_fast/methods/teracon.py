@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class Teracon(Method):
         draws: generator that draws the users of retention.
 
     Raises:
-        ConfigError: an unknown mask variant, a negative alpha, or a scale that is not positive.
+        ConfigError: an unknown mask variant, sampling or student mask, a negative alpha, or a scale that is not positive.
     """
 
     name = "teracon"
@@ -62,6 +62,9 @@ class Teracon(Method):
             raise ConfigError(f"{self.name}: alpha is {alpha}, expected at least 0")
         if not (c > 0 and s_max > 0):
             raise ConfigError(f"{self.name}: c is {c} and s_max {s_max}, expected both positive")
+        for setting, value, kind in (("sampling", sampling, Sampling), ("student_mask", student_mask, StudentMask)):
+            if value not in get_args(kind):
+                raise ConfigError(f"{self.name}: {setting} is {value!r}, expected one of {list(get_args(kind))}")
         self.mask, self.task_embedding_range = check_variant(mask), task_embedding_range
         self.alpha, self.c, self.s_max = alpha, c, s_max
         self.sampling, self.student_mask = sampling, student_mask

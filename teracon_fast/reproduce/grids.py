@@ -53,7 +53,10 @@ class Entry:
 
     def _print(self, value: float) -> str:
         form, _, unit = self.form.partition(" ")
-        return shown(value, form) + (f" {unit}" if unit and math.isfinite(value) else "")
+        text = shown(value, form)
+        if math.isfinite(value) and value < 0 and not text.strip("+-0.,"):
+            text = shown(0.0, form)  # not "-0.00"
+        return text + (f" {unit}" if unit and math.isfinite(value) else "")
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,12 @@ class Grid:
                 rows.append([f"{line.label}, paper", *(_joined(entries, Entry.paper_text) for entries in line.entries)])
         return [self.first, *(column.heading for column in self.columns)], rows
 
+    def upright(self) -> tuple[list[str], list[list[str]]]:
+        """`rows` with rows and columns exchanged, for a screen that is not as wide as a page."""
+        heading, rows = self.rows()
+        heading, *rows = (list(column) for column in zip(heading, *rows, strict=True))
+        return heading, rows
+
     def markdown(self) -> str:
         """A title and the table."""
         return f"## {self.title}\n\n{markdown_table(*self.rows())}"
@@ -107,17 +116,23 @@ def _joined(entries: tuple[Entry, ...], text: Callable[[Entry], str]) -> str:
     return f"{first} ({', '.join(behind)})" if behind else first
 
 
-def csv_text(grid: Grid) -> str:
-    """The table as CSV: mean, spread over seeds and the paper's figure of each quantity in columns of their own."""
+def csv_text(grid: Grid, paper: bool = True) -> str:
+    """The table as CSV: mean, spread over seeds and the paper's figure of each quantity in columns of their own.
+
+    Args:
+        paper: with columns for the paper's figures, also where it has none; for quantities that it never prints, without.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     heading = [grid.first, "seeds"]
     for name in (name for column in grid.columns for name in column.names):
-        heading += [name, f"{name} spread", f"{name} paper"]
+        heading += [name, f"{name} spread", *([f"{name} paper"] if paper else [])]
     writer.writerow(heading)
     for line in grid.lines:
         entries = [entry for entries in line.entries for entry in entries]
-        numbers = [value for entry in entries for value in (entry.mean, entry.spread, entry.paper)]
+        numbers = [
+            value for entry in entries for value in (entry.mean, entry.spread, *((entry.paper,) if paper else ()))
+        ]
         seeds = max((len(entry.known) for entry in entries), default=0)
         writer.writerow([line.label, seeds, *(repr(value) if math.isfinite(value) else "" for value in numbers)])
     return out.getvalue()

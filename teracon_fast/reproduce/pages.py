@@ -1,5 +1,4 @@
-"""What an experiment leaves in the output folder: NAME.md, NAME.csv and others for transfer, cost and a ranking by frequency, the
-picture of a figure."""
+"""What an experiment leaves in its folder: NAME.md, NAME.csv and others for frequency, transfer, cost and R, a figure's picture."""
 
 from __future__ import annotations
 
@@ -7,6 +6,8 @@ import csv
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,10 @@ from teracon_fast.reproduce.tables import (
     Found,
     cost_grid,
     main_grids,
+    matrix_csv,
     matrix_grids,
     metric_name,
+    single_grids,
     task_name,
     transfer_grid,
 )
@@ -31,8 +34,13 @@ from teracon_fast.reproduce.tasks import NOISE
 DEFINITIONS = """R[j, i] is the test metric of task i after training task j, M the last task.
 BWT_i = 100 (R[M, i] - R[i, i]) / R[i, i] and FWT_i = 100 (R[i, i] - SinMo_i) / SinMo_i, in percent, as the paper defines them.
 Backward transfer of GEM is the mean of R[M, i] - R[i, i], forgetting the mean of max over j < M of R[j, i] less R[M, i], both in
-units of the metric. Seconds per epoch count training and validation. Peak memory is that of the whole process, on a GPU what
-torch held there. ± is the standard deviation over the seeds."""
+units of the metric. Seconds per epoch count training and validation, as they were when a run was trained, perhaps for another
+table; runs beside others (--jobs) share the machine with them. Peak memory is that of the whole process, on a GPU what torch
+held there; runs after others in one process (--jobs 1) also count what those left. ± is the standard deviation over the seeds
+(n - 1)."""
+
+CURVES = """The test metric after each epoch, with the weights of that epoch. A method's second phase, such as CONURE's
+retraining, follows its first on the same axis. A seed that has stopped early keeps its last value."""
 
 
 def write_pages(plan: Plan, found: Sequence[Found], file_format: str = "png") -> list[Path]:
@@ -44,15 +52,16 @@ def write_pages(plan: Plan, found: Sequence[Found], file_format: str = "png") ->
     Returns:
         The files written, the Markdown page first.
     """
-    name, folder = plan.experiment.name, plan.setup.output
+    name, folder = plan.file_name, plan.setup.output
     written: list[Path] = []
     parts = [f"# {plan.experiment.title}", about(plan, found)]
     if plan.experiment.is_figure:
-        figure = pictures.curves(_curves(plan, found), plan.experiment.title)
+        seeds = f"{len(plan.seeds)} seeds, ± standard deviation" if len(plan.seeds) > 1 else f"seed {plan.seeds[0]}"
+        figure = pictures.curves(_curves(plan, found), f"{plan.experiment.title}\n{plan.dataset.name}, {seeds}")
         if figure is not None:
             written.append(folder / f"{name}.{file_format}")
             save(figure, written[0])
-            parts.append(f"![{name}]({written[0].name})")
+            parts += [f"![{name}]({written[0].name})", CURVES.replace("\n", " ")]
         grids = [curve_grid(plan, found)]
         tables = {"": curve_csv(plan, found)}
     else:
@@ -64,9 +73,11 @@ def write_pages(plan: Plan, found: Sequence[Found], file_format: str = "png") ->
         "_frequency": frequency_grid(plan), "_transfer": transfer_grid(plan, found), "_cost": cost_grid(plan, found),
     }  # fmt: skip
     parts += [grid.markdown() for grid in (*grids, *more.values())]
-    parts += ["# R", *(grid.markdown() for grid in matrix_grids(plan, found)), DEFINITIONS.replace("\n", " ")]
+    alone = [] if plan.experiment.is_figure else single_grids(plan, found)
+    parts += ["# R", *(grid.markdown() for grid in (*alone, *matrix_grids(plan, found))), settings(plan)]
+    parts.append(DEFINITIONS.replace("\n", " "))
     texts = {f"{name}.md": "\n\n".join(parts) + "\n"}
-    tables |= {key: csv_text(grid) for key, grid in more.items()}
+    tables |= {key: csv_text(grid, paper=False) for key, grid in more.items()} | {"_R": matrix_csv(plan, found)}
     texts |= {f"{name}{key}.csv": text for key, text in tables.items()}
     for place, (file_name, text) in enumerate(texts.items()):
         written.insert(place, folder / file_name)
@@ -80,14 +91,12 @@ def about(plan: Plan, found: Sequence[Found]) -> str:
     data, config = plan.dataset, plan.setup.config
     missing = sum(cell is None for row in found for cell in row.cells)
     devices = sorted({cell.device for row in found for cell in row.cells if cell is not None})
+    users = len(np.unique(data.tasks[0].groups))
+    counts = f"Data set: {data.name}, {len(data.tasks)} tasks, {users:,} users, {data.num_items:,} items"
     if plan.paper is not None:
-        paper = f"Data set: {data.name}, the paper's {plan.paper.title}; rows marked \"paper\" are what it prints."
+        paper = f"{counts}: the paper's {plan.paper.title}; rows marked \"paper\" are what it prints."
     else:
-        users = len(np.unique(data.tasks[0].groups))
-        paper = (
-            f"Data set: {data.name}, {len(data.tasks)} tasks, {users:,} users, {data.num_items:,} items: "
-            "another one than the paper's, whose figures can not be compared with these and are not shown."
-        )
+        paper = f"{counts}: another one than the paper's, whose figures can not be compared with these and are not shown."
     lines = [
         paper,
         f"{config.model.channels} channels, dilations {', '.join(map(str, config.model.dilations))}; seeds "
@@ -96,6 +105,24 @@ def about(plan: Plan, found: Sequence[Found]) -> str:
     if missing:
         lines.append(f"{missing} of {sum(len(row.cells) for row in found)} runs are not finished.")
     return "\n\n".join(lines)
+
+
+def settings(plan: Plan) -> str:
+    """How the tasks were trained, and the settings of each method."""
+    numbers = sorted({number for cell in plan.cells for number in cell.order}, key=lambda number: (number == NOISE, number))
+    lines = ["# Settings", ""]
+    for values, alike in groupby(numbers, key=plan.setup.task_settings):
+        tasks = ", ".join("T'" if number == NOISE else f"T{number}" for number in alike)
+        lines.append(
+            f"- {tasks}: learning rate {values.lr:g}, {values.batch_size} samples a step, at most {values.epochs} epochs, "
+            f"patience {values.patience}, best weights by {values.select}"
+        )
+    for row in plan.rows:
+        method = plan.setup.new_method(row.cells[0], plan.dataset.num_items)
+        own = {key: value for key, value in method.settings().items() if key != "name" and key not in asdict(method.sizes)}
+        if own:
+            lines.append(f"- {row.label}: {', '.join(f'{key} = {value}' for key, value in own.items())}")
+    return "\n".join(lines)
 
 
 def _curves(plan: Plan, found: Sequence[Found]) -> list[tuple[str, str, dict[str, list[list[float]]]]]:

@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from teracon_fast.data import TaskSequence
 
-LEAST_SHARE = 0.5  # of the paper's users: below it a data set of the same name is a part of the paper's, or another release
+LEAST_SHARE = 0.9  # smaller over larger number of users: below it a data set of the same name is a part, or another release
 
 
 @lru_cache(maxsize=1)
@@ -59,6 +59,7 @@ def paper_of(dataset: TaskSequence) -> Paper | None:
     """What the paper has of a data set; None unless its name, its number of tasks and the size of its first task are those."""
     for key, about in _file().items():
         alike = dataset.name.lower() in about["names"] and len(dataset.tasks) == about["tasks"]
-        if alike and len(np.unique(dataset.tasks[0].groups)) >= LEAST_SHARE * about["users"]:
+        users = len(np.unique(dataset.tasks[0].groups))
+        if alike and min(users, about["users"]) >= LEAST_SHARE * max(users, about["users"]):
             return Paper(key, about["title"], about.get("noise_at"))
     return None

@@ -58,7 +58,9 @@ def curves(tasks: Sequence[tuple[str, str, Mapping[str, Sequence[Sequence[float]
                 x = np.arange(1, len(mean) + 1)
                 few = MARKERS[place] if len(x) <= 20 else None
                 (line,) = axes.plot(x, mean, color=COLOURS[place], ls=LINES[place], marker=few, ms=4, lw=1.6)
-                if len(found) > 1:
+                if len(found) > 1 and len(x) == 1:  # a band of no width would not be seen
+                    axes.errorbar(x, mean, spread, color=COLOURS[place], alpha=0.6, capsize=3, lw=1.2)
+                elif len(found) > 1:
                     axes.fill_between(x, mean - spread, mean + spread, color=COLOURS[place], alpha=0.15, lw=0)
                 known.setdefault(label, line)
             axes.set_title(name)

@@ -7,6 +7,8 @@ import importlib.util
 import inspect
 import json
 import sys
+import traceback
+import typing
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from teracon_fast.config import RunConfig, load_config
-from teracon_fast.data import TaskData, TaskSequence, open_dataset
+from teracon_fast.data import TaskData, TaskSequence, check_tasks, open_dataset, split_task
 from teracon_fast.errors import ConfigError
 from teracon_fast.methods import HAT, METHODS, Conure, Method, Sizes, Teracon
 from teracon_fast.methods.conure import PRUNING
@@ -111,17 +114,21 @@ class Setup:
         """The cell's method before its first task.
 
         Raises:
-            ConfigError: its constructor refuses the options, or the configuration holds what methods cannot follow.
+            ConfigError: an option is unknown, of another type than its annotation, or refused by the constructor; or the
+                configuration holds what methods cannot follow.
         """
         kind, config = METHODS[cell.method], self.config
         model = config.model
         sizes = Sizes(num_items, model.channels, model.dilations, model.kernel_size, config.backend, config.algorithm)
-        options = self._own_options(kind, cell.order) | dict(cell.options)
-        known = inspect.signature(kind).parameters
-        for name in options:
-            if name not in known:
-                raise ConfigError(f"{cell.method} has no setting {name!r}, expected one of {list(known)[1:]}")
-        return kind(sizes, **options)
+        options = self._own_options(kind, cell.order) | _checked(cell.method, dict(cell.options))
+        try:
+            method = kind(sizes, **options)
+        except TypeError as error:  # of a plugin: its constructor takes something else than sizes and settings
+            raise ConfigError(f"{cell.method}: its constructor refuses sizes and {options}: {error}") from error
+        if isinstance(method, Conure):
+            for place in range(len(cell.order)):
+                method.ratio(place)
+        return method
 
     def _own_options(self, kind: type[Method], order: Sequence[int]) -> dict[str, Any]:
         later = [self.config.later if number == NOISE else self.config.for_task(number) for number in order[1:]]
@@ -142,6 +149,27 @@ class Setup:
         return options
 
 
+def _checked(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a method, known ones and of the types that its constructor is annotated with."""
+    constructor = METHODS[method].__init__
+    known = list(inspect.signature(METHODS[method]).parameters)[1:]  # behind sizes
+    try:
+        hints = typing.get_type_hints(constructor)
+    except NameError:  # a plugin's, of names that only a type checker sees
+        hints = {}
+    for name, value in options.items():
+        if name not in known:
+            raise ConfigError(f"{method} has no setting {name!r}, expected one of {known}")
+        hint = hints.get(name, Any)
+        try:
+            options[name] = TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False)).validate_python(value, strict=True)
+        except PydanticUserError:  # no type that can be checked
+            continue
+        except ValidationError:
+            raise ConfigError(f"{method}.{name}: got {value!r}, expected {inspect.formatannotation(hint)}") from None
+    return options
+
+
 def identity(setup: Setup, cell: Cell, dataset: TaskSequence) -> dict[str, Any]:
     """All that decides what a cell comes to, as JSON has it. How fast it is computed is not part of that.
 
@@ -149,6 +177,8 @@ def identity(setup: Setup, cell: Cell, dataset: TaskSequence) -> dict[str, Any]:
         dataset: arranged in the order of the cell.
     """
     method = setup.new_method(cell, dataset.num_items).settings()
+    unrecorded = {name: value for name, value in cell.options if name not in method}
+    code = _foreign_code(METHODS[cell.method])
     settings = [asdict(setup.task_settings(number)) for number in cell.order]
     found = {
         "method": {name: value for name, value in method.items() if name not in ("backend", "algorithm")},
@@ -160,18 +190,44 @@ def identity(setup: Setup, cell: Cell, dataset: TaskSequence) -> dict[str, Any]:
         "data": {
             "name": dataset.name, "num_items": dataset.num_items, "length": dataset.length,
             "tasks": [
-                {"name": task.name, "labels": task.num_labels, "samples": len(task.samples), "check": _check(task)}
-                for task in dataset.tasks
+                {
+                    "name": task.name, "labels": task.num_labels, "samples": len(task.samples),
+                    "check": _check(task, number == NOISE),
+                }
+                for number, task in zip(cell.order, dataset.tasks, strict=True)
             ],
         },
+        **({"options": unrecorded} if unrecorded else {}),
+        **({"code": code} if code else {}),
     }  # fmt: skip
     return dict(json.loads(json.dumps(found)))
 
 
 @lru_cache(maxsize=64)
-def _check(task: TaskData) -> int:
-    """A checksum of the samples: a data set that was prepared anew in the same folder is another one."""
-    return zlib.crc32(np.ascontiguousarray(task.samples).data)
+def _check(task: TaskData, noisy: bool) -> int:
+    """A checksum of all that a task is: a data set that was prepared anew in the same folder is another one.
+
+    Args:
+        noisy: it is made from task 1, which has a checksum of its own: its samples are enough.
+    """
+    check = 0
+    for array in (task.samples,) if noisy else (task.samples, task.groups, task.sequences):
+        check = zlib.crc32(np.ascontiguousarray(array).data, check)
+    return check
+
+
+@lru_cache(maxsize=64)
+def _foreign_code(kind: type[Method]) -> str:
+    """A hash of the files of a method that is not this package's: once it is edited, it is another method. Else ""."""
+    files = set()
+    for base in kind.__mro__:
+        if base.__module__.split(".")[0] not in ("teracon_fast", "torch", "abc", "builtins"):
+            try:
+                files.add(inspect.getsourcefile(base) or "")
+            except TypeError:  # made in an interactive session
+                continue
+    texts = [Path(file).read_bytes() for file in sorted(files) if Path(file).is_file()]
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:16] if texts else ""
 
 
 def cell_folder(setup: Setup, cell: Cell, dataset: TaskSequence) -> Path:
@@ -211,6 +267,7 @@ class Plan:
         experiment: which. setup: of all cells. dataset: as prepared. rows: of its tables. cells: all that they need, each once.
         paper: what the paper has of this data set; None: it is another one.
         seeds: of each row.
+        file_name: of its page and tables, without an ending: the experiment, and behind it an order or place that was asked for.
     """
 
     experiment: Experiment
@@ -220,6 +277,7 @@ class Plan:
     cells: tuple[Cell, ...]
     paper: Paper | None
     seeds: tuple[int, ...]
+    file_name: str
 
     def arranged(self, cell: Cell) -> TaskSequence:
         """The data set in the order of a cell."""
@@ -245,6 +303,16 @@ def make_plan(name: str, choices: Choices) -> Plan:
     for method in (*methods, *choices.options):
         if method not in METHODS:
             raise ConfigError(f"got method {method!r}, expected one of {', '.join(METHODS)}")
+        kind: Any = METHODS[method]
+        if not (inspect.isclass(kind) and issubclass(kind, Method) and not inspect.isabstract(kind)):
+            lacks = f" without {', '.join(sorted(kind.__abstractmethods__))}" if inspect.isabstract(kind) else ""
+            raise ConfigError(f"METHODS[{method!r}]: got {kind}{lacks}, expected a subclass of Method that implements all of it")
+    if not methods or len(set(methods)) < len(methods):
+        raise ConfigError(f"methods: got {', '.join(methods) or 'none'}, expected each once, at least one")
+    for method, options in choices.options.items():
+        _checked(method, dict(options))  # also of methods that this experiment does not train
+    if choices.held_back is not None and not what.held_back:
+        raise ConfigError(f"held-back: got task {choices.held_back} for {name}, expected it with figure2 only")
     dataset = open_dataset(choices.data)
     paper = paper_of(dataset)
     setup = _setup(choices, paper)
@@ -258,7 +326,17 @@ def make_plan(name: str, choices: Choices) -> Plan:
     cells = tuple(dict.fromkeys(wanted))
     for cell in cells:
         setup.new_method(cell, dataset.num_items)  # refuses bad options before anything is trained
-    return Plan(what, setup, dataset, tuple(rows), cells, paper, choices.seeds)
+    used = {number for cell in cells for number in cell.order}
+    tasks = arranged(dataset, [*sorted(used - {NOISE}), *([NOISE] if NOISE in used else [])], choices.seeds[0])
+    check_tasks(tasks, [split_task(task, setup.config.split_by, choices.seeds[0]) for task in tasks.tasks])
+    return Plan(what, setup, dataset, tuple(rows), cells, paper, choices.seeds, _file_name(name, choices))
+
+
+def _file_name(name: str, choices: Choices) -> str:
+    order = "" if choices.order in (None, "original") else f"_{str(choices.order).replace(' ', '').replace(',', '-')}"
+    noise = "" if choices.noise_at is None else f"_noise{choices.noise_at}"
+    held_back = "" if choices.held_back is None else f"_task{choices.held_back}"
+    return f"{name}{order}{noise}{held_back}"
 
 
 def _setup(choices: Choices, paper: Paper | None) -> Setup:
@@ -282,13 +360,18 @@ def _order(
     text = (choices.order or "reversed") if variant.reverse else "original" if what.columns else choices.order or "original"
     order = parse_order(text, count)
     if what.held_back:
-        held_back = choices.held_back or min(4, count)
+        held_back = min(4, count) if choices.held_back is None else choices.held_back
         if not 2 <= held_back <= count:
             raise ConfigError(f"held-back: got task {held_back}, expected 2 to {count}")
         order = order[: order.index(held_back) + 1]
     if choices.noise_at is None and not variant.noise:
         return order
-    place = choices.noise_at or (paper.noise_at if paper is not None and paper.noise_at else len(order) // 2 + 1)
+    if choices.noise_at is not None:
+        place = choices.noise_at
+    else:
+        place = paper.noise_at if paper is not None and paper.noise_at else max(2, len(order) // 2 + 1)
+    if what.held_back and place > len(order):
+        raise ConfigError(f"noise-at: got {place}, expected 2 to {len(order)}: the held-back task stays last")
     return with_noise(order, place)
 
 
@@ -317,7 +400,7 @@ def load_plugin(path: Path) -> None:
     """Run a Python file that adds methods to `methods.METHODS`; once in a process.
 
     Raises:
-        ConfigError: there is no such Python file.
+        ConfigError: there is no such Python file, or it fails.
     """
     path = path.resolve()
     name = f"teracon_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:10]}"
@@ -329,6 +412,10 @@ def load_plugin(path: Path) -> None:
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
-        raise
+        if not isinstance(error, Exception):
+            raise
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        raise ConfigError(f"plugin: {where}: {type(error).__name__}: {error}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from teracon_fast.metrics import (
 )
 from teracon_fast.report import pretty
 from teracon_fast.reproduce.cells import CellResult, read_result
-from teracon_fast.reproduce.experiments import Quantity
+from teracon_fast.reproduce.experiments import TITLES, Quantity
 from teracon_fast.reproduce.grids import Column, Entry, Grid, Line
 from teracon_fast.reproduce.plan import Cell, Plan, Row
 from teracon_fast.reproduce.tasks import NOISE, NOISE_NAME
@@ -28,6 +30,7 @@ from teracon_fast.reproduce.tasks import NOISE, NOISE_NAME
 Array = NDArray[np.float64]
 FORMS: dict[str, str] = {"metric": ".4f", "bwt": "+.2f %", "fwt": "+.2f %", "change": "+.2f %", "seconds": ".2f"}
 NAMES: dict[str, str] = {"bwt": "BWT", "fwt": "FWT", "change": "change", "seconds": "s/epoch"}
+UNITS: dict[str, str] = {"bwt": " (%)", "fwt": " (%)", "change": " (%)"}  # in CSV files, whose numbers have none
 _NAN = math.nan
 
 
@@ -120,9 +123,9 @@ def _columns(plan: Plan, order: Sequence[int], place: int) -> list[Column]:
     if number == NOISE or not plan.experiment.columns:
         brackets = "".join(f" ({NAMES[quantity]})" for quantity in quantities[1:])
         heading = f"{name} {metric}{brackets}" if number != NOISE else name
-        return [Column(heading, tuple(f"{name} {NAMES.get(q, metric)}".strip() for q in quantities))]
+        return [Column(heading, tuple(f"{name} {NAMES.get(q, metric)}{UNITS.get(q, '')}".strip() for q in quantities))]
     headings = [f"{name} {NAMES.get(quantity, metric)}" for quantity in quantities]
-    return [Column(heading, (heading,)) for heading in headings]
+    return [Column(heading, (heading + UNITS.get(q, ""),)) for heading, q in zip(headings, quantities, strict=True)]
 
 
 def _entries(plan: Plan, found: Found) -> tuple[tuple[Entry, ...], ...]:
@@ -152,8 +155,8 @@ def _printed(plan: Plan, found: Found, quantity: Quantity, number: int) -> float
 def transfer_grid(plan: Plan, found: Sequence[Found]) -> Grid:
     """Means over tasks, the noisy one left out: BWT and FWT as the paper defines them, and what other literature calls so."""
     columns = (
-        Column("BWT, mean over all tasks but the last (%)", ("BWT",)),
-        Column("FWT, mean over all tasks but T1 (%)", ("FWT",)),
+        Column("BWT, mean over all tasks but the last (%)", ("BWT (%)",)),
+        Column("FWT, mean over all tasks but T1 (%)", ("FWT (%)",)),
         Column("backward transfer (GEM, Avalanche)", ("backward transfer",)),
         Column("forgetting (Chaudhry et al.)", ("forgetting",)),
     )
@@ -216,3 +219,32 @@ def matrix_grids(plan: Plan, found: Sequence[Found]) -> list[Grid]:
             lines.append(Line(f"after {task_name(plan, number)}", tuple((Entry(v),) for v in values)))
         grids.append(Grid(f"R: {of_row.row.label}", "test metric", columns, tuple(lines)))
     return grids
+
+
+def single_grids(plan: Plan, found: Sequence[Found]) -> list[Grid]:
+    """What FWT is measured against, SinMo's test metric of each task, unless a row shows it; one grid at most."""
+    single = next((of_row.single for of_row in found if of_row.single), ())
+    numbers = range(1, len(plan.dataset.tasks) + 1)
+    if not single or any(of_row.row.cells == of_row.row.single for of_row in found):
+        return []  # SinMo has a row of its own
+    columns = tuple(Column(f"{task_name(plan, n)} {metric_name(plan, n)}", (task_name(plan, n),)) for n in numbers)
+    entries = tuple((Entry(tuple(_NAN if cell is None else cell.R[n - 1][n - 1] for cell in single)),) for n in numbers)
+    return [Grid("SinMo, against which FWT is measured", "method", columns, (Line(TITLES["sinmo"], entries),))]
+
+
+def matrix_csv(plan: Plan, found: Sequence[Found]) -> str:
+    """R of every row and seed, and of SinMo where FWT is measured against it: one line a value, as it was measured."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["method", "seed", "after", "task", "metric", "R"])
+    rows = [(of_row.row.label, of_row.row.cells, of_row.cells) for of_row in found]
+    single = next((of_row for of_row in found if of_row.single), None)
+    if single is not None and all(cells != single.row.single for _, cells, _ in rows):
+        rows.append((TITLES["sinmo"], single.row.single, single.single))
+    for label, cells, results in rows:
+        for cell, result in zip(cells, results, strict=True):
+            for j, values in enumerate([] if result is None else result.R):
+                for number, value_of in zip(cell.order, values, strict=False):
+                    after, metric = task_name(plan, cell.order[j]), metric_name(plan, number)
+                    writer.writerow([label, cell.seed, after, task_name(plan, number), metric, repr(value_of)])
+    return out.getvalue()

@@ -19,13 +19,13 @@ from typer.testing import CliRunner
 from teracon_fast import reproduce as package
 from teracon_fast.checkpoints import load_state
 from teracon_fast.cli.app import app
-from teracon_fast.data import TaskSequence
+from teracon_fast.data import DatasetWriter, TaskSequence
 from teracon_fast.errors import ConfigError
 from teracon_fast.methods import METHODS, SinMo, Sizes, Teracon
 from teracon_fast.methods.sequence import learn_sequence
 from teracon_fast.reproduce import Cell, Choices, make_plan, read_result, reproduce
 from teracon_fast.reproduce import cells as cells_module
-from teracon_fast.reproduce.plan import cell_folder, load_plugin
+from teracon_fast.reproduce.plan import cell_folder, identity, load_plugin
 from teracon_fast.runfolder import locked
 
 RUNNER = CliRunner()
@@ -58,9 +58,8 @@ def test_table_2_and_nothing_is_trained_twice(choices: Callable[..., Choices], t
     assert [(cell.method, cell.seed) for cell in first.ran] == [("sinmo", 0), ("sinmo", 1), ("fine_all", 0), ("fine_all", 1)]
     assert [event for event, *_ in seen if event != "epoch"] == ["start", "done"] * 4
     assert sum(event == "epoch" for event, *_ in seen) == 4 * 3, "one epoch a task"
-    assert [file.name for file in first.files] == [
-        "table2.md", "table2.csv", "table2_frequency.csv", "table2_transfer.csv", "table2_cost.csv",
-    ]  # fmt: skip
+    parts = ("", "_frequency", "_transfer", "_cost", "_R")
+    assert [file.name for file in first.files] == ["table2.md", *(f"table2{part}.csv" for part in parts)]
 
     # What is printed is what the driver gives.
     setup, cell = first.plan.setup, first.plan.cells[1]
@@ -215,6 +214,117 @@ def test_other_data_of_the_same_shape_are_other_cells(choices: Callable[..., Cho
     other = replace(tiny, tasks=[tiny.tasks[0], replace(tiny.tasks[1], samples=samples), tiny.tasks[2]])
     cell = plan.cells[0]
     assert cell_folder(plan.setup, cell, tiny) == plan.folder(cell) != cell_folder(plan.setup, cell, other)
+    first = tiny.tasks[0]
+    sequences, groups = np.array(first.sequences), np.array(first.groups)
+    sequences[0, -2] = 1 + sequences[0, -2] % 30
+    groups[0] += 1000
+    for changed in (replace(first, sequences=sequences), replace(first, groups=groups)):
+        other = replace(tiny, tasks=[changed, *tiny.tasks[1:]])
+        assert cell_folder(plan.setup, cell, other) != plan.folder(cell), "the same samples of other sequences or users"
+
+
+OWN = """
+from teracon_fast.methods import METHODS, SinMo
+
+class Own(SinMo):
+    name = "own"
+
+    def __init__(self, sizes, rate: float = 1.0):
+        super().__init__(sizes)
+        self._rate = rate  # no public attribute
+
+METHODS["own"] = Own
+"""
+
+
+def test_other_code_or_hidden_settings_of_a_plugin_are_other_cells(
+    choices: Callable[..., Choices], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "own", SinMo)  # taken out again with the test
+    folders = []
+    for name, text, rate in (("a", OWN, 1.0), ("b", OWN, 1.0), ("c", OWN, 2.0), ("d", OWN + "# edited", 1.0)):
+        file = tmp_path / f"{name}.py"
+        file.write_text(text, "utf-8")
+        plan = make_plan("table2", choices(methods=("own",), plugins=(file,), options={"own": {"rate": rate}}))
+        folders.append(plan.folder(plan.cells[0]))
+    assert folders[0] == folders[1], "the same code in another place"
+    assert len(set(folders)) == 3
+    builtin = make_plan("table2", choices(methods=("sinmo",)))
+    assert "code" not in identity(builtin.setup, builtin.cells[0], builtin.dataset)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import no_such_module", "plugin: .*p.py, line 1: ModuleNotFoundError"),
+        ("\n\nraise ValueError('too bad')", "p.py, line 3: ValueError: too bad"),
+        ("def f(:", "p.py: SyntaxError"),
+        ("from teracon_fast.methods import METHODS\nMETHODS['own'] = 3", "METHODS\\['own'\\]: got 3, expected a subclass"),
+        (
+            "from teracon_fast.methods import METHODS, Method\nclass Own(Method):\n name = 'own'\nMETHODS['own'] = Own",
+            "without _groups, _start, encode, loss, expected a subclass",
+        ),
+        (
+            "from teracon_fast.methods import METHODS, SinMo\nclass Own(SinMo):\n def __init__(self): ...\nMETHODS['own'] = Own",
+            "own: its constructor refuses sizes",
+        ),
+    ],
+)
+def test_a_plugin_that_fails_is_named(
+    text: str, message: str, choices: Callable[..., Choices], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "own", SinMo)
+    (tmp_path / "p.py").write_text(text, "utf-8")
+    with pytest.raises(ConfigError, match=message):
+        make_plan("table2", choices(methods=("own",), plugins=(tmp_path / "p.py",)))
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "given", "message"),
+    [
+        ("hat", "weight", "abc", "hat.weight: got 'abc', expected float"),
+        ("hat", "weight", float("nan"), "hat.weight: got nan"),
+        ("hat", "weight", -1, "hat: weight is -1"),
+        ("hat", "s_max", 0.5, "hat: s_max is 0.5, expected at least 1"),
+        ("hat", "cosh_bound", 0, "hat: cosh_bound is 0"),
+        ("hat", "train_items", "yes", "hat.train_items: got 'yes', expected bool"),
+        ("hat", "sizes", 3, "hat has no setting 'sizes'"),
+        ("peterrec", "reduction", 2.5, "peterrec.reduction: got 2.5, expected int"),
+        ("teracon", "sampling", "most", "teracon.sampling: got 'most', expected Literal\\['adaptive', 'minimum', 'all'\\]"),
+        ("teracon", "student_mask", "both", "teracon.student_mask: got 'both'"),
+        ("teracon", "alpha", "x", "teracon.alpha: got 'x'"),
+        ("teracon", "task_embedding_range", 3, "teracon.task_embedding_range: got 3"),
+        ("piggyback", "threshold", True, "piggyback.threshold: got True"),
+        ("conure", "pruning", (0.5, 0.5), "task 2 is one too many for the pruning ratios"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_trained(
+    method: str, name: str, given: object, message: str, choices: Callable[..., Choices]
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_plan("table2", choices(methods=(method,), options={method: {name: given}}))
+
+
+def test_a_task_too_small_to_split_is_refused_before_anything_is_trained(
+    choices: Callable[..., Choices], tmp_path: Path
+) -> None:
+    with DatasetWriter(tmp_path / "small", name="small", length=4) as writer:
+        items = np.arange(1, 81)[:, None] % 7 + np.arange(1, 5)
+        writer.add_task("next", "next_item", items, groups=np.arange(80))
+        writer.add_task("few", "label", items[:2], labels=np.arange(2))
+    with pytest.raises(ConfigError, match="few.* has 2 samples"):
+        reproduce("table2", choices(data=tmp_path / "small", methods=("sinmo",)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_pages_of_other_orders_do_not_replace_each_other(choices: Callable[..., Choices]) -> None:
+    def name(experiment: str, **changes: Any) -> str:
+        return make_plan(experiment, choices(methods=("teracon",), **changes)).file_name
+
+    assert name("table6") == name("table6", order="original") == "table6"
+    assert name("table6", order="reversed") == "table6_reversed", "the paper's Table 9"
+    assert name("table2", order="1, 3,2", noise_at=2) == "table2_1-3-2_noise2"
+    assert name("figure2", held_back=2) == "figure2_task2"
 
 
 def test_alpha_of_each_task(tiny: TaskSequence) -> None:
@@ -238,6 +348,14 @@ def test_alpha_of_each_task(tiny: TaskSequence) -> None:
         ("table2", {"seeds": ()}, "seeds"),
         ("table2", {"order": "2,1,3"}, "order: got '2,1,3'"),
         ("table2", {"noise_at": 1}, "noise-at: got 1"),
+        ("table2", {"noise_at": 0}, "noise-at: got 0"),
+        ("table4", {"noise_at": 0}, "noise-at: got 0"),
+        ("figure2", {"noise_at": 4}, "noise-at: got 4, expected 2 to 3: the held-back task stays last"),
+        ("figure2", {"held_back": 0}, "held-back: got task 0, expected 2 to 3"),
+        ("table2", {"held_back": 3}, "held-back: got task 3 for table2"),
+        ("table2", {"methods": ("sinmo", "hat", "sinmo")}, "methods: got sinmo, hat, sinmo, expected each once"),
+        ("table2", {"methods": ()}, "methods: got none"),
+        ("table2", {"methods": ("sinmo",), "options": {"hat": {"wait": 1}}}, "hat has no setting 'wait'"),
         ("figure2", {"held_back": 1}, "held-back: got task 1, expected 2 to 3"),
         ("table5", {"methods": ("hat",)}, "hat has no setting 'mask'"),
         ("table2", {"overrides": {"precision": "bf16"}}, "expected 'fp32'"),

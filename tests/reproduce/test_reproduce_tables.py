@@ -93,6 +93,8 @@ def test_mean_and_spread_over_seeds() -> None:
     assert Entry((1.0,), ".4f").text() == "1.0000" and math.isnan(Entry((1.0,)).spread)
     assert Entry((NAN,)).text() == "–" and Entry((), "+.2f %").text() == "–"
     assert Entry((0.0,), ".2f", paper=0.25).paper_text() == "0.25"
+    assert Entry((-0.001,), "+.2f %").text() == "+0.00 %", "no minus before a zero"
+    assert Entry((-0.006,), "+.2f %").text() == "-0.01 %"
 
 
 def test_layout_of_markdown_and_csv() -> None:
@@ -106,6 +108,11 @@ def test_layout_of_markdown_and_csv() -> None:
     heading, row = csv.reader(csv_text(grid).splitlines())
     names = ["T1", "T1 BWT", "T2", "T2 BWT"]
     assert heading == ["method", "seeds", *(part for name in names for part in (name, f"{name} spread", f"{name} paper"))]
+    assert next(csv.reader(csv_text(grid, paper=False).splitlines()))[2:] == [
+        part for name in names for part in (name, f"{name} spread")
+    ]  # fmt: skip
+    turned, lines = grid.upright()
+    assert turned == ["method", "A", "A, paper"] and lines[0] == ["T1 (BWT)", "0.20 ± 0.14 (+5.0 %)", "0.40 (-1.0 %)"]
     assert row[:2] == ["A", "2"] and float(row[2]) == 0.2 and row[4:8] == ["0.4", "5.0", "", "-1.0"] and row[8:] == [""] * 6
 
 
@@ -124,7 +131,7 @@ def test_table_3_has_a_table_for_each_order_and_columns_for_each_quantity(choice
     files = write_pages(plan, rows)
     assert [file.name for file in files] == [
         "table3.md", "table3_original.csv", "table3_reversed.csv", "table3_frequency.csv", "table3_transfer.csv",
-            "table3_cost.csv",
+        "table3_cost.csv", "table3_R.csv",
     ]  # fmt: skip
     named = main_grids(make_plan("table3", choices(methods=("hat",), order="1,3,2")), rows[2:3])
     assert named[0].rows()[1][0][0] == "HAT (reversed)"
@@ -179,13 +186,32 @@ def test_the_papers_changes_follow_from_its_metrics() -> None:
 
 def test_a_data_set_is_the_papers_by_name_tasks_and_size(choices: Callable[..., Choices]) -> None:
     data = make_plan("table2", choices(methods=("sinmo",))).dataset
-    users = int(740_000 * LEAST_SHARE)
+    users = int(np.ceil(162_541 * LEAST_SHARE))
     large = replace(data.tasks[0], groups=np.arange(users))
     same = replace(data, name="movielens", tasks=[large, *data.tasks[1:]])
     assert paper_of(same) == Paper("ml", "ML", None)
-    fewer = replace(large, groups=np.arange(users - 1))
-    for other in (replace(same, name="shop"), replace(same, tasks=[fewer, *data.tasks[1:]]), replace(same, tasks=same.tasks[:2])):
-        assert paper_of(other) is None
+    others = [replace(same, name="shop"), replace(same, tasks=same.tasks[:2])]
+    # One fewer; MovieLens 20M, 32M and 1M; 25M itself is the paper's.
+    for count in (users - 1, 138_493, 200_948, 6040):
+        others.append(replace(same, tasks=[replace(large, groups=np.arange(count)), *data.tasks[1:]]))
+    assert [paper_of(other) for other in others] == [None] * 6
+    whole = replace(large, groups=np.arange(162_541))
+    assert paper_of(replace(same, tasks=[whole, *data.tasks[1:]])) == Paper("ml", "ML", None)
+
+
+def test_pages_name_settings_and_all_that_figures_are_computed_from(choices: Callable[..., Choices]) -> None:
+    plan = make_plan("table3", choices(methods=("hat", "conure"), preset="ml", quick=False))
+    single = [[0.4], [0.4, 0.1], [0.4, 0.1, 0.5]]
+    rows = found(plan, R, single)
+    page = write_pages(plan, rows)[0].read_text("utf-8")
+    assert "- T2: learning rate 0.0001, 1024 samples a step, at most 100 epochs, patience 5, best weights by hit@1" in page
+    assert "- T3: learning rate 0.0005" in page and "- CONURE (reversed): pruning = (0.7, 0.7, 0.8)" in page
+    assert "SinMo, against which FWT is measured\n" in page and "| SinMo | 0.4000 | 0.1000 | 0.5000 |" in page
+    values = list(csv.DictReader((Path(plan.setup.output) / "table3_R.csv").read_text("utf-8").splitlines()))
+    assert len(values) == 5 * 6
+    (one,) = [row for row in values if (row["method"], row["after"][:2], row["task"][:2]) == ("HAT (reversed)", "T3", "T1")]
+    assert (float(one["R"]), one["seed"], one["metric"]) == (0.4, "0", "MRR@5")
+    assert {row["method"] for row in values} >= {"SinMo"}
 
 
 def test_a_curve_that_has_ended_keeps_its_last_value() -> None:
