@@ -1,4 +1,4 @@
-"""What an experiment leaves in its folder: NAME.md, NAME.csv and others for frequency, transfer, cost and R, a figure's picture."""
+"""What an experiment leaves in its folder: NAME.md, NAME.csv and others for frequency, transfer, cost and R, and a picture."""
 
 from __future__ import annotations
 
