@@ -44,9 +44,14 @@ class RunStopped(TeraconError):
 
 
 class StopSignals:
-    """While the context lasts, Ctrl-C and SIGTERM ask for a stop at the next safe point; a second one acts as usual."""
+    """While the context lasts, Ctrl-C and SIGTERM ask for a stop at the next safe point; a second one acts as usual.
 
-    def __init__(self) -> None:
+    Args:
+        patient: a second one changes nothing either. For a process that gets the same signal from its group and its parent.
+    """
+
+    def __init__(self, patient: bool = False) -> None:
+        self._patient = patient
         self._received: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -66,7 +71,8 @@ class StopSignals:
 
     def _receive(self, signum: int, _frame: FrameType | None) -> None:
         self._received = signum
-        self._restore()
+        if not self._patient:
+            self._restore()
 
     def _restore(self) -> None:
         for signum, handler in self._before.items():

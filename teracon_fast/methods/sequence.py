@@ -274,7 +274,12 @@ class _Phase:
         if found is None:
             self.optimizer = self._new_optimizer()
         else:
-            self.optimizer, self.at, self.best = found.begin(self.method, self._new_optimizer), found.position, found.best
+            assert self.keeper is not None
+            try:
+                self.optimizer = found.begin(self.method, self._new_optimizer)
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise CheckpointError(f"{self.keeper.file}: does not fit {self.method.name}: {error}") from None
+            self.at, self.best = found.position, found.best
         others = {other: self._stream(other) for other in self.method.companions()}
         source = BatchSource(self.data, self.method.device)
         try:
@@ -359,6 +364,7 @@ class _Phase:
         training, optimizer = self.method.training_state(), self.optimizer.state_dict()
         state = self.method.state_dict()
         self.keeper.save(self.task, Unfinished(self.phase, self.at, state, training, optimizer, self.best, epochs))
+        self.began = time.monotonic()  # saving is no part of an epoch
 
     def _count_seconds(self) -> None:
         """Add the time since the last call to the epoch's."""

@@ -18,7 +18,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import connection
@@ -258,7 +259,9 @@ def _in_processes(
                 (folder / "error.txt").unlink(missing_ok=True)
                 arguments = (setup, cell, _device(setup.config.device, slot), threads, folder)
                 process: BaseProcess = context.Process(target=_child, args=arguments, daemon=True)
-                process.start()
+                # Ctrl-C reaches all processes of a terminal; this one passes it on.
+                with _blocked(signal.SIGINT):
+                    process.start()
                 running[process.sentinel] = process, cell, folder, slot
                 report("start", cell, f"{len(cells) - len(waiting)} of {len(cells)}")
             stop.poll()
@@ -282,6 +285,16 @@ def _in_processes(
     return failed
 
 
+@contextmanager
+def _blocked(signum: signal.Signals) -> Iterator[None]:
+    """A signal waits; processes that are started meanwhile never get it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signum})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _device(device: str, slot: int) -> str:
     """The device of one of several processes: GPUs in turn."""
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") and torch.cuda.is_available() else 0
@@ -295,9 +308,7 @@ def _child(setup: Setup, cell: Cell, device: str, threads: int, folder: Path) ->
         os.dup2(log, stream)
     parent = multiprocessing.parent_process()
     assert parent is not None
-    with StopSignals() as stop:
-        # Ctrl-C reaches all processes of a terminal; the one that started this one passes it on.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopSignals(patient=True) as stop:
 
         def poll() -> None:
             stop.poll()

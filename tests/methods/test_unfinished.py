@@ -130,6 +130,10 @@ def test_a_task_that_was_learnt_otherwise_and_a_damaged_file_are_refused(
     torch.save({key: value for key, value in saved.items() if key != "optimizer"}, file)
     with pytest.raises(CheckpointError, match=r"task\.pt: not a task in training.*delete it"):
         learn_sequence(HAT(sizes, weight=0.5), tiny, short, 3, folder=tmp_path)
+    part = {name: value for name, value in saved["state"].items() if "ln1" not in name}
+    torch.save({**saved, "state": part}, file)
+    with pytest.raises(CheckpointError, match=r"(?s)task\.pt: does not fit hat: .*ln1"):
+        learn_sequence(HAT(sizes, weight=0.5), tiny, short, 3, folder=tmp_path)
     file.write_bytes(b"part of a file")
     with pytest.raises(CheckpointError, match=r"task\.pt"):
         learn_sequence(HAT(sizes, weight=0.5), tiny, short, 3, folder=tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -156,7 +157,9 @@ def endless(tiny: TaskSequence, folder: Path, jobs: int) -> subprocess.Popen[str
     settings.write_text("[model]\nchannels = 8\n[first]\nepochs = 1000000\npatience = 1000000\n", "utf-8")
     command = [sys.executable, "-m", "teracon_fast", "reproduce", "table2", "--data", str(tiny.path), "--output", str(folder)]
     command += ["--methods", "sinmo,fine_all", "--config", str(settings), "--jobs", str(jobs)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     while len(list(folder.glob("cells/*/progress.json"))) < jobs:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
@@ -168,7 +171,7 @@ def test_a_signal_stops_all_processes_and_the_same_line_goes_on(
     jobs: int, signum: signal.Signals, tiny: TaskSequence, tmp_path: Path
 ) -> None:
     process = endless(tiny, tmp_path, jobs)
-    process.send_signal(signum)
+    os.killpg(process.pid, signum)  # as a terminal does, and many a scheduler
     said = process.communicate()[0]
     assert process.returncode == 128 + signum and f"stopped by {signum.name}" in said and "Traceback" not in said
     folders = [path for path in (tmp_path / "cells").iterdir() if (path / "task.pt").is_file()]
