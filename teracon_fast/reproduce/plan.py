@@ -348,6 +348,11 @@ def _setup(choices: Choices, paper: Paper | None) -> Setup:
             f"got precision {config.precision!r}, cuda_graphs {config.cuda_graphs} and parity {config.parity!r}, "
             "expected 'fp32', False and 'official': the methods have no others"
         )
+    if config.seed or config.num_tasks is not None:
+        raise ConfigError(
+            f"configuration: got seed {config.seed} and num_tasks {config.num_tasks}, expected neither: experiments take their "
+            "seeds from --seeds, and all tasks"
+        )
     pruning = "ml" if preset == "ml" else "ttl"
     return Setup(choices.data, choices.output, config, pruning, choices.plugins, choices.keep_weights)
 
@@ -360,6 +365,8 @@ def _order(
     text = (choices.order or "reversed") if variant.reverse else "original" if what.columns else choices.order or "original"
     order = parse_order(text, count)
     if what.held_back:
+        if count < 2:
+            raise ConfigError(f"{what.name}: the data set has {count} task, expected at least 2, one of them held back")
         held_back = min(4, count) if choices.held_back is None else choices.held_back
         if not 2 <= held_back <= count:
             raise ConfigError(f"held-back: got task {held_back}, expected 2 to {count}")

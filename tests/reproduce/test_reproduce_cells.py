@@ -362,6 +362,8 @@ def test_alpha_of_each_task(tiny: TaskSequence) -> None:
         ("figure2", {"held_back": 1}, "held-back: got task 1, expected 2 to 3"),
         ("table5", {"methods": ("hat",)}, "hat has no setting 'mask'"),
         ("table2", {"overrides": {"precision": "bf16"}}, "expected 'fp32'"),
+        ("table2", {"overrides": {"seed": 1}}, "got seed 1 and num_tasks None, expected neither"),
+        ("table2", {"overrides": {"num_tasks": 2}}, "got seed 0 and num_tasks 2"),
         ("table2", {"plugins": (Path("nowhere.py"),)}, "nowhere.py, expected a Python file"),
         ("table2", {"overrides": {"model.channels": 0}}, "channels"),
     ],
