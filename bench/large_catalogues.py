@@ -23,7 +23,7 @@ import torch.nn.functional as F
 # As a script: its own folder would be the only place to look.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import first_step, heads, report
+from bench import command_line, first_step, heads, report
 from bench.cases import NotMeasured
 from bench.heads import FULL, QUICK, CrossEntropy, Measured, Sizes, Spec
 from bench.measure import DifferentAnswers, fma_peak
@@ -406,18 +406,9 @@ def run_parts(results: Results, wanted: Sequence[str]) -> Iterator[list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, help="timed calls of each side (3), and more of short ones")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does the script work? Times mean nothing")
     parser.add_argument("--only", choices=PARTS, action="append", help="a part to measure; may be given again (all)")
-    parser.add_argument("--results", metavar="FOLDER", type=Path, help="where JSON and picture go (bench/results)")
-    given = parser.parse_args(arguments)
-    if given.rounds is not None and given.rounds < 1:
-        parser.error(f"--rounds: got {given.rounds}, expected at least 1")
-    # As in the suite: a quick run is kept only where asked for.
-    folder = given.results or (None if given.quick else Path(__file__).resolve().parent / "results")
-    if given.quick:
-        print("quick run on tiny sizes: these times mean nothing\n")
-    results = Results(QUICK if given.quick else FULL, given.rounds or (2 if given.quick else 3))
+    given, rounds, folder = command_line.parse(parser, arguments, 3, "timed calls of each side, and more of short ones")
+    results = Results(QUICK if given.quick else FULL, rounds)
     for lines in run_parts(results, given.only or PARTS):
         print("\n".join(lines), end="\n\n", flush=True)
     if folder is None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 # As a script: its own folder would be the only place to look.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import report
+from bench import command_line, report
 from bench.cases import TINY, TTL, Run, Shape
 from bench.measure import DifferentAnswers, fma_peak
 from bench.operations import Operations
@@ -216,18 +216,9 @@ def document(measured: Sequence[Measured], shape: Shape, rounds: int, peak: floa
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, help="timed steps of each side (5)")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: does the script work? Times mean nothing")
     parser.add_argument("--only", choices=sorted({case.method for case in CASES}), help="one method")
-    parser.add_argument("--results", metavar="FOLDER", type=Path, help="where the JSON goes (bench/results)")
-    given = parser.parse_args(arguments)
-    if given.rounds is not None and given.rounds < 1:
-        parser.error(f"--rounds: got {given.rounds}, expected at least 1")
-    shape, rounds = TINY if given.quick else TTL, given.rounds or (2 if given.quick else 5)
-    # As in the suite: a quick run is kept only where asked for.
-    folder = given.results or (None if given.quick else Path(__file__).resolve().parent / "results")
-    if given.quick:
-        print("quick run on tiny shapes: these times mean nothing\n")
+    given, rounds, folder = command_line.parse(parser, arguments, 5, "timed steps of each side")
+    shape = TINY if given.quick else TTL
     print(f"| {' | '.join(HEADS)} |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
     measured, peaks = [], [fma_peak()]
     for case in CASES:

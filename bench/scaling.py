@@ -26,7 +26,7 @@ import numpy as np
 # As a script: its own folder would be the only place to look.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import report
+from bench import command_line, report
 from bench.cases import RHO, TINY, TTL, Case, ContinualStep, Forward, Shape
 from bench.measure import fma_peak
 from bench.operations import Operations
@@ -264,17 +264,8 @@ def _growth(curve: Curve) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, help="timed calls of each point (5)")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: does the script work? Times mean nothing")
-    parser.add_argument("--results", metavar="FOLDER", type=Path, help="where JSON and picture go (bench/results)")
-    given = parser.parse_args(arguments)
-    if given.rounds is not None and given.rounds < 1:
-        parser.error(f"--rounds: got {given.rounds}, expected at least 1")
-    shape, rounds = TINY if given.quick else TTL, given.rounds or (2 if given.quick else 5)
-    # As in the suite: a quick run is kept only where asked for.
-    folder = given.results or (None if given.quick else Path(__file__).resolve().parent / "results")
-    if given.quick:
-        print("quick run on tiny shapes: these times mean nothing\n")
+    given, rounds, folder = command_line.parse(parser, arguments, 5, "timed calls of each point")
+    shape = TINY if given.quick else TTL
     measured, peaks = curves(shape), [fma_peak()]
     for curve in measured:
         measure(curve, rounds)
