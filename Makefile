@@ -58,6 +58,7 @@ asan: $(VENV)/.installed-dev
 	  $(BIN)/python -m pytest tests/ops/test_masked_conv.py tests/ops/test_linear_cross_entropy.py \
 	  tests/ops/test_retention_mse.py tests/ops/test_linear_rank.py tests/test_encoder.py \
 	  tests/test_packing.py tests/test_native_packing.py tests/test_native.py tests/test_optim.py \
+	  tests/test_deferred.py \
 	  $(PARALLEL) --threads 2 --timeout 1200 --capture sys -k "not matrix_product and not gradcheck and not opcheck and not compiles and not 32_bits and not torch \
 	  and not generic and not avx512]" $(PYTEST_ARGS)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 WIDEST = 8  # columns of a table as a screen shows it; one of more is turned
 
+
 def _what(text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel="What is trained", **more)
 

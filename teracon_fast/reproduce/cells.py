@@ -151,11 +151,14 @@ class _Progress:
         self.file, self.log = folder / "progress.json", folder / "log.txt"
         self.cell, self.setup, self.dataset, self.method, self.place, self.note = cell, setup, dataset, method, place, note
         saved: dict[str, Any] = {}
-        if self.file.is_file() and any((folder / name).is_file() for name in ("sequence.pt", "task.pt")):
+        begun = any((folder / name).is_file() for name in ("sequence.pt", "task.pt"))
+        if begun and self.file.is_file():
             saved = json.loads(self.file.read_text("utf-8"))
         # By epoch, since one that ended after the last save comes again.
         self.curves: dict[int, dict[str, float]] = {int(task): points for task, points in saved.get("curves", {}).items()}
         self.peak = float(saved.get("peak_mib", 0.0))
+        if begun:
+            self._say("goes on from where it was stopped")
 
     def observe(self, task: int, epoch: Epoch) -> None:
         """After each epoch."""
@@ -175,6 +178,9 @@ class _Progress:
             f"task {task + 1} of {len(self.dataset.tasks)} ({data.name}), {epoch.phase}, epoch {epoch.epoch + 1}: "
             f"loss {epoch.loss:.4f}, valid {name} {epoch.valid[name]:.4f}{' (best)' if epoch.best else ''}, {epoch.seconds:.1f} s"
         )
+        self._say(line)
+
+    def _say(self, line: str) -> None:
         with self.log.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         self.note(line)

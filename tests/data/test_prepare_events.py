@@ -192,8 +192,13 @@ BROKEN: dict[str, tuple[Callable[[str], dict[str, list[Any]]], int | None, str]]
         lambda form: {**LOG, "time": [1.0, 2.0, float("nan"), 4.0, 5.0, 6.0, 7.0]}, 2, "column 'time' is 'NaN'; expected a",
     ),
     "text time": (
-        lambda form: {**LOG, "time": ["1", "2", "soon", "4", "5", "6", "7"]}, 0, "expected numbers, dates or date-times in all",
+        lambda form: {**LOG, "time": ["1", "2", "soon", "4", "5", "6", "7"]}, 2,
+        "column 'time' is 'soon'; expected numbers, dates or date-times in all rows",
     ),
+    "text among dates": (
+        lambda form: {**LOG, "time": ["2024-05-01T10:00:00"] * 5 + ["soon", "2024-05-02T10:00:00"]}, 5, "column 'time' is 'soon'",
+    ),
+    "no times at all": (lambda form: {**LOG, "time": list("abcdefg")}, 0, "column 'time' is 'a'; expected numbers, dates"),
     "no such column": (lambda form: {name: LOG[name] for name in ("user", "time", "age", "city")}, None, "no column 'item'"),
     "no rows": (lambda form: {name: [] for name in LOG}, None, "no rows"),
     "label never known": (
@@ -222,6 +227,14 @@ def test_numbers_that_are_no_ids(tmp_path: Path, values: list[Any]) -> None:
     path = write(tmp_path, {"user": [1, 1], "item": values, "time": [1, 2]})
     with pytest.raises(DataError, match="expected an integer"):
         prepare(path, tmp_path / "out")
+
+
+def test_times_that_are_lists_or_dates_as_text(tmp_path: Path) -> None:
+    for times in ([[1], [2]], ["2024-05-01T10:00:00Z", "2024-05-02T10:00:00Z"]):
+        path = write(tmp_path, {"user": [1, 1], "item": [1, 2], "time": times})
+        with pytest.raises(DataError, match=r"expected numbers, dates or date-times in all rows, not") as caught:
+            prepare(path, tmp_path / "out")
+        assert caught.value.line == 0
 
 
 def test_list_column_is_refused(tmp_path: Path) -> None:

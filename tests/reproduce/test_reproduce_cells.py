@@ -112,6 +112,8 @@ def test_a_stopped_cell_goes_on_to_the_same_curves(
         package.run_cell(plan.setup, cell, "cpu", 1, note)
     assert read_result(plan.setup, cell, tiny) is None and len(noted) == 4
     done = reproduce("figure3", wanted)
+    log = (plan.folder(cell) / "log.txt").read_text("utf-8")
+    assert log.count("goes on from where it was stopped") == 1 and log.index("task 3") < log.index("goes on")
     (result,) = done.found[0].cells
     straight = reproduce("figure3", choices(methods=("fine_all",), overrides={"later.epochs": 2}, output=tmp_path / "straight"))
     (expected,) = straight.found[0].cells

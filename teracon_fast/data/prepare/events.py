@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -223,8 +224,8 @@ class _EventFile:
         if row is None:
             return
         got = self._table[column][row]
-        what = f"column {column!r} is empty" if got is None or got == "" else f"column {column!r} is {str(got)!r}"
-        raise DataError(self.path, f"{what}; expected {expected}", line=self._line(row))
+        found = "empty" if got is None or (isinstance(got, str) and not got) else repr(str(got))
+        raise DataError(self.path, f"column {column!r} is {found}; expected {expected}", line=self._line(row))
 
     def _line(self, row: int) -> int:
         return row + 2 if self.is_csv else row
@@ -237,12 +238,22 @@ class _EventFile:
         if dtype.is_temporal():
             return _array(values.to_physical())
         if not dtype.is_numeric():
-            self._refuse(
-                np.ones(len(values), dtype=bool), column, f"numbers, dates or date-times in all rows, not {dtype}"
-            )
+            expected = f"numbers, dates or date-times in all rows, not {dtype}"
+            self._refuse(self._no_times(values), column, expected)
         if dtype.is_float():
             self._refuse(~values.is_finite().to_numpy(), column, "a finite time")
         return _array(values)
+
+    def _no_times(self, values: Any) -> NDArray[np.bool_]:
+        """[E] rows that are no number where others are, else no date where others are; all where no such row stands out."""
+        wrong = values.is_null()  # none
+        if values.dtype == self._polars.String:
+            wrong = values.cast(self._polars.Float64, strict=False).is_null()
+            if wrong.all():
+                with suppress(self._polars.exceptions.PolarsError):  # no row is a date
+                    wrong = values.str.to_datetime(strict=False).is_null()
+        found: NDArray[np.bool_] = wrong.to_numpy()
+        return found if found.any() else np.ones(len(values), dtype=bool)
 
     def users(self, column: str) -> tuple[list[str] | None, NDArray[np.int64]]:
         """int64 [E] user of each event; for text users also the texts, whose positions are the users."""
