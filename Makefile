@@ -56,9 +56,9 @@ asan: $(VENV)/.installed-dev
 	TERACON_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/asan --build-temp build/asan/objects
 	LD_PRELOAD="$(ASAN_PRELOAD)" TERACON_NATIVE_LIBRARY=$(CURDIR)/build/asan/teracon_fast/_C.so \
 	  $(BIN)/python -m pytest tests/ops/test_masked_conv.py tests/ops/test_linear_cross_entropy.py \
-	  tests/ops/test_retention_mse.py tests/ops/test_linear_rank.py tests/test_encoder.py \
-	  tests/test_packing.py tests/test_native_packing.py tests/test_native.py tests/test_optim.py \
-	  tests/test_deferred.py \
+	  tests/ops/test_retention_mse.py tests/ops/test_linear_rank.py tests/model/test_encoder.py \
+	  tests/packing/test_packing.py tests/packing/test_native_packing.py tests/ops/test_native.py tests/optim/test_optim.py \
+	  tests/optim/test_deferred.py \
 	  $(PARALLEL) --threads 2 --timeout 1200 --capture sys -k "not matrix_product and not gradcheck and not opcheck and not compiles and not 32_bits and not torch \
 	  and not generic and not avx512]" $(PYTEST_ARGS)
 

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import report
 from teracon_fast import ops
-from teracon_fast.deferred import catch_up
-from teracon_fast.optim import Adam
+from teracon_fast.optim.adam import Adam
+from teracon_fast.optim.lazy_rows import catch_up
 
 
 @dataclass

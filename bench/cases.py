@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from bench.operations import Network, Operations
-from teracon_fast import FastTCN, trainer
+from teracon_fast import FastTCN
 from teracon_fast.data import TaskData
-from teracon_fast.evaluation import target_ranks
 from teracon_fast.packing import Streams
 from teracon_fast.reference import ReferenceTCN, clamp_task_embeddings, continual_step, t1_step, target_rank
 from teracon_fast.reference import step as reference_step
+from teracon_fast.train import loop as trainer
+from teracon_fast.train.evaluation import target_ranks
 
 
 @dataclass(frozen=True)

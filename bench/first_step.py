@@ -15,8 +15,9 @@ from torch.autograd.profiler_util import FunctionEvent
 from bench.cases import S_TRAINING, Shape
 from bench.heads import QUICK, Sizes, trim
 from bench.measure import Side
-from teracon_fast import FastTCN, trainer
-from teracon_fast.memory import forget_highest_resident, highest_resident_mib
+from teracon_fast import FastTCN
+from teracon_fast.train import loop as trainer
+from teracon_fast.train.memory import forget_highest_resident, highest_resident_mib
 
 PARTS = ("encoder forward and the rest", "cross-entropy", "encoder backward", "optimiser")
 

@@ -22,11 +22,12 @@ from bench.cases import ALPHA, RHO, S_MAX, S_TRAINING, TINY, TTL, Case, Continua
 from bench.measure import DifferentAnswers, check
 from bench.operations import Operations
 from bench.traffic import Traffic
-from teracon_fast import FastTCN, Request, trainer
-from teracon_fast.graphs import StepGraphs
+from teracon_fast import FastTCN, Request
+from teracon_fast.methods.teracon_graphs import StepGraphs
 from teracon_fast.packing import PackedBatch, Streams
 from teracon_fast.reference import ReferenceTCN, clamp_task_embeddings, continual_step
 from teracon_fast.reference import step as reference_step
+from teracon_fast.train import loop as trainer
 
 FULL = replace(TTL, labels=(646_000, 17_880, 8), batch=1024)
 QUICK = replace(TINY, labels=(90, 30, 8))

@@ -32,7 +32,7 @@ from torch import Tensor
 from bench.cases import NotMeasured, Shape
 from bench.measure import DifferentAnswers, Side
 from teracon_fast import ops
-from teracon_fast.memory import forget_highest_resident, highest_resident_mib
+from teracon_fast.train.memory import forget_highest_resident, highest_resident_mib
 
 FILTER_EPS = 2.0**-24  # float32's resolution beside 1
 # Standard deviation of the logits of the peaked head.

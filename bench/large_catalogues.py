@@ -27,8 +27,8 @@ from bench import command_line, first_step, heads, report
 from bench.cases import NotMeasured
 from bench.heads import FULL, QUICK, CrossEntropy, Measured, Sizes, Spec
 from bench.measure import DifferentAnswers, fma_peak
-from teracon_fast import pictures
-from teracon_fast.trainer import Precision
+from teracon_fast.report import plots
+from teracon_fast.train.loop import Precision
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -319,7 +319,7 @@ def picture(results: Results, subtitle: str) -> Figure:
     """Time and peak memory over the number of labels, one panel each, and where a side stops."""
     from matplotlib.figure import Figure
 
-    with pictures.style():
+    with plots.style():
         figure = Figure(figsize=(11, 4.9))
         figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
         times, memory = figure.subplots(1, 2)
@@ -329,8 +329,8 @@ def picture(results: Results, subtitle: str) -> Figure:
             run = {labels: m for labels, m in measured.items() if m.seconds}
             if not run:
                 continue
-            colour, marker = pictures.COLOURS[number], pictures.MARKERS[number]
-            line: dict[str, Any] = {"color": colour, "marker": marker, "ls": pictures.LINES[number], "ms": 6, "lw": 1.8}
+            colour, marker = plots.COLOURS[number], plots.MARKERS[number]
+            line: dict[str, Any] = {"color": colour, "marker": marker, "ls": plots.LINES[number], "ms": 6, "lw": 1.8}
             (handles[NAMES[side]],) = times.plot(list(run), [m.median for m in run.values()], **line)
             # Below a tenth of a MiB single pages count.
             memory.plot(list(run), [max(m.peak_mib or 0.0, 0.1) for m in run.values()], **line)
@@ -420,7 +420,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if results.growth:
         machine, versions = run["machine"], run["versions"]
         of = f"{machine['cpu']}, threads: {machine['threads']}, version {versions['teracon_fast']}, torch {versions['torch']}"
-        with pictures.style():
+        with plots.style():
             picture(results, of).savefig(path.with_suffix(".png"))
         kept.append(path.with_suffix(".png").name)
     print(f"kept in {' and '.join(kept)}")

@@ -18,7 +18,7 @@ import torch
 from bench.cases import CASES, SIDES, TINY, TTL, Case, NotMeasured, Run, Shape
 from bench.operations import Operations
 from teracon_fast import _native
-from teracon_fast.memory import forget_highest_resident, highest_resident_mib
+from teracon_fast.train.memory import forget_highest_resident, highest_resident_mib
 
 ROOT = Path(__file__).resolve().parent.parent
 

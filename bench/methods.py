@@ -33,15 +33,15 @@ from bench import command_line, report
 from bench.cases import TINY, TTL, Run, Shape
 from bench.measure import DifferentAnswers, fma_peak
 from bench.operations import Operations
-from teracon_fast.backbone import Backbone
 from teracon_fast.data import Batch
 from teracon_fast.methods import METHODS, Method, PeterRec, Place, Sizes
 from teracon_fast.methods.peterrec import Patches
 from teracon_fast.methods.preactivation import PreActivationBackbone
 from teracon_fast.methods.sequence import train_step
+from teracon_fast.model.backbone import Backbone
 from teracon_fast.packing import Streams
 from teracon_fast.reference import dense_loss, patch_addend
-from teracon_fast.trainer import make_optimizer
+from teracon_fast.train.loop import make_optimizer
 
 PLACE = Place(5, 10)  # half way through an epoch
 ASKED = 3.0  # times eager, of these:

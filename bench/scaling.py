@@ -30,7 +30,7 @@ from bench import command_line, report
 from bench.cases import RHO, TINY, TTL, Case, ContinualStep, Forward, Shape
 from bench.measure import fma_peak
 from bench.operations import Operations
-from teracon_fast import pictures
+from teracon_fast.report import plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -218,7 +218,7 @@ def picture(measured: Sequence[Curve], subtitle: str) -> Figure:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     calls = list(dict.fromkeys(curve.call for curve in measured))
-    with pictures.style():
+    with plots.style():
         figure = Figure(figsize=(12, 4.3))
         figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
         handles: dict[str, Any] = {}
@@ -226,7 +226,7 @@ def picture(measured: Sequence[Curve], subtitle: str) -> Figure:
             shown = [curve for curve in measured if curve.variable == variable]
             for curve in shown:
                 number = calls.index(curve.call)
-                colour, marker = pictures.COLOURS[number], pictures.MARKERS[number]
+                colour, marker = plots.COLOURS[number], plots.MARKERS[number]
                 at, times = [p.at for p in curve.points], np.array([p.median for p in curve.points]) * 1e3
                 ends = [[1e3 * end(p.seconds) for p in curve.points] for end in (min, max)]
                 spread = [times - ends[0], ends[1] - times]
@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     backend = ", ".join(sorted(set(run["backend"].values())))
     subtitle = f"{machine['cpu']}, threads: {machine['threads']}, backend: {backend}, version {versions['teracon_fast']}"
     drawn = picture(measured, subtitle)
-    with pictures.style():
+    with plots.style():
         drawn.savefig(path.with_suffix(".png"))
     print(f"kept in {path} and {path.with_suffix('.png').name}")
 

@@ -17,14 +17,15 @@ from typing import Any
 
 import torch
 
-from teracon_fast import FastTCN, trainer
-from teracon_fast.checkpoints import load_model
+from teracon_fast import FastTCN
 from teracon_fast.cli.app import app
 from teracon_fast.config import RunConfig, load_config
-from teracon_fast.continual import task_split
 from teracon_fast.data import fetch, open_dataset
-from teracon_fast.masks import rho
+from teracon_fast.model.checkpoints import load_model
+from teracon_fast.model.masks import rho
 from teracon_fast.reference import ReferenceTCN, continual_step, draw_users
+from teracon_fast.train import loop as trainer
+from teracon_fast.train.run import task_split
 
 ROUNDS = 9
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from teracon_fast.backbone import Backbone
 from teracon_fast.data import Batch, DatasetWriter
 from teracon_fast.methods import METHODS, Group, Method, Place, group
+from teracon_fast.model.backbone import Backbone
 from teracon_fast.reproduce import Choices, reproduce
 
 

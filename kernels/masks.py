@@ -19,7 +19,7 @@ from torch import Tensor
 
 from teracon_fast.kernels.configs import Config
 from teracon_fast.kernels.tiles import launch
-from teracon_fast.masks import COSINE_EPS
+from teracon_fast.model.masks import COSINE_EPS
 
 # Nothing here is a product of tiles. A program holds tiles of rows * columns numbers: sites or tasks, and channels.
 _TILES = Config(rows=16, columns=256, depth=16, warps=8, stages=1)

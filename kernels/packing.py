@@ -19,11 +19,11 @@ import torch
 import triton
 import triton.language as tl
 
-from teracon_fast import padding, transfers
+from teracon_fast import transfers
 from teracon_fast.errors import ShapeError
 from teracon_fast.kernels.configs import Config
 from teracon_fast.kernels.tiles import launch
-from teracon_fast.packing import Geometry, Layer, PackedBatch, ResidualTable, Spans, TapTable
+from teracon_fast.packing import Geometry, Layer, PackedBatch, ResidualTable, Spans, TapTable, buckets
 from teracon_fast.transfers import dense
 
 # Entries of a table, and streams of a bag's request, that a program looks at in one step.
@@ -272,8 +272,8 @@ def _records(
     records[:, ROWS_IN.value : MEMBERS.value + 1] = real
     sized = found
     if padded:
-        sized = [padding.rounded_bags(count) for count in found]
-        real = np.array([padding.rounded(count) for count in real.ravel().tolist()], np.int64).reshape(-1, 3)
+        sized = [buckets.rounded_bags(count) for count in found]
+        real = np.array([buckets.rounded(count) for count in real.ravel().tolist()], np.int64).reshape(-1, 3)
     records[:, PADDED_IN.value : PADDED_MEMBERS.value + 1] = real
     if len(forms) and max(int(members.max()), int((real[:, 1] + sized).max())) >= 2**31:
         raise ShapeError("packed batch has 2**31 rows and bags, or members of bags, or more: encode fewer users at once")
@@ -302,7 +302,7 @@ def pack(
     Args:
         spans, layers: of the batch, the distinct layers of `geo`.
         outputs: rows of each request's outputs.
-        padded: whether tables have the sizes of the batch's bucket, see `teracon_fast.padding`.
+        padded: whether tables have the sizes of the batch's bucket, see `teracon_fast.packing.buckets`.
 
     Raises:
         ShapeError: for bags of 2^31 members and more in a table.
@@ -325,7 +325,7 @@ def pack(
         device,
     )  # fmt: skip
     rows = layers[0].rows
-    padded_rows = padding.rounded(rows) if padded else rows
+    padded_rows = buckets.rounded(rows) if padded else rows
     memory = torch.empty(memory_size, dtype=torch.int32, device=device)
     cells = torch.empty(padded_rows, dtype=torch.int64, device=device)
     programs = count + _PADDERS if padded else count
@@ -356,7 +356,7 @@ def pack(
             dense(memory, (rows_in, kernel_size), record[READERS_AT.value]),
             dense(memory, (members,), record[MEMBERS_AT.value]),
             dense(o_offsets, (of_table + 1,), record[OFFSETS_AT.value]),
-            padding.padded_rows(layer.rows_per_request, rows_out),
+            buckets.padded_rows(layer.rows_per_request, rows_out),
             dense(o_row_ends, (requests,), form.outputs * row_ends.shape[1]),
             rows_in,
         ))  # fmt: skip

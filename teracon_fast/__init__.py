@@ -18,14 +18,14 @@ if (_root / "kernels" / "__init__.py").exists():
     __path__.append(str(_root))
 
 _HOMES = {
-    "FastTCN": "teracon_fast.tcn",
-    "Request": "teracon_fast.tcn",
+    "FastTCN": "teracon_fast.model.fast_tcn",
+    "Request": "teracon_fast.model.fast_tcn",
     "env_report": "teracon_fast.backends",
 }
 
 if TYPE_CHECKING:
     from teracon_fast.backends import env_report
-    from teracon_fast.tcn import FastTCN, Request
+    from teracon_fast.model.fast_tcn import FastTCN, Request
 
 __all__ = ["FastTCN", "Request", "__version__", "env_report"]
 

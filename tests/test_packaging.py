@@ -166,7 +166,8 @@ def test_the_core_needs_torch_and_numpy_only(tmp_path: Path) -> None:
         "    def find_spec(self, name, path=None, target=None):\n"
         f"        if name.split('.')[0] in {extras!r}: raise ModuleNotFoundError('blocked ' + name, name=name)\n"
         "sys.meta_path.insert(0, Block())\n"
-        "import teracon_fast.reference, teracon_fast.ops, teracon_fast.packing, teracon_fast.masks, teracon_fast.metrics\n"
+        "import teracon_fast.reference, teracon_fast.ops, teracon_fast.packing\n"
+        "import teracon_fast.model.masks, teracon_fast.train.metrics\n"
         "from teracon_fast import FastTCN, env_report, _native\n"
         "print(env_report()['teracon_fast'])\n"
     )

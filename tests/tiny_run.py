@@ -35,8 +35,8 @@ def arguments(data: Path, run: Path, *more: str) -> list[str]:
 
 def train_tiny(folder: Path) -> tuple[Path, Path]:
     """(prepared folder, run folder) under `folder`, trained."""
-    from teracon_fast import continual
     from teracon_fast.config import load_config
+    from teracon_fast.train import run as continual
 
     values = {"data": write_dataset(folder / "data"), "run": folder / "run", "tensorboard": False, "log_every": 1}
     values |= {"model.channels": 8, "model.dilations": [1, 2]}

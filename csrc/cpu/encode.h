@@ -6,7 +6,7 @@
 
 namespace teracon {
 
-// The whole encoder of one task for the last position, without gradient: see teracon_fast/encoder.py. Blocks of users go
+// The whole encoder of one task for the last position, without gradient: see teracon_fast/model/encoder.py. Blocks of users go
 // through all layers, each thread its own. E: what rows are stored as on the way.
 template <class E>
 struct Encode {

@@ -51,7 +51,7 @@ struct MaskedConvBackward {
   const E* conv;                    // [rows, f_out]
   const float* mean;                // [rows]
   const float* rstd;                // [rows]
-  const int32_t* bag_rows;          // see teracon_fast/packing.py
+  const int32_t* bag_rows;          // see teracon_fast/packing/tables.py
   const int32_t* bag_offsets;       // [bags + 1]
   int64_t bags;
   const int32_t* residual_readers;  // [residual_count], null when the residual needs no gradient

@@ -22,9 +22,9 @@ def grow(
 
     All tasks are tested again on the larger data; then `teracon train OUTPUT/config.toml` goes on with its further tasks.
     """
-    from teracon_fast import growth
     from teracon_fast.cli.progress import ConsoleObserver
-    from teracon_fast.report import load_run, summary_rows
+    from teracon_fast.report.run_report import load_run, summary_rows
+    from teracon_fast.train import growth
 
     with ConsoleObserver(console(stderr=True)) as observer:
         grown = growth.grow(run, data, output, observer, epochs)

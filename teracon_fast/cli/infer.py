@@ -14,8 +14,8 @@ from teracon_fast.cli.progress import ConsoleObserver, counting
 from teracon_fast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from teracon_fast.inference import TrainedRun
-    from teracon_fast.inputs import Inputs
+    from teracon_fast.data.user_input import Inputs
+    from teracon_fast.infer.commands import TrainedRun
 
 RunFolder = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
 After = Annotated[int | None, typer.Option("--after", help="Use the weights after this task; default: the newest.")]
@@ -45,7 +45,7 @@ def evaluate(
     threads: Threads = None,
 ) -> None:
     """Measure every task of a trained model: the last row of R, with all metrics."""
-    from teracon_fast.inference import measure, open_run
+    from teracon_fast.infer.commands import measure, open_run
 
     opened = open_run(run, after, device, backend, threads)
     with ConsoleObserver(console(stderr=True)) as observer:
@@ -80,7 +80,7 @@ def recommend(
     threads: Threads = None,
 ) -> None:
     """Write the best items of a task for each user, with scores, by raw id."""
-    from teracon_fast import inference
+    from teracon_fast.infer import commands as inference
 
     opened = inference.open_run(run, after, device, backend, threads)
     inputs = _inputs(opened, input_path, unseen, input_task, user_column, items_column)
@@ -106,7 +106,7 @@ def predict(
     threads: Threads = None,
 ) -> None:
     """Write the probability of each label of a task with few labels, for each user."""
-    from teracon_fast import inference
+    from teracon_fast.infer import commands as inference
 
     opened = inference.open_run(run, after, device, backend, threads)
     inputs = _inputs(opened, input_path, unseen, input_task, user_column, items_column)
@@ -134,7 +134,7 @@ def embed(
     threads: Threads = None,
 ) -> None:
     """Write user representations, one fixed-size float32 list a task."""
-    from teracon_fast import inference
+    from teracon_fast.infer import commands as inference
 
     opened = inference.open_run(run, after, device, backend, threads)
     numbers = list(range(1, len(opened.tasks) + 1)) if task == "all" else _numbers(task)
@@ -154,7 +154,7 @@ def _numbers(text: str) -> list[int]:
 def _inputs(
     run: TrainedRun, path: Path, unseen: Any, task: int, user_column: str | None, items_column: str | None
 ) -> Inputs:
-    from teracon_fast.inputs import Inputs
+    from teracon_fast.data.user_input import Inputs
 
     return Inputs(path, run.items, run.length, unseen, task, user_column, items_column)
 

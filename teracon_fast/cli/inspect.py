@@ -24,7 +24,7 @@ def report(
     pictures: Annotated[bool, typer.Option(help="Draw the pictures; without, only print the tables.")] = True,
 ) -> None:
     """Print the results of a run and draw its pictures into RUN/report (works while the run is going on)."""
-    from teracon_fast.report import load_run, summary_rows, task_rows, write_report
+    from teracon_fast.report.run_report import load_run, summary_rows, task_rows, write_report
 
     record = load_run(run)
     table(f"Test metrics of {record.path.resolve().name}", *summary_rows(record))

@@ -21,7 +21,7 @@ from rich.progress import (
 )
 
 from teracon_fast.cli.console import console
-from teracon_fast.runlog import Observer, Step, TaskStart
+from teracon_fast.train.log import Observer, Step, TaskStart
 
 LOG_SECONDS = 30.0  # between two plain progress lines
 DRAW_SECONDS = 0.1  # between two updates of a bar

@@ -63,7 +63,7 @@ def reproduce(
     """
     from teracon_fast.reproduce import Choices
     from teracon_fast.reproduce import reproduce as run
-    from teracon_fast.runfolder import RunStopped
+    from teracon_fast.train.folder import RunStopped
 
     given = {
         "model.channels": channels, "first.epochs": epochs, "later.epochs": epochs, "split_by": split_by, "device": device,

@@ -79,10 +79,10 @@ def run_training(
     if dry_run:
         typer.echo(settings.to_toml(), nl=False)
         return
-    from teracon_fast import continual
     from teracon_fast.cli.progress import ConsoleObserver
-    from teracon_fast.report import load_run, summary_rows, write_report
-    from teracon_fast.runfolder import RunStopped
+    from teracon_fast.report.run_report import load_run, summary_rows, write_report
+    from teracon_fast.train import run as continual
+    from teracon_fast.train.folder import RunStopped
 
     try:
         with ConsoleObserver() as observer:

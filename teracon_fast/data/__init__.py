@@ -11,14 +11,14 @@ for batch in epoch_batches(split.train, 32, seed=0, epoch=0):
 
 from teracon_fast.data.batches import EpochBatches, epoch_batches, fetch
 from teracon_fast.data.blocks import Block, pad_left
-from teracon_fast.data.device import Batch, BatchSource
 from teracon_fast.data.dictionaries import Dictionary, read_published_index
 from teracon_fast.data.layout import TaskMeta
-from teracon_fast.data.official import read_sequences_csv
+from teracon_fast.data.loader import Batch, BatchSource
+from teracon_fast.data.parquet import read_parquet
 from teracon_fast.data.prefetch import ahead
+from teracon_fast.data.published_csv import read_sequences_csv
 from teracon_fast.data.split import Split, check_tasks, split_task
 from teracon_fast.data.store import DatasetWriter, TaskData, TaskSequence, open_dataset
-from teracon_fast.data.tabular import read_parquet
 
 __all__ = [
     "Batch",

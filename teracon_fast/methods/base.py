@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from teracon_fast.backbone import Backbone, Convolution, head_loss, init_linear, next_item_inputs
 from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
-from teracon_fast.masks import Parity, annealed_scale
+from teracon_fast.model.backbone import Backbone, Convolution, head_loss, init_linear, next_item_inputs
+from teracon_fast.model.masks import Parity, annealed_scale
 
 Group = dict[str, Any]  # of parameters, as optimisers take them: "params", and "lr" where it is not the task's
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone)

@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from teracon_fast.backbone import Backbone
 from teracon_fast.errors import ConfigError
 from teracon_fast.methods.base import Group, Sizes, group
 from teracon_fast.methods.masked_weights import MaskedWeights, Weights
 from teracon_fast.methods.preactivation import PreActivationBackbone
+from teracon_fast.model.backbone import Backbone
 
 # Pruning ratios of the tasks, from the appendix of the TERACON paper.
 PRUNING: dict[str, tuple[float, ...]] = {"ttl": (0.7, 0.8, 0.9, 0.8, 0.9, 0.9), "ml": (0.7, 0.8, 0.7)}

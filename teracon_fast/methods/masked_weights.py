@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from teracon_fast.backbone import Backbone
 from teracon_fast.data import Batch
 from teracon_fast.methods.base import Group, Method, Place, Sizes
+from teracon_fast.model.backbone import Backbone
 
 Weights = Sequence[Tensor]  # S tensors [f, f, 1, K], in network order
 

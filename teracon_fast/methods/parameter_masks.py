@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from teracon_fast import ops
-from teracon_fast.backbone import Convolution, PackedPositions
 from teracon_fast.methods.teracon import Teracon
-from teracon_fast.tcn import Encode, FastTCN
+from teracon_fast.model.backbone import Convolution, PackedPositions
+from teracon_fast.model.fast_tcn import Encode, FastTCN
 
 
 class WeightMaskedTCN(FastTCN):

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teracon_fast import ops, packing
-from teracon_fast.backbone import Backbone, Convolution
 from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
 from teracon_fast.methods.base import Group, Method, Place, Sizes, group
+from teracon_fast.model.backbone import Backbone, Convolution
 
 
 class Patch(nn.Module):

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teracon_fast import ops, packing
-from teracon_fast.backbone import Backbone, Convolution
 from teracon_fast.errors import ConfigError
+from teracon_fast.model.backbone import Backbone, Convolution
 
 
 class PreActivationBackbone(Backbone):

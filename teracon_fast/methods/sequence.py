@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teracon_fast import ops
-from teracon_fast.checkpoints import load_state, save_state
 from teracon_fast.data import (
     Batch,
     BatchSource,
@@ -28,13 +27,14 @@ from teracon_fast.data import (
     split_task,
 )
 from teracon_fast.errors import CheckpointError, ConfigError
-from teracon_fast.evaluation import check_task, ranks_of
 from teracon_fast.methods.base import Method, Place
-from teracon_fast.methods.unfinished import Keeper, Unfinished, require_same
-from teracon_fast.metrics import selection_value, task_metrics
-from teracon_fast.results import Results, derived_seed, results_of
-from teracon_fast.runfolder import RunStopped
-from teracon_fast.trainer import Losses, Position, StepRecord, StepResult, make_optimizer
+from teracon_fast.model.checkpoints import load_state, save_state
+from teracon_fast.train.checkpoint import Keeper, Unfinished, require_same
+from teracon_fast.train.evaluation import check_task, ranks_of
+from teracon_fast.train.folder import RunStopped
+from teracon_fast.train.loop import Losses, Position, StepRecord, StepResult, make_optimizer
+from teracon_fast.train.metrics import selection_value, task_metrics
+from teracon_fast.train.results import Results, derived_seed, results_of
 
 
 @dataclass(frozen=True)

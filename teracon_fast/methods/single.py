@@ -8,9 +8,9 @@ from typing import cast
 import numpy as np
 from torch import Tensor, nn
 
-from teracon_fast.backbone import Backbone
 from teracon_fast.data import Batch
 from teracon_fast.methods.base import Group, Method, Place, Sizes, group
+from teracon_fast.model.backbone import Backbone
 
 
 class SinMo(Method):

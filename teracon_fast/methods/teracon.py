@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
-from teracon_fast.masks import check_variant
 from teracon_fast.methods.base import Group, Method, Place, Sizes, group
-from teracon_fast.tcn import FastTCN, Request
-from teracon_fast.trainer import (
+from teracon_fast.model.fast_tcn import FastTCN, Request
+from teracon_fast.model.masks import check_variant
+from teracon_fast.train.loop import (
     FIRST_RHO,
     HostCopy,
     Sampling,

@@ -1,4 +1,4 @@
-"""`task_masks` by the formulas of `teracon_fast.masks`, with autograd's gradients: any device, any floating dtype. The `torch`
+"""`task_masks` by the formulas of `model.masks`, with autograd's gradients: any device, any floating dtype. The `torch`
 backend."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from teracon_fast import masks
+from teracon_fast.model import masks
 
 if TYPE_CHECKING:
     from teracon_fast.ops.task_masks import MaskParameters

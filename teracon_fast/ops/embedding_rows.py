@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from teracon_fast.deferred import catch_up
 from teracon_fast.errors import ShapeError
+from teracon_fast.optim.lazy_rows import catch_up
 
 
 def embedding_rows(weight: Tensor, items: Tensor, sparse: bool = False) -> Tensor:

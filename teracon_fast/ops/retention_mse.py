@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from teracon_fast import backends, factored
+from teracon_fast import backends
 from teracon_fast.errors import ShapeError
 from teracon_fast.ops import _cpu_retention_mse, _torch_retention_mse, _triton_retention_mse
 from teracon_fast.ops._heads import autocast_hidden, check_head, keep_gradients, kept_gradients, sums_dtype
 from teracon_fast.ops._torch_retention_mse import Needs, Result
+from teracon_fast.optim import low_rank
 
 FORMS = ("auto", "direct", "gram")
 
@@ -61,7 +62,7 @@ def retention_mse(
         form: "direct", or "gram", whose cost does not depend on the number of users (`cpu` backend only), or "auto": what
             measures faster.
         factored_gradients: leave the gradient of large weights as factors for `optim.Adam`, where that measures faster (`cpu`
-            backend, weights that are leaves): `weight.grad` then lacks it, see `teracon_fast.factored`. Not in compiled code.
+            backend, weights that are leaves): `weight.grad` then lacks it, see `optim.low_rank`. Not in compiled code.
         valid: int32 `[J]`, for each past task how many of its rows are users, at least 1; the others are padding, which counts
             for nothing. None: all of them. With a `rho` on the same device, neither is read on the host.
         backend: "auto", "torch", or another that `teracon_fast.env_report()` lists as available.
@@ -167,7 +168,7 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     gradients, needed = kept_gradients(ctx, grad), list(ctx.needs_input_grad[:3])
     if ctx.left_for is not None:
         weight, hidden = ctx.left_for
-        factored.leave(weight, factored.Factors(gradients[1], hidden))
+        low_rank.leave(weight, low_rank.Factors(gradients[1], hidden))
         needed[1] = False
     return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), *(None,) * 11)
 

@@ -3,7 +3,7 @@
 `m_t = sigmoid(s * (w_t @ tanh(s * [e_t ; e_i, -e_i for i != t]) + b_t))`, or plain `sigmoid(s * e_t)`;
 `rho_j = 1 - mean over sites of sigmoid(c * cos(teacher's mask of j, current mask))` (Eq. 12, 13, 6 and 15 of the TERACON paper).
 
-The `torch` backend is `teracon_fast.masks`; `triton` has all of it in one launch forward and one backward.
+The `torch` backend is `teracon_fast.model.masks`; `triton` has all of it in one launch forward and one backward.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from teracon_fast import backends
 from teracon_fast.errors import ShapeError
-from teracon_fast.masks import MaskVariant, check_variant, relation_width
+from teracon_fast.model.masks import MaskVariant, check_variant, relation_width
 from teracon_fast.ops import _torch_task_masks, _triton_task_masks
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from teracon_fast.reference.model import causal_conv
 
 if TYPE_CHECKING:
-    from teracon_fast.backbone import Backbone
     from teracon_fast.data import Batch
+    from teracon_fast.model.backbone import Backbone
 
 Addend = Callable[[int, Tensor], Tensor]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from teracon_fast.pictures import check_format
-from teracon_fast.reproduce.cells import CellResult, Event, Report, read_result, run_cell, run_cells
+from teracon_fast.report.plots import check_format
 from teracon_fast.reproduce.experiments import EXPERIMENTS, Experiment, Variant
+from teracon_fast.reproduce.jobs import CellResult, Event, Report, read_result, run_cell, run_cells
 from teracon_fast.reproduce.pages import write_pages
 from teracon_fast.reproduce.plan import Cell, Choices, Plan, Row, Setup, make_plan
 from teracon_fast.reproduce.tables import Found, main_grids, read_plan

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from teracon_fast.data import Split, TaskData, split_task
-from teracon_fast.metrics import headline, task_metrics
 from teracon_fast.reproduce.grids import Column, Entry, Grid, Line
 from teracon_fast.reproduce.plan import Plan
 from teracon_fast.reproduce.tables import metric_name, task_name
+from teracon_fast.train.metrics import headline, task_metrics
 
 
 def frequency_metric(data: TaskData, split: Split) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from teracon_fast.report import markdown_table, shown
+from teracon_fast.report.run_report import markdown_table, shown
 
 
 @dataclass(frozen=True)

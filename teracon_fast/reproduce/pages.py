@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from teracon_fast.files import atomic_write
-from teracon_fast.pictures import save
+from teracon_fast.report.plots import save
 from teracon_fast.reproduce import pictures
 from teracon_fast.reproduce.frequency import frequency_grid
 from teracon_fast.reproduce.grids import Column, Entry, Grid, Line, csv_text

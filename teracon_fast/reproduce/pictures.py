@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from teracon_fast.pictures import COLOURS, LINES, MARKERS, new_figure, panels, style
+from teracon_fast.report.plots import COLOURS, LINES, MARKERS, new_figure, panels, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,13 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from teracon_fast.metrics import (
+from teracon_fast.report.run_report import pretty
+from teracon_fast.reproduce.experiments import TITLES, Quantity
+from teracon_fast.reproduce.grids import Column, Entry, Grid, Line
+from teracon_fast.reproduce.jobs import CellResult, read_result
+from teracon_fast.reproduce.plan import Cell, Plan, Row
+from teracon_fast.reproduce.tasks import NOISE, NOISE_NAME
+from teracon_fast.train.metrics import (
     backward_transfer,
     forgetting,
     forward_transfer,
@@ -20,12 +26,6 @@ from teracon_fast.metrics import (
     headline,
     result_matrix,
 )
-from teracon_fast.report import pretty
-from teracon_fast.reproduce.cells import CellResult, read_result
-from teracon_fast.reproduce.experiments import TITLES, Quantity
-from teracon_fast.reproduce.grids import Column, Entry, Grid, Line
-from teracon_fast.reproduce.plan import Cell, Plan, Row
-from teracon_fast.reproduce.tasks import NOISE, NOISE_NAME
 
 Array = NDArray[np.float64]
 FORMS: dict[str, str] = {"metric": ".4f", "bwt": "+.2f %", "fwt": "+.2f %", "change": "+.2f %", "seconds": ".2f"}

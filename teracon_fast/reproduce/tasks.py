@@ -9,7 +9,7 @@ import numpy as np
 
 from teracon_fast.data import TaskData, TaskMeta, TaskSequence
 from teracon_fast.errors import ConfigError
-from teracon_fast.results import derived_seed
+from teracon_fast.train.results import derived_seed
 
 NOISE = 0  # stands for the noisy task where tasks are numbers from 1
 NOISE_NAME = "noise"

@@ -17,10 +17,10 @@ from triton_here import require_triton
 
 require_triton()
 
-from teracon_fast import FastTCN, Request, backends, packing, padding
+from teracon_fast import FastTCN, Request, backends, packing
 from teracon_fast.errors import ShapeError
 from teracon_fast.kernels import packing as kernels
-from teracon_fast.packing import Streams
+from teracon_fast.packing import Streams, buckets
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -144,8 +144,8 @@ def test_nothing_waits_for_the_device(padded: bool, monkeypatch: pytest.MonkeyPa
             patch.setattr(torch, name, None)
         result = packing.pack(lengths, requests, geometry, torch.device("meta"), padded=padded)
     assert len(sent) == 1, "all of a batch goes in one buffer"
-    sizes = padding.sizes(host)
-    assert padding.sizes(result) == (padding.bucket(sizes) if padded else sizes)
+    sizes = buckets.sizes(host)
+    assert buckets.sizes(result) == (buckets.bucket(sizes) if padded else sizes)
     programs = 8 + padded * kernels._PADDERS
     tables = len(geometry.tables[0])
     assert launched == [("tables_kernel", (programs, tables)), ("bags_kernel", (bags,)), ("cells_kernel", (programs,))]

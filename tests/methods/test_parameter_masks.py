@@ -12,9 +12,9 @@ from teracon_fast import FastTCN, packing
 from teracon_fast.data import Batch
 from teracon_fast.methods import ParameterMasks, Place, Sizes
 from teracon_fast.methods.parameter_masks import WeightMaskedTCN
+from teracon_fast.model.fast_tcn import Request
 from teracon_fast.reference import dense_states
 from teracon_fast.reference.masks import plain_masks, relation_mask
-from teracon_fast.tcn import Request
 
 LENGTHS = [0, 2, 9, 5, 9, 1]
 

@@ -17,8 +17,8 @@ from teracon_fast.errors import CheckpointError, ConfigError
 from teracon_fast.methods import HAT, METHODS, MTL, Method, Place, SinMo, Sizes
 from teracon_fast.methods import sequence as driver
 from teracon_fast.methods.sequence import Epoch, Learnt, Settings, evaluate_method, learn_sequence, learn_task
-from teracon_fast.metrics import headline
-from teracon_fast.trainer import DivergedError
+from teracon_fast.train.loop import DivergedError
+from teracon_fast.train.metrics import headline
 
 SETTINGS = Settings(lr=5e-3, batch_size=32, epochs=8, patience=3)
 SHORT = Settings(lr=5e-3, batch_size=64, epochs=2)

@@ -10,12 +10,13 @@ import torch
 from dense_check import ragged
 from torch import Tensor
 
-from teracon_fast import packing, trainer
+from teracon_fast import packing
 from teracon_fast.data import Batch, TaskSequence, split_task
 from teracon_fast.errors import ConfigError
 from teracon_fast.methods import METHODS, Method, ParameterMasks, Place, Sizes, Teracon
 from teracon_fast.methods.sequence import Settings, evaluate_method, learn_task
-from teracon_fast.trainer import FIRST_RHO, continual_step, draw_users, drawing_rates, make_optimizer, t1_step
+from teracon_fast.train import loop as trainer
+from teracon_fast.train.loop import FIRST_RHO, continual_step, draw_users, drawing_rates, make_optimizer, t1_step
 
 SETTINGS = Settings(lr=5e-3, batch_size=32, epochs=4, patience=3)
 SIZES = Sizes(30, channels=16, dilations=(1, 2))

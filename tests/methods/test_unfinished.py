@@ -14,9 +14,9 @@ from teracon_fast.data import TaskSequence
 from teracon_fast.errors import CheckpointError, ConfigError
 from teracon_fast.methods import HAT, METHODS, Method, SinMo, Sizes, unfinished
 from teracon_fast.methods.sequence import Epoch, Learnt, Settings, learn_sequence
-from teracon_fast.methods.unfinished import Keeper, Unfinished
-from teracon_fast.runfolder import RunStopped
-from teracon_fast.trainer import Position
+from teracon_fast.train.checkpoint import Keeper, Unfinished
+from teracon_fast.train.folder import RunStopped
+from teracon_fast.train.loop import Position
 
 SHORT = Settings(lr=5e-3, batch_size=64, epochs=2)
 

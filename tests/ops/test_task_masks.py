@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from teracon_fast import FastTCN, env_report, masks, ops
+from teracon_fast import FastTCN, env_report, ops
 from teracon_fast.backends import BackendError, of_model
 from teracon_fast.errors import ConfigError, ShapeError
-from teracon_fast.masks import MaskVariant
+from teracon_fast.model import masks
+from teracon_fast.model.masks import MaskVariant
 from teracon_fast.ops import MaskParameters
 from teracon_fast.ops._triton_task_masks import _task_masks
 

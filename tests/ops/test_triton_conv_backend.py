@@ -14,9 +14,9 @@ from triton_here import require_triton
 
 from teracon_fast import FastTCN, backends, env_report, ops, packing
 from teracon_fast.backends import BackendError, resolve
+from teracon_fast.model.fast_tcn import Request
 from teracon_fast.ops.masked_conv import _masked_conv
 from teracon_fast.packing import Streams
-from teracon_fast.tcn import Request
 
 require_triton()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

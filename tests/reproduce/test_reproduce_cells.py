@@ -18,16 +18,16 @@ import pytest
 from typer.testing import CliRunner
 
 from teracon_fast import reproduce as package
-from teracon_fast.checkpoints import load_state
 from teracon_fast.cli.app import app
 from teracon_fast.data import DatasetWriter, TaskSequence
 from teracon_fast.errors import ConfigError
 from teracon_fast.methods import METHODS, SinMo, Sizes, Teracon
 from teracon_fast.methods.sequence import learn_sequence
+from teracon_fast.model.checkpoints import load_state
 from teracon_fast.reproduce import Cell, Choices, make_plan, read_result, reproduce
 from teracon_fast.reproduce import cells as cells_module
 from teracon_fast.reproduce.plan import cell_folder, identity, load_plugin
-from teracon_fast.runfolder import locked
+from teracon_fast.train.folder import locked
 
 RUNNER = CliRunner()
 BROKEN = """

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from teracon_fast.data.official import read_sequences_csv
 from teracon_fast.data.prepare.assemble import check_output, summarise
 from teracon_fast.data.prepare.preparer import Summary
+from teracon_fast.data.published_csv import read_sequences_csv
 from teracon_fast.data.store import DatasetWriter
 from teracon_fast.data.task_files import Unseen
 from teracon_fast.errors import DataError

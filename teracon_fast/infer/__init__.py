@@ -1,0 +1,1 @@
+"""A trained run at work: representations, recommendations and label probabilities of users."""

@@ -1,0 +1,1 @@
+"""The network: the packed backbone, `FastTCN` on top of it, its masks, its encoder for inference, its weights on disk."""

@@ -1,0 +1,49 @@
+"""What a sequence of tasks came to: R, BWT, final metrics; and the seeds that its parts are drawn with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from teracon_fast.train.metrics import backward_transfer, headline, result_matrix
+
+if TYPE_CHECKING:
+    from teracon_fast.data import TaskSequence
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run found. Tasks in order.
+
+    Attributes:
+        metric: the metric that stands for each task, "mrr@5" or "accuracy".
+        tasks: their names.
+        R: R[j][i] is the test metric of task i after training task j, i <= j.
+        bwt: what later tasks did to each, in percent; None where R[i][i] is 0.
+        final: every test metric after the last task; keys "1", "2", ...
+    """
+
+    metric: list[str]
+    tasks: list[str]
+    R: list[list[float]]
+    bwt: list[float | None]
+    final: dict[str, dict[str, float]]
+
+
+def results_of(dataset: TaskSequence, tests: list[list[dict[str, float]]]) -> Results:
+    """R and BWT of the test metrics of each task after each task."""
+    tasks = dataset.tasks[: len(tests)]
+    metric = [headline(data.num_labels) for data in tasks]
+    matrix = [[metrics[metric[i]] for i, metrics in enumerate(row)] for row in tests]
+    bwt = [None if math.isnan(value) else value for value in backward_transfer(result_matrix(matrix)).tolist()]
+    final = {str(number): metrics for number, metrics in enumerate(tests[-1], 1)}
+    return Results(metric, [data.name for data in tasks], matrix, bwt, final)
+
+
+def derived_seed(seed: int, task: int, purpose: str) -> int:
+    """An independent seed for each task (from 1) and purpose."""
+    sequence = np.random.SeedSequence([seed, task, *purpose.encode()])
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))  # fits a signed 64-bit integer
