@@ -71,12 +71,12 @@ def write_run_of(method: str, folder: Path, losses: list[str], numbers: list[str
         for number, phase in enumerate(phases):
             for step in range(20):
                 event = {"time": 0.0, "event": "step", "task": task, "epoch": step // 10, "batch": step % 10, "step": step}
-                named = {name: 2.0 / (1 + step + 20 * number) for name in losses}
+                named = dict.fromkeys(losses, 2.0 / (1 + step + 20 * number))
                 events.append(event | {"loss": sum(named.values()) or 1.0, "users_per_s": 900.0, **named})
                 if step % 10 == 9:
                     check = {"time": 0.0, "event": "valid", "task": task, "epoch": step // 10, "step": step}
                     check |= {"phase": phase, "metrics": {metric: 0.1 + step / 100}, "best": step == 19} | named
-                    own = {"method": {name: 0.25 + number / 2 for name in numbers}} if numbers else {}
+                    own = {"method": dict.fromkeys(numbers, 0.25 + number / 2)} if numbers else {}
                     events.append(check | own)
         test = {str(i + 1): {metrics[i]: 0.2} for i in range(task)}
         end = {"time": 0.0, "event": "task_end", "task": task, "epochs": 2 * len(phases), "seconds": 1.5, "test": test}

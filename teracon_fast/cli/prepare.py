@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from typer.core import TyperGroup
@@ -47,14 +46,10 @@ def _prepare() -> None:
 
 def _option(option: Option) -> inspect.Parameter:
     """A preparer's option as a command-line option: typed if a number, path or switch, else a string."""
-    union = get_origin(option.annotation) in (Union, types.UnionType)
-    kinds = [
-        kind for kind in (get_args(option.annotation) if union else (option.annotation,)) if kind is not type(None)
-    ]
-    kind = kinds[0] if len(kinds) == 1 and kinds[0] in (int, float, bool, Path) else str
+    kind: Any = option.kind if option.kind in (int, float, bool, Path) else str
     text, default = option.help, option.default
-    if get_origin(kinds[0]) is Literal:
-        text = f"{text} ({', '.join(map(str, get_args(kinds[0])))})"
+    if get_origin(option.kind) is Literal:
+        text = f"{text} ({', '.join(get_args(option.kind))})"
     shown: Any = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
     if default is None or default in ((), "", False):
         shown = False
