@@ -127,10 +127,10 @@ def check_unseen(unseen: Unseen, items: Dictionary) -> None:
         ConfigError: unknown policy, or "bucket" without buckets in the item dictionary.
     """
     if unseen not in UNSEEN:
-        raise ConfigError(f"unseen items: got {unseen!r}; expected one of {', '.join(UNSEEN)}")
+        raise ConfigError(f"--unseen: got {unseen!r}; expected one of {', '.join(UNSEEN)}")
     if unseen == "bucket" and not items.buckets:
         raise ConfigError(
-            "unseen items: got 'bucket', but the run has no buckets; expected error, pad or drop, or data prepared with "
+            "--unseen: got 'bucket', but the run has no buckets; expected error, pad or drop, or data prepared with "
             "--min-count and --buckets"
         )
 
