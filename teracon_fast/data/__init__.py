@@ -15,7 +15,7 @@ from teracon_fast.data.dictionaries import Dictionary, read_published_index
 from teracon_fast.data.layout import TaskMeta
 from teracon_fast.data.loader import Batch, BatchSource
 from teracon_fast.data.parquet import read_parquet
-from teracon_fast.data.prefetch import ahead
+from teracon_fast.data.prefetch import prefetch
 from teracon_fast.data.published_csv import read_sequences_csv
 from teracon_fast.data.split import Split, check_tasks, split_task
 from teracon_fast.data.store import DatasetWriter, TaskData, TaskSequence, open_dataset
@@ -31,7 +31,7 @@ __all__ = [
     "TaskData",
     "TaskMeta",
     "TaskSequence",
-    "ahead",
+    "prefetch",
     "check_tasks",
     "epoch_batches",
     "fetch",

@@ -12,11 +12,11 @@ from teracon_fast.errors import ConfigError
 T = TypeVar("T")
 
 
-def ahead(source: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
+def prefetch(source: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     """The items of `source`, the same in the same order, while a thread already makes the next ones.
 
     What making an item raises is raised here, after the items before it, with the traceback of the thread. The thread ends
-    with the iteration; a loop that may be left earlier is put in `contextlib.closing(ahead(...))`, which stops the thread
+    with the iteration; a loop that may be left earlier is put in `contextlib.closing(prefetch(...))`, which stops the thread
     after the item that it is making and waits for it.
 
     Args:
@@ -27,10 +27,10 @@ def ahead(source: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
         ConfigError: depth below 1, at the first item.
     """
     if depth < 1:
-        raise ConfigError(f"ahead: got depth {depth}, expected at least 1")
+        raise ConfigError(f"prefetch: got depth {depth}, expected at least 1")
     work = _Work(source, depth)
     # A daemon: a process that is told to exit does not wait for a disk that hangs.
-    thread = threading.Thread(target=work.run, name="teracon-ahead", daemon=True)
+    thread = threading.Thread(target=work.run, name="teracon-prefetch", daemon=True)
     try:
         thread.start()
         yield from work.items()

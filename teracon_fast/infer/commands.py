@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
-from teracon_fast.data import Dictionary, TaskSequence, ahead, open_dataset
+from teracon_fast.data import Dictionary, TaskSequence, open_dataset, prefetch
 from teracon_fast.data.user_input import InputBlock, Inputs, Unseen, check_unseen, encode_items, fit
 from teracon_fast.errors import ConfigError, TeraconError
 from teracon_fast.files import atomic_write
@@ -251,14 +251,14 @@ def encode_blocks(
         progress: called with the number of users done so far.
 
     Yields:
-        the block and one `[n, f]` tensor a task. A thread reads ahead: close the generator (`contextlib.closing`) where it
+        the block and one `[n, f]` tensor a task. A thread prefetches: close the generator (`contextlib.closing`) where it
         may be left before its end.
     """
     for number in tasks:
         run.task(number)
     done = 0
     encode = run.model.encoder(run.s)
-    with closing(ahead(_prepared(inputs, batch_size))) as blocks:
+    with closing(prefetch(_prepared(inputs, batch_size))) as blocks:
         for block, x, lengths in blocks:
             yield block, [encode(x, number - 1, 0, lengths) for number in tasks]
             done += len(x)

@@ -21,9 +21,9 @@ from teracon_fast.data import (
     Split,
     TaskData,
     TaskSequence,
-    ahead,
     check_tasks,
     epoch_batches,
+    prefetch,
     split_task,
 )
 from teracon_fast.errors import CheckpointError, ConfigError
@@ -319,7 +319,7 @@ class _Phase:
         batches = epoch_batches(self.split.train, self.settings.batch_size, order_seed, at.epoch)
         num_batches = len(self.split.train) / self.settings.batch_size  # a float: the official annealing does not round it
         rest = (source.prepare(batches[number]) for number in range(at.batch, len(batches)))
-        with closing(ahead(rest)) as ready:
+        with closing(prefetch(rest)) as ready:
             for batch in map(source.load, ready):
                 place = Place(at.batch, num_batches)
                 companions = {other: next(stream) for other, stream in others.items()}
@@ -401,7 +401,7 @@ def _endless(
     epoch, first = divmod(done, len(epoch_batches(split.train, batch_size, seed, 0)))
     while True:
         batches = epoch_batches(split.train, batch_size, seed, epoch)
-        with closing(ahead(source.prepare(batches[number]) for number in range(first, len(batches)))) as ready:
+        with closing(prefetch(source.prepare(batches[number]) for number in range(first, len(batches)))) as ready:
             yield from map(source.load, ready)
         epoch, first = epoch + 1, 0
 

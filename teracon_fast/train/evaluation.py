@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from teracon_fast.data import ahead
+from teracon_fast.data import prefetch
 from teracon_fast.errors import ConfigError
 from teracon_fast.model.fast_tcn import Encode, FastTCN
 from teracon_fast.ops import linear_rank
@@ -102,7 +102,7 @@ def ranks_of(
     rows, first = np.unique(chosen[order, 0], return_index=True)
     first = np.append(first, len(order))
     ranks = torch.empty(len(order), dtype=torch.int64)
-    with closing(ahead(_distinct(data.sequences, rows, batch_size))) as batches:
+    with closing(prefetch(_distinct(data.sequences, rows, batch_size))) as batches:
         for low, high, x, lengths, same in batches:
             hidden = encode(x, task, drop_last, lengths)
             part = order[first[low] : first[high]]

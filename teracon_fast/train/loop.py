@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teracon_fast import _native, ops, packing, transfers
-from teracon_fast.data import BatchSource, ahead, epoch_batches
+from teracon_fast.data import BatchSource, epoch_batches, prefetch
 from teracon_fast.errors import TeraconError
 from teracon_fast.model.backbone import Backbone
 from teracon_fast.model.fast_tcn import FastTCN, Request
@@ -399,7 +399,7 @@ def train_task(task: TaskTraining, host: Host) -> None:
     while at.epoch < config.epochs and at.stale < config.patience:
         batches = epoch_batches(task.split.train, config.batch_size, task.order_seed, at.epoch)
         rest = (source.prepare(batches[k]) for k in range(at.batch, len(batches)))
-        with closing(ahead(rest)) as ready:
+        with closing(prefetch(rest)) as ready:
             for x, y, lengths in map(source.load, ready):
                 s = annealed_scale(at.batch, num_batches, config.s_max, task.parity)
                 logged = at.step % task.log_every == 0

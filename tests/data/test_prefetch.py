@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_split_and_batches import task_of
 
-from teracon_fast.data import ahead, epoch_batches, fetch
+from teracon_fast.data import epoch_batches, fetch, prefetch
 from teracon_fast.errors import ConfigError
 
 
@@ -23,7 +23,7 @@ class Broken(Exception):
 
 
 def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "teracon-ahead"]
+    return [thread for thread in threading.enumerate() if thread.name == "teracon-prefetch"]
 
 
 @settings(max_examples=60, deadline=None)
@@ -34,7 +34,7 @@ def test_batches_from_any_one_on_are_those_of_fetch(users: int, size: int, depth
     task = task_of(list(range(users)))
     batches = epoch_batches(range(users), size, seed, 0)
     first = data.draw(st.integers(0, len(batches)))
-    got = list(ahead((fetch(task, batches[k]) for k in range(first, len(batches))), depth))
+    got = list(prefetch((fetch(task, batches[k]) for k in range(first, len(batches))), depth))
     expected = [fetch(task, batch) for batch in batches[first:]]
     assert [(x.tolist(), y.tolist()) for x, y in got] == [(x.tolist(), y.tolist()) for x, y in expected]
     assert not threads()
@@ -49,7 +49,7 @@ def test_an_error_comes_after_the_items_before_it_and_names_its_origin(good: int
 
     got = []
     with pytest.raises(Broken, match="at its place") as caught:
-        for item in ahead(the_source(), depth):
+        for item in prefetch(the_source(), depth):
             got.append(item)
     assert got == list(range(good))
     assert traceback.extract_tb(caught.value.__traceback__)[-1].name == "the_source"
@@ -58,7 +58,7 @@ def test_an_error_comes_after_the_items_before_it_and_names_its_origin(good: int
 
 def test_an_error_of_beginning_the_iteration_surfaces_too() -> None:
     with pytest.raises(TypeError, match="not iterable"):
-        list(ahead(3))  # type: ignore[arg-type]
+        list(prefetch(3))  # type: ignore[arg-type]
     assert not threads()
 
 
@@ -75,7 +75,7 @@ def test_the_thread_works_ahead_by_as_many_items_as_asked_for(depth: int) -> Non
                 beyond.set()
             yield number
 
-    with closing(ahead(source(), depth)) as items:
+    with closing(prefetch(source(), depth)) as items:
         assert next(items) == 0
         assert enough.wait(60), "the consumer holds one item, and `depth` of them wait"
         assert not beyond.wait(0.05), "there is no room for another one"
@@ -97,7 +97,7 @@ def test_a_loop_left_early_stops_the_thread_and_closes_the_source(error: type[Ba
         finally:
             closed.set()
 
-    with pytest.raises(error), closing(ahead(source())) as items:
+    with pytest.raises(error), closing(prefetch(source())) as items:
         for item in items:
             if item == taken:
                 raise error
@@ -115,7 +115,7 @@ def test_closing_waits_for_the_item_being_made() -> None:
         finished.set()
         yield 1
 
-    with closing(ahead(source())) as items:
+    with closing(prefetch(source())) as items:
         next(items)
         assert entered.wait(60)
         threading.Timer(0.05, leave.set).start()
@@ -123,7 +123,7 @@ def test_closing_waits_for_the_item_being_made() -> None:
 
 
 def test_an_iteration_that_nobody_holds_any_more_ends_its_thread() -> None:
-    items = ahead(iter(range(100)))
+    items = prefetch(iter(range(100)))
     assert next(items) == 0 and len(threads()) == 1
     del items
     gc.collect()
@@ -131,11 +131,11 @@ def test_an_iteration_that_nobody_holds_any_more_ends_its_thread() -> None:
 
 
 def test_nothing_starts_before_the_first_item_is_asked_for() -> None:
-    items = ahead(iter(range(3)))
+    items = prefetch(iter(range(3)))
     assert not threads()
     items.close()
     with pytest.raises(ConfigError, match="got depth 0, expected at least 1"):
-        next(ahead([1], depth=0))
+        next(prefetch([1], depth=0))
 
 
 def test_raised_errors_hold_no_batches() -> None:
@@ -156,7 +156,7 @@ def test_raised_errors_hold_no_batches() -> None:
     gc.disable()
     try:
         with pytest.raises(Broken):
-            for item in ahead(source()):
+            for item in prefetch(source()):
                 assert item in alive
                 del item
         assert not alive
