@@ -46,3 +46,25 @@ def together(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[T
 def dense(memory: Tensor, shape: Sequence[int], start: int) -> Tensor:
     """The elements of a flat tensor from `start` on as a dense tensor of a shape of one or two dimensions."""
     return memory.as_strided(shape, (1,) if len(shape) == 1 else (shape[1], 1), memory.storage_offset() + start)
+
+
+class HostCopy:
+    """A small tensor on its way to the host: reading it waits for what was queued before it, not for later work."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._values.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            # The copy's own stream, which is not the current device's where the tensor is on another.
+            self._event.record(torch.cuda.current_stream(tensor.device))
+        else:
+            self._values = tensor
+
+    def tolist(self) -> list[float]:
+        """The values as floats."""
+        if self._event is not None:
+            self._event.synchronize()
+        values: list[float] = self._values.tolist()
+        return values

@@ -35,7 +35,7 @@ from teracon_fast.files import atomic_write
 from teracon_fast.methods import Method
 from teracon_fast.methods.sequence import Epoch, Learnt, evaluate_method, learn_sequence
 from teracon_fast.reproduce.plan import Cell, Setup, cell_folder, identity, load_plugin
-from teracon_fast.reproduce.tasks import arranged
+from teracon_fast.data.order import arranged
 from teracon_fast.train.folder import RunStopped, StopSignals, locked, resolved_device
 from teracon_fast.train.memory import forget_highest_resident, highest_resident_mib
 from teracon_fast.train.metrics import headline

@@ -24,7 +24,7 @@ from teracon_fast.train import growth
 from teracon_fast.train.evaluation import evaluate
 from teracon_fast.train.folder import RunStopped, trained_labels
 from teracon_fast.train.growth import grow
-from teracon_fast.train.results import derived_seed
+from teracon_fast.data.seeds import derived_seed
 from teracon_fast.train.run import task_split, train
 
 LENGTH, USERS = 8, 120

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from teracon_fast.data import TaskData, TaskMeta, TaskSequence
+from teracon_fast.data.layout import TaskMeta
+from teracon_fast.data.seeds import derived_seed
+from teracon_fast.data.store import TaskData, TaskSequence
 from teracon_fast.errors import ConfigError
-from teracon_fast.train.results import derived_seed
 
 NOISE = 0  # stands for the noisy task where tasks are numbers from 1
 NOISE_NAME = "noise"
@@ -59,6 +60,7 @@ def noisy_task(dataset: TaskSequence, seed: int) -> TaskData:
     labels = random.integers(0, NOISE_LABELS, len(chosen))
     return replace(
         first, name=NOISE_NAME, kind="label", num_labels=NOISE_LABELS,
+        names=tuple(f"noise {label}" for label in range(1, NOISE_LABELS + 1)),
         samples=np.stack([chosen, labels], axis=1).astype(np.int32),
     )  # fmt: skip
 
