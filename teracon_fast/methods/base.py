@@ -176,7 +176,7 @@ class Method(nn.Module, ABC):
         self.heads = nn.ModuleList()
         self.draws = torch.Generator()
         self.result = StepResult()
-        self._trained: list[nn.Parameter] = []  # in the present phase
+        self._in_training: list[nn.Parameter] = []  # in the present phase
         self._changed: set[str] = set()  # names of the parameters trained so far in the present task
         # Tells where the method is, and in what dtype, before it has a parameter.
         self._here: Tensor
@@ -254,7 +254,7 @@ class Method(nn.Module, ABC):
             group["params"] = list(group["params"])
             for parameter in group["params"]:
                 parameter.requires_grad_(True)
-        self._trained = [parameter for group in groups for parameter in group["params"]]
+        self._in_training = [parameter for group in groups for parameter in group["params"]]
         self._changed |= {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return groups
 
@@ -285,7 +285,7 @@ class Method(nn.Module, ABC):
 
     def clear_gradients(self) -> None:
         """Drop the gradients of the parameters in training."""
-        for parameter in self._trained:
+        for parameter in self._in_training:
             parameter.grad = None
 
     @abstractmethod

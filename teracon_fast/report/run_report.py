@@ -132,7 +132,7 @@ def load_run(run: str | Path) -> RunRecord:
         # The newest task has nothing after it to forget it: its backward transfer is left undefined.
         bwt[: done[-1] - 1] = backward_transfer(matrix[: done[-1], : done[-1]])[:-1]
     config = load_config(path=run / "config.toml")
-    c = {task: config.for_task(task).c for task in logs}
+    c = {task: config.task_options(task).get("c", 6.0) for task in logs}
     return RunRecord(run, [task["name"] for task in tasks], metrics, matrix, bwt.tolist(), logs, _pairs(logs), c)
 
 
