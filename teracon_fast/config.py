@@ -347,7 +347,7 @@ def _plain_type(annotation: Any) -> tuple[Any, tuple[str, ...]]:
     if get_origin(annotation) is Literal:
         return str, get_args(annotation)
     if get_origin(annotation) is tuple:
-        return list[get_args(annotation)[0] if get_args(annotation)[0] is Path else int], ()
+        return (list[Path] if get_args(annotation)[0] is Path else list[int]), ()
     inner = [part for part in get_args(annotation) if part is not type(None)]
     return (str if len(inner) > 1 else inner[0] if inner else annotation), ()
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods.base import EncodeUsers, Group, Method, Option, Sizes, StepContext, group
-from teracon_fast.model.backbone import Backbone
+from teracon_fast.methods.base import Group, Method, Option, Sizes, StepContext, group
+from teracon_fast.model.backbone import Backbone, EncodeUsers
 from teracon_fast.model.masks import plain_masks
 
 Protection = Literal["strict", "as_published"]

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from teracon_fast import ops
 from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods.base import EncodeUsers, Group, Method, Option, Sizes, StepContext, StepResult, group
+from teracon_fast.methods.base import Group, Method, Option, Sizes, StepContext, StepResult, group
 from teracon_fast.methods.teracon_graphs import StepGraphs
 from teracon_fast.methods.teracon_loss import loss_of_states, step_states
+from teracon_fast.model.backbone import EncodeUsers
 from teracon_fast.model.fast_tcn import FastTCN
 from teracon_fast.model.masks import MaskVariant, similarity
 from teracon_fast.transfers import HostCopy
