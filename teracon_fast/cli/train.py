@@ -1,8 +1,9 @@
 """`teracon train`: every value of the configuration is also a flag, made from the pydantic model and the methods' options.
 
-A TOML name becomes a flag by writing dashes: `first.batch_size` is `--first-batch-size`, `conure.pruning` is `--conure-pruning`; the
-section `model` is left out (`--channels`). A setting of tasks also has a short flag that sets it for every task (`--lr`), and
-`--task 2.lr=1e-4` sets it for one task. Later ones win: preset, TOML file, --lr, --first-lr / --later-lr, --task, --set.
+A TOML name becomes a flag by writing dashes: `first.batch_size` is `--first-batch-size`, `conure.pruning` is
+`--conure-pruning`; the section `model` is left out (`--channels`). A setting of tasks also has a short flag that sets it for
+every task (`--lr`), and `--task 2.lr=1e-4` sets it for one task. Later ones win: preset, TOML file, --lr, --first-lr and
+--later-lr, --task, --set.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def _build() -> Callable[..., None]:
         _parameter("preset", typer.Option("--preset", help=f"Start from {presets}."), str | None),
         _parameter("task", typer.Option("--task", metavar="N.NAME=VALUE", help="A setting of one task."), list[str], []),
         _parameter("own", typer.Option("--set", metavar="NAME=VALUE", help="Any value by its TOML name."), list[str], []),
-        _parameter("seeds", typer.Option("--seeds", help="A run for each seed (0,1,2), in RUN/seed0, RUN/seed1, ..."), str | None),
+        _parameter("seeds", typer.Option("--seeds", help="A run for each seed (0,1,2): RUN/seed0, RUN/seed1, ..."), str | None),
         _parameter("jobs", typer.Option("--jobs", min=1, help="With --seeds: runs at a time."), int, 1),
         _parameter("fresh", typer.Option("--fresh", help="Start over: what RUN holds is deleted."), bool, False),
         _parameter("dry_run", typer.Option("--dry-run", help="Print the merged configuration and stop."), bool, False),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from teracon_fast.methods.base import (
     DeclaredOption,
-    EncodeUsers,
     Group,
     Method,
     Option,

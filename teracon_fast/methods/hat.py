@@ -51,7 +51,8 @@ class HAT(Method):
         self,
         sizes: Sizes,
         protection: Annotated[
-            Protection, Option("what is scaled by the share that may move: the optimizer's update, or the gradient (as published)")
+            Protection,
+            Option("what is scaled by the share that may move: the optimizer's update, or the gradient (as published)"),
         ] = "strict",
         weight: Annotated[float, Option("weight of the attention regularization")] = 0.75,
         s_max: Annotated[float, Option("largest mask scale, also that of inference", per_task=True)] = 50.0,

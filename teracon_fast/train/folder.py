@@ -118,7 +118,7 @@ def fingerprint(
         dataset: in the order of training. order: numbers of its tasks in the prepared folder, NOISE for the noisy one.
 
     Returns:
-        "result": what decides the numbers up to rounding; a finished run is used again where it is the same. "exact": what decides
+        "result": what decides the numbers up to rounding; a finished run is reused where it is the same. "exact": what decides
         their last bits too; a task in training resumes only where it is the same.
     """
     result: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """One training loop for every method: phases, epochs and steps of a task, with validation and patience.
 
-`train_step` is a whole optimizer step on given inputs. `Trainer` is the loop around it; what it needs from its surroundings (a log,
-checkpoints, a place for the best weights) it asks of `Callbacks`, so that it can be read without them.
+`train_step` is a whole optimizer step on given inputs. `Trainer` is the loop around it; what it needs from its surroundings
+(a log, checkpoints, somewhere to keep the best weights) it asks of `Callbacks`, so that it can be read without them.
 """
 
 from __future__ import annotations
