@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,12 @@ class Convolution(Protocol):
         self, site: int, x: Tensor, mask: Tensor, table: packing.TapTable, residual: Tensor | None = None,
         residual_table: packing.ResidualTable | None = None, weight: Tensor | None = None,
     ) -> Tensor: ...  # fmt: skip
+
+
+class EncodeUsers(Protocol):
+    """What `Backbone.encoder` returns: representations `[B, f]` of sequences `[B, L]`, arguments as `Backbone.represent`."""
+
+    def __call__(self, x: Tensor, drop_last: int = 0, lengths: np.ndarray | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -231,17 +237,58 @@ class Backbone(nn.Module):
     ) -> Tensor:  # fmt: skip
         """User representations `[B, f]`: states of the last position, under one set of masks `[S, 1, f]`.
 
-        Without gradient, and where the compiled encoder serves and runs these layers, many users are encoded by it.
-        `drop_last`: items dropped from the end of each sequence first; other arguments as `run`.
+        Without gradient, many users are encoded by the compiled encoder where it serves these layers; `encoder` is for many
+        calls. `drop_last`: items dropped from the end of each sequence first; other arguments as `run`.
         """
-        fast = not torch.is_grad_enabled() and x.shape[0] >= ENCODER_USERS and not torch.is_autocast_enabled("cpu")
-        plain = convolve is None and type(self).layers is Backbone.layers and type(self).convolve is Backbone.convolve
-        if fast and plain and Encoder.serves(self):
-            lengths = packing.real_lengths(x) if lengths is None else lengths
-            masks = self.no_masks() if masks is None else masks
-            return Encoder(self, masks=masks, weights=weights).encode(x.cpu(), 0, drop_last, lengths)
+        many = x.shape[0] >= ENCODER_USERS and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        if many and self._encoder_serves(convolve):
+            return Backbone.encoder(self, masks, weights)(x, drop_last, lengths)
         hidden, packed = self.run(x, [(None, drop_last)], masks, lengths, False, weights, convolve)
         return ops.gather_rows(hidden, packed.outputs[0])
+
+    @torch.no_grad()
+    def encoder(
+        self, masks: Tensor | None = None, weights: Sequence[Tensor] | None = None, convolve: Convolution | None = None,
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> EncodeUsers:  # fmt: skip
+        """`represent` for many calls without gradient: what does not depend on the users is computed once.
+
+        The compiled encoder runs where it serves these layers, packed rows elsewhere. Valid while the parameters, masks and
+        weights keep their values.
+
+        Args:
+            masks: `[S, 1, f]`; None: nothing is masked.
+            weights, convolve: as `layers`.
+            precision: "fp32", or "bf16": activations are rounded to bfloat16 between layers.
+
+        Returns:
+            `encode(x, drop_last=0, lengths=None)`: `[B, f]` in the dtype of the parameters, float32 with "bf16".
+
+        Raises:
+            ConfigError: unknown precision. ShapeError: masks or weights do not fit.
+        """
+        if precision not in ("fp32", "bf16"):
+            raise ConfigError(f"precision is {precision!r}, expected 'fp32' or 'bf16'")
+        if weights is not None and len(weights) != self.num_sites:
+            raise ShapeError(f"got weights of {len(weights)} convolutions, expected {self.num_sites}")
+        if self._encoder_serves(convolve):
+            compiled = Encoder(self, masks=self.no_masks() if masks is None else masks, weights=weights, precision=precision)
+            return lambda x, drop_last=0, lengths=None: compiled.encode(x.cpu(), 0, drop_last, lengths)
+
+        @torch.no_grad()
+        def encode(x: Tensor, drop_last: int = 0, lengths: np.ndarray | None = None) -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                hidden, packed = self.run(x, [(None, drop_last)], masks, lengths, False, weights, convolve)
+            found = ops.gather_rows(hidden, packed.outputs[0])
+            return found.float() if precision == "bf16" else found
+
+        return encode
+
+    def _encoder_serves(self, convolve: Convolution | None) -> bool:
+        """Whether the compiled encoder runs these layers as they are, on this device and in this dtype."""
+        kind = type(self)
+        ordinary = convolve is None and kind.layers is Backbone.layers and kind.convolve is Backbone.convolve
+        return ordinary and Encoder.serves(self)
 
     def positions(
         self, x: Tensor, masks: Tensor | None = None, lengths: np.ndarray | None = None,

@@ -211,7 +211,7 @@ class FastTCN(Backbone):
         chosen = of_tasks(self.masks(s) if masks is None else masks, [request.task for request in requests])
         return self._last_states(x, [(r.users, r.drop_last) for r in requests], chosen, lengths)
 
-    def encoder(self, s: float = 50.0) -> Encode:
+    def encoder(self, s: float = 50.0) -> Encode:  # type: ignore[override]  # takes a task with each call
         """`encode(x, task, drop_last, lengths)` for many calls without gradient: what does not depend on x is computed once.
 
         Arguments and result as `Encoder.encode`. Good for as long as the model's parameters stay as they are.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from dense_check import ragged
 from torch import Tensor
 
-from teracon_fast.errors import ShapeError
+from teracon_fast.errors import ConfigError, ShapeError
 from teracon_fast.model.backbone import Backbone
 from teracon_fast.optim.adam import Adam
 from teracon_fast.reference.model import causal_conv
@@ -92,6 +92,47 @@ def test_without_gradient_many_users_are_encoded_by_the_encoder(monkeypatch: pyt
         before = len(made)
         model.represent(x, convolve=model.convolve)
     assert len(made) == before, "few users, a gradient or another convolution: packed rows"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_encoder_computes_its_constants_once_and_serves_any_number_of_users(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiled encoder where it serves, else packed rows: the states of `represent` with a gradient."""
+    model = backbone(dtype)
+    weights, masks = other_weights(model), torch.rand(model.num_sites, 1, 8, dtype=dtype)
+    x = ragged([LENGTHS[i % 7] for i in range(100)], 9)
+    module = sys.modules["teracon_fast.model.backbone"]
+    made: list[Any] = []
+    plain = module.Encoder.__init__
+    monkeypatch.setattr(module.Encoder, "__init__", lambda self, *a, **o: (made.append(o), plain(self, *a, **o))[1])
+    for given, chosen in ((None, None), (masks, weights)):
+        before = len(made)
+        encode = model.encoder(given, chosen)
+        for users in (100, 3, 0):
+            for drop in (0, 1):
+                expected = model.represent(x[:users], given, drop, weights=chosen)
+                found = encode(x[:users], drop)
+                assert found.dtype == dtype and not found.requires_grad
+                torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-4)
+        assert len(made) - before == int(module.Encoder.serves(model))
+
+
+def test_an_encoder_takes_another_convolution_and_bfloat16() -> None:
+    model, x = backbone(torch.float32), ragged(LENGTHS, 9)
+
+    def doubled(*arguments: Any, **options: Any) -> Tensor:
+        return 2 * model.convolve(*arguments, **options)
+
+    expected = model.represent(x, convolve=doubled).detach()
+    assert torch.equal(model.encoder(convolve=doubled)(x), expected)
+    for given, exact in ((None, model.represent(x).detach()), (doubled, expected)):
+        low = model.encoder(convolve=given, precision="bf16")(x)
+        assert low.dtype == torch.float32 and 0 < float((low - exact).norm() / exact.norm()) < 0.05
+    with pytest.raises(ConfigError, match="precision is 'fp16'"):
+        model.encoder(precision="fp16")  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="weights of 3 convolutions, expected 4"):
+        model.encoder(weights=other_weights(model)[:3])
 
 
 def test_another_convolution_runs_in_place_of_each() -> None:
