@@ -67,7 +67,7 @@ class WeightMaskedTCN(FastTCN):
                 found.append(ops.gather_rows(hidden, packed.outputs[0]))
         return found
 
-    def encoder(self, s: float = 50.0) -> Encode:
+    def encoder(self, s: float = 50.0) -> Encode:  # type: ignore[override]
         with torch.no_grad():
             masks = self.masks(s)
 
