@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from teracon_fast import backends
 from teracon_fast.config import RunConfig
 from teracon_fast.errors import ConfigError, TeraconError
 from teracon_fast.files import atomic_write
+from teracon_fast.ops import backends
 
 if TYPE_CHECKING:
     from teracon_fast.data import TaskSequence

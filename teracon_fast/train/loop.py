@@ -17,13 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teracon_fast import _native, ops, packing, transfers
+from teracon_fast import ops, packing
 from teracon_fast.data import BatchSource, ahead, epoch_batches
 from teracon_fast.errors import TeraconError
 from teracon_fast.model.backbone import Backbone
 from teracon_fast.model.fast_tcn import FastTCN, Request
 from teracon_fast.model.masks import Parity, annealed_scale
+from teracon_fast.ops import native
 from teracon_fast.optim.adam import Adam
+from teracon_fast.packing import transfers
 from teracon_fast.train.metrics import selection_value
 
 if TYPE_CHECKING:
@@ -98,7 +100,7 @@ def make_optimizer(
         weight = backbone.embeding.weight
         if backbone.backend == "triton":
             backend = "triton"
-        here = backbone.backend == "triton" or (weight.device.type == "cpu" and _native.available())
+        here = backbone.backend == "triton" or (weight.device.type == "cpu" and native.available())
         served = here and weight.dtype == torch.float32 and id(weight) in chosen
         backbone.sparse_embedding_grad = served
         deferred = deferred or (served and weight.numel() >= DEFERRED_FROM)
