@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from teracon_fast import backends
 from teracon_fast.config import RunConfig
 from teracon_fast.data import Dictionary, TaskData, TaskSequence, open_dataset
 from teracon_fast.data.order import NOISE, arranged
@@ -28,6 +27,7 @@ from teracon_fast.errors import ConfigError, TeraconError
 from teracon_fast.files import atomic_write
 from teracon_fast.methods import METHODS, options_of
 from teracon_fast.methods.plugins import plugin_code
+from teracon_fast.ops import backends
 
 GROWN = "grown.json"
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teracon_fast import _native
 from teracon_fast.data import (
     Batch,
     BatchSource,
@@ -31,6 +30,7 @@ from teracon_fast.errors import CheckpointError, ConfigError, TeraconError
 from teracon_fast.methods.base import Method, Precision, StepContext, StepResult
 from teracon_fast.model.backbone import Backbone
 from teracon_fast.model.masks import Parity
+from teracon_fast.ops import native
 from teracon_fast.optim.adam import Adam
 from teracon_fast.train.evaluation import evaluate
 from teracon_fast.train.metrics import selection_value
@@ -210,7 +210,7 @@ def make_optimizer(
         weight = backbone.embeding.weight
         if backbone.backend == "triton":
             backend = "triton"
-        here = backbone.backend == "triton" or (weight.device.type == "cpu" and _native.available())
+        here = backbone.backend == "triton" or (weight.device.type == "cpu" and native.available())
         served = here and weight.dtype == torch.float32 and id(weight) in chosen
         backbone.sparse_embedding_grad = served
         lazy = lazy or (served and weight.numel() >= LAZY_FROM)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from teracon_fast.data import TaskSequence, split_task
-from teracon_fast.errors import ConfigError
 from teracon_fast.data.order import NOISE, arranged, noisy_task, parse_order, with_noise
+from teracon_fast.errors import ConfigError
 
 
 def test_orders() -> None:
