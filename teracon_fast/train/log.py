@@ -20,11 +20,11 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from teracon_fast.errors import CheckpointError
+from teracon_fast.errors import CheckpointError, DataError
 
 TIME_FIELDS = ("time", "seconds", "users_per_s")
 
@@ -151,3 +151,45 @@ def _scalars(fields: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]
             yield from _scalars({str(i): entry for i, entry in enumerate(value, 1)}, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and name not in ("epoch", "batch", "step"):
             yield prefix + name, float(value)
+
+
+@dataclass
+class TaskLog:
+    """Events of one task in the order they were logged: steps, validations, and the end (None while it trains)."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    end: dict[str, Any] | None = None
+
+
+def read_log(run: Path) -> dict[int, TaskLog]:
+    """The log of each task (from 1) in RUN/metrics.jsonl; empty if nothing has been logged. A truncated last line, which a
+    killed run leaves, is ignored.
+
+    Raises:
+        DataError: no such file, or a line that is not a JSON object with "event" and "task".
+    """
+    path, logs = run / "metrics.jsonl", dict[int, TaskLog]()
+    if not path.is_file():
+        raise DataError(path, "no such file; expected the log of a run")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                event = json.loads(line)
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    break
+                raise DataError(path, f"not JSON ({error}); expected one JSON object a line", number) from None
+            if not isinstance(event, dict) or "event" not in event or not isinstance(event.get("task"), int):
+                reason = f'got {str(event)[:60]!r}; expected a JSON object with "event" and "task"'
+                raise DataError(path, reason, number)
+            log = logs.setdefault(event["task"], TaskLog())
+            if event["event"] == "step":
+                log.steps.append(event)
+            elif event["event"] == "valid":
+                log.checks.append(event)
+            elif event["event"] == "task_end":
+                log.end = event
+    return logs
