@@ -1,8 +1,9 @@
 """Settings of a training run: TOML in and out, validated by pydantic, presets of the paper's Table 10.
 
 A configuration is merged from a preset, a TOML file and single values (`first.lr`, `task.2.alpha`), later ones winning.
-Tasks count from 1. `[first]` holds the settings of T1, `[later]` those of T2..TM, and each `[[task]]` table with a
-`number` changes some of them for one task. Needs the extra `train`.
+Tasks count from 1. `[first]` holds the settings of T1, `[later]` those of T2..TM, and each `[[task]]` table with a `number`
+changes some of them for one task. A table with the name of a method, such as `[conure]`, holds its options
+(`methods.Option`); per-task options may also stand in `[first]`, `[later]` and `[[task]]`. Needs the extra `train`.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.errors import PydanticUserError
 
+from teracon_fast.data.order import NOISE, parse_order, with_noise
 from teracon_fast.errors import ConfigError
+from teracon_fast.methods import METHODS, DeclaredOption, Method, Sizes, load_plugin, options_of
+from teracon_fast.methods.plugins import find_method
 
 PRESETS = ("ttl", "ml", "naver", "demo")
 
@@ -30,27 +35,39 @@ class _Section(BaseModel):
 
 LearningRate = Annotated[float, Field(gt=0, description="learning rate of Adam")]
 BatchSize = Annotated[int, Field(ge=1, description="samples a step")]
-Epochs = Annotated[int, Field(ge=1, description="most passes over the training samples")]
+Epochs = Annotated[int, Field(ge=1, description="most epochs of a phase")]
 Patience = Annotated[int, Field(ge=1, description="epochs without a better validation score before training stops")]
-Alpha = Annotated[float, Field(ge=0, description="weight of the knowledge retention loss (Eq. 18); unused by T1")]
-CosineScale = Annotated[float, Field(gt=0, description="c, scale of the cosine in rho (Eq. 15); unused by T1")]
-LargestScale = Annotated[float, Field(ge=1, description="largest mask scale (Eq. 19), also the scale at inference")]
 Select = Annotated[
     Literal["hit@1", "mrr@5"],
     Field(description="validation score that picks the best weights; tasks of at most 20 labels use accuracy"),
 ]
 
 
-class TaskConfig(_Section):
+class _TaskSection(_Section):
+    """A section of settings of tasks. Keys that it does not know are options of methods, checked by `RunConfig`."""
+
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_options(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        own = {name: value for name, value in values.items() if name in cls.model_fields and name != "options"}
+        return {**own, "options": {name: value for name, value in values.items() if name not in own}}
+
+    def flat(self) -> dict[str, Any]:
+        """The values that are set, options among them."""
+        return {**self.model_dump(mode="json", exclude_none=True, exclude={"options"}), **self.options}
+
+
+class TaskConfig(_TaskSection):
     """How one task is trained. The defaults are those of T1 in the published program."""
 
     lr: LearningRate = 1e-3
     batch_size: BatchSize = 32
     epochs: Epochs = 10
     patience: Patience = 5
-    alpha: Alpha = 0.7
-    c: CosineScale = 6.0
-    s_max: LargestScale = 50.0
     select: Select = "hit@1"
 
 
@@ -62,7 +79,7 @@ class LaterConfig(TaskConfig):
     epochs: Epochs = 100
 
 
-class TaskOverride(_Section):
+class TaskOverride(_TaskSection):
     """Settings of one task that differ from `[first]` or `[later]`."""
 
     number: Annotated[int, Field(ge=1, description="the task, from 1")]
@@ -70,9 +87,6 @@ class TaskOverride(_Section):
     batch_size: BatchSize | None = None
     epochs: Epochs | None = None
     patience: Patience | None = None
-    alpha: Alpha | None = None
-    c: CosineScale | None = None
-    s_max: LargestScale | None = None
     select: Select | None = None
 
 
@@ -91,7 +105,18 @@ class RunConfig(_Section):
 
     data: Annotated[Path, Field(description="prepared data folder")]
     run: Annotated[Path, Field(description="run folder; created, or resumed when it exists")]
+    method: Annotated[str, Field(description=f"one of {', '.join(METHODS)}, or of a plugin")] = "teracon"
+    plugins: Annotated[tuple[Path, ...], Field(description="Python files that register methods of your own")] = ()
     num_tasks: Annotated[int | None, Field(ge=1, description="train only the first so many tasks, else all")] = None
+    order: Annotated[
+        str, Field(description="of the tasks: original, reversed, or numbers such as 1,3,2 (1 stays first)")
+    ] = "original"
+    noise_at: Annotated[
+        int | None, Field(ge=2, description="put a noisy task at this place of the order (paper, Section 4.3), from 2")
+    ] = None
+    test_every_epoch: Annotated[
+        tuple[int, ...], Field(description="places in the order, from 1, of tasks whose test metrics are logged after each epoch")
+    ] = ()
     seed: Annotated[
         int, Field(ge=0, lt=2**63, description="seed of initial weights, split, data order and user draws")
     ] = 0
@@ -108,50 +133,134 @@ class RunConfig(_Section):
     split_by: Annotated[
         Literal["sample", "user"], Field(description="80/5/15 split over samples (published) or over users")
     ] = "sample"
-    mask: Annotated[
-        Literal["relation", "positive_only", "none"],
-        Field(description="task masks: relation-aware (Eq. 12), without negated embeddings, or Eq. 6"),
-    ] = "relation"
-    student_mask: Annotated[
-        Literal["past", "current"],
-        Field(description="mask of the student in the retention loss: the past task's (program) or the current one's"),
-    ] = "past"
-    sampling: Annotated[
-        Literal["adaptive", "minimum", "all"],
-        Field(description="users drawn for retention: by rho (Eq. 15), by the smallest rho for all, or everyone"),
-    ] = "adaptive"
     parity: Annotated[
         Literal["official", "paper"], Field(description="annealing of s: the published program's or Eq. 19")
     ] = "official"
     evaluate_batch_size: Annotated[int, Field(ge=1, description="sequences encoded at a time in evaluation")] = 1024
     log_every: Annotated[int, Field(ge=1, description="steps between two logged losses")] = 20
-    checkpoint_every_seconds: Annotated[float, Field(gt=0, description="seconds between resumable checkpoints")] = 120.0
-    checkpoint_every_steps: Annotated[int | None, Field(ge=1, description="steps between resumable checkpoints")] = None
+    checkpoint_every_seconds: Annotated[
+        float, Field(gt=0, description="least seconds between two checkpoints; saving takes at most a twentieth of the time")
+    ] = 120.0
+    checkpoint_every_steps: Annotated[int | None, Field(ge=1, description="steps between two checkpoints")] = None
     tensorboard: Annotated[bool, Field(description="also write TensorBoard scalars, when it is installed")] = True
     model: ModelConfig = ModelConfig()
     first: TaskConfig = TaskConfig()
     later: LaterConfig = LaterConfig()
     task: tuple[TaskOverride, ...] = ()
+    options: dict[str, dict[str, Any]] = {}  # method -> option -> value; tables with the methods' names in TOML
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_options(cls, values: Any) -> Any:
+        """Move the tables of methods to `options`; plugins are loaded, since they add some."""
+        if not isinstance(values, Mapping):
+            return values
+        plugins = values.get("plugins", ())
+        for plugin in [plugins] if isinstance(plugins, str | Path) else plugins:
+            load_plugin(Path(plugin))
+        tables = {name: value for name, value in values.items() if name in METHODS}
+        rest = {name: value for name, value in values.items() if name not in METHODS}
+        rest["plugins"] = [plugins] if isinstance(plugins, str | Path) else plugins
+        return {**rest, "options": {**rest.get("options", {}), **tables}}
 
     @model_validator(mode="after")
-    def _one_table_a_task(self) -> RunConfig:
+    def _check(self) -> RunConfig:
         numbers = [override.number for override in self.task]
         for number in numbers:
             if numbers.count(number) > 1:
                 raise ValueError(f"task: got two [[task]] tables with number = {number}, expected one")
+        find_method(self.method)
+        for method, values in self.options.items():
+            declared = options_of(METHODS[method])
+            for name, value in values.items():
+                values[name] = _valid_option(f"{method}.{name}", name, value, declared)
+        per_task = {name: option for kind in METHODS.values() for name, option in options_of(kind).items() if option.per_task}
+        sections = {"first": self.first, "later": self.later} | {f"task {section.number}": section for section in self.task}
+        for where, section in sections.items():
+            for name, value in section.options.items():
+                section.options[name] = _valid_option(f"{where}.{name}", name, value, per_task, list(type(section).model_fields))
         return self
 
     def for_task(self, number: int) -> TaskConfig:
-        """Settings of task `number` (from 1), its `[[task]]` table applied."""
-        values = (self.first if number == 1 else self.later).model_dump()
+        """Settings of task `number` (from 1) of the data set, its `[[task]]` table applied; NOISE has those of `[later]`."""
+        values = (self.first if number == 1 else self.later).flat()
         for override in self.task:
             if override.number == number:
-                values.update(override.model_dump(exclude_none=True, exclude={"number"}))
+                values.update({name: value for name, value in override.flat().items() if name != "number"})
         return TaskConfig.model_validate(values)
+
+    def task_options(self, number: int) -> dict[str, Any]:
+        """Per-task options of the method for a task of the data set (from 1, or NOISE).
+
+        A value of the task's own wins, then the method's table, then the method's default; of a list, a task has the one at its
+        number, tasks behind its end the last.
+        """
+        found, own, table = {}, self.for_task(number).options, self.options.get(self.method, {})
+        for name, option in options_of(METHODS[self.method]).items():
+            if option.per_task:
+                value = own.get(name, table.get(name, option.default))
+                if isinstance(value, Sequence) and not isinstance(value, str):
+                    value = value[-1 if number == NOISE else min(number, len(value)) - 1]
+                found[name] = value
+        return found
+
+    def task_order(self, num_tasks: int) -> tuple[int, ...]:
+        """Numbers in the data set, from 1, of the tasks in the order of training; NOISE is the noisy one."""
+        order = parse_order(self.order, num_tasks)
+        return order if self.noise_at is None else with_noise(order, self.noise_at)
+
+    def new_method(self, num_items: int) -> Method:
+        """The method before its first task.
+
+        Raises:
+            ConfigError: its constructor refuses an option.
+        """
+        model, kind = self.model, find_method(self.method)
+        sizes = Sizes(num_items, model.channels, model.dilations, model.kernel_size, self.backend, self.algorithm)
+        options = dict(self.options.get(self.method, {}))
+        for name, option in options_of(kind).items():
+            if option.per_task:
+                options.pop(name, None)
+        try:
+            method = kind(sizes, **options)
+        except TypeError as error:  # of a plugin: its constructor takes something else than sizes and options
+            raise ConfigError(f"{self.method}: its constructor refuses sizes and {options}: {error}") from error
+        method.configure(self.task_options(1))
+        return method
 
     def to_toml(self) -> str:
         """The configuration as TOML text; `load_config` of it gives an equal configuration."""
-        return write_toml(self.model_dump(mode="json", exclude_none=True))
+        sections = {"first", "later", "task", "options"}
+        values = self.model_dump(mode="json", exclude_none=True, exclude=sections)
+        values |= {"first": self.first.flat(), "later": self.later.flat(), "task": [section.flat() for section in self.task]}
+        return write_toml({**values, **{method: table for method, table in self.options.items() if table}})
+
+
+def _valid_option(
+    where: str, name: str, value: Any, declared: Mapping[str, DeclaredOption], others: Sequence[str] = ()
+) -> Any:
+    """The value of an option as its declared type.
+
+    Raises:
+        ValueError: no such option, or another type.
+    """
+    if name not in declared:
+        near = difflib.get_close_matches(name, [*declared, *others], n=1, cutoff=0.5)
+        raise ValueError(f"{where}: unknown key" + (f", did you mean {near[0]!r}?" if near else ""))
+    kind = declared[name].type
+    try:
+        return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+    except PydanticUserError:  # no type that can be checked
+        return value
+    except ValidationError:
+        raise ValueError(f"{where}: got {value!r}, expected {_type_name(kind)}") from None
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(kind)))
+    names = {float: "a number", int: "an integer", bool: "true or false", str: "a text"}
+    return names.get(kind, str(kind).replace("typing.", ""))
 
 
 def load_config(
@@ -162,8 +271,8 @@ def load_config(
     Args:
         preset: one of PRESETS, or None for the published program's settings.
         path: TOML file.
-        overrides: dotted names to values, e.g. {"first.lr": 0.01, "task.2.alpha": "0.9"}. A string is read as a TOML
-            value where it is one ("0.9", "[1, 4]", "true") and else taken as it is. None values are left out.
+        overrides: dotted names to values, e.g. {"first.lr": 0.01, "task.2.alpha": "0.9", "conure.pruning": 0.5}. A string is
+            read as a TOML value where it is one ("0.9", "[1, 4]", "true") and else taken as it is. None values are left out.
     Raises:
         ConfigError: unknown preset, unreadable file, unknown key (naming the nearest known one), or a bad value.
     """
@@ -199,7 +308,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Option:
+class Flag:
     """One value of the configuration, as a command line needs to know it."""
 
     name: str  # dotted: "first.lr"
@@ -209,28 +318,39 @@ class Option:
     help: str
 
 
-def options() -> Iterator[Option]:
-    """Every value that `load_config(overrides=...)` takes, except those of single tasks (`task.N.name`)."""
-    yield from _options(RunConfig, "", {})
+def flags() -> Iterator[Flag]:
+    """Every value that `load_config(overrides=...)` takes, except those of single tasks (`task.N.name`) and of plugins."""
+    yield from _flags(RunConfig, "", {})
+    for method, kind in METHODS.items():
+        for option in options_of(kind).values():
+            yield _option_flag(f"{method}.{option.name}", option, option.default)
 
 
-def _options(section: type[BaseModel], prefix: str, defaults: Mapping[str, Any]) -> Iterator[Option]:
+def _flags(section: type[BaseModel], prefix: str, defaults: Mapping[str, Any]) -> Iterator[Flag]:
     for name, field in section.model_fields.items():
         default = defaults.get(name, None if field.is_required() else field.default)
         if isinstance(default, BaseModel):
-            yield from _options(type(default), f"{prefix}{name}.", default.model_dump())
-        elif name != "task":
+            yield from _flags(type(default), f"{prefix}{name}.", default.model_dump())
+        elif name == "options" and prefix:
+            per_task = {o.name: o for kind in METHODS.values() for o in options_of(kind).values() if o.per_task}
+            yield from (_option_flag(prefix + option.name, option, None) for option in per_task.values())
+        elif name not in ("task", "options"):
             kind, choices = _plain_type(field.annotation)
-            yield Option(prefix + name, kind, choices, default, field.description or "")
+            yield Flag(prefix + name, kind, choices, default, field.description or "")
+
+
+def _option_flag(name: str, option: DeclaredOption, default: Any) -> Flag:
+    kind, choices = _plain_type(option.type)
+    return Flag(name, kind if kind in (int, float, bool, str) else str, choices, default, option.help)
 
 
 def _plain_type(annotation: Any) -> tuple[Any, tuple[str, ...]]:
     if get_origin(annotation) is Literal:
         return str, get_args(annotation)
     if get_origin(annotation) is tuple:
-        return list[int], ()
+        return (list[Path] if get_args(annotation)[0] is Path else list[int]), ()
     inner = [part for part in get_args(annotation) if part is not type(None)]
-    return (inner[0] if inner else annotation), ()
+    return (str if len(inner) > 1 else inner[0] if inner else annotation), ()
 
 
 def write_toml(values: Mapping[str, Any]) -> str:
@@ -293,7 +413,8 @@ def _parsed(name: str, value: Any) -> Any:
     return parsed["value"] if set(parsed) == {"value"} else value
 
 
-_TEXT = frozenset(option.name for option in options() if option.type in (str, Path))
+_PLAIN = {"order", "method", "device"}  # texts that may look like TOML values
+_TEXT = frozenset(flag.name for flag in flags() if flag.type is Path or flag.choices or flag.name in _PLAIN)
 
 
 def _explain(error: ValidationError, source: str) -> str:
@@ -315,8 +436,4 @@ def _explain(error: ValidationError, source: str) -> str:
 
 
 def _known(location: tuple[int | str, ...]) -> list[str]:
-    sections: dict[str, type[BaseModel]] = {"model": ModelConfig, "first": TaskConfig, "later": TaskConfig}
-    if not location:
-        return list(RunConfig.model_fields)
-    section = TaskOverride if location[0] == "task" else sections.get(str(location[0]))
-    return list(section.model_fields) if section else []
+    return list(ModelConfig.model_fields) if location == ("model",) else [*RunConfig.model_fields, *METHODS]

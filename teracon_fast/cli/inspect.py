@@ -70,10 +70,10 @@ def doctor(
 def _software() -> list[Finding]:
     import torch
 
-    from teracon_fast import _native, backends
+    from teracon_fast import backends, native
 
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
-    reason = _native.missing_reason()
+    reason = native.missing_reason()
     findings = [
         Finding("teracon_fast", "ok", f"{__version__} in {Path(backends.__file__).parent}"),
         Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
@@ -81,7 +81,7 @@ def _software() -> list[Finding]:
         Finding("C++ compiler", "ok", compiler)
         if compiler
         else Finding("C++ compiler", "none", "not found", "only needed to build the CPU kernels; apt install g++"),
-        Finding("compiled extension", "ok", str(_native.library()))
+        Finding("compiled extension", "ok", str(native.library()))
         if reason is None
         else Finding(
             "compiled extension",

@@ -281,6 +281,7 @@ class TaskData:
         groups: int64 [N] user ids.
         samples: int32 [S, 2], (row, label); for next_item the label is the last item of the row.
         path: the folder of the task.
+        names: of the labels, where no file has them.
     """
 
     name: str
@@ -291,11 +292,14 @@ class TaskData:
     groups: npt.NDArray[np.int64]
     samples: npt.NDArray[np.int32]
     path: Path
+    names: tuple[str, ...] = ()
 
     def label_ids(self) -> npt.NDArray[np.object_]:
         """[C] str: the raw label of each index (raw item ids for a next_item task)."""
         if self.kind == "next_item":
             return Dictionary.load(self.path.parent / "items.parquet").ids
+        if self.names:
+            return np.array(self.names, dtype=object)
         return Dictionary.load(self.path / "labels.parquet").ids
 
 

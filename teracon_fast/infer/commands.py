@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from teracon_fast.data import Dictionary, TaskSequence, open_dataset, prefetch
-from teracon_fast.data.layout import read_about
 from teracon_fast.data.user_input import InputBlock, Inputs, Unseen, check_unseen, encode_items, fit
 from teracon_fast.errors import ConfigError, TeraconError
 from teracon_fast.files import atomic_write
@@ -30,7 +29,6 @@ from teracon_fast.model.fast_tcn import FastTCN
 from teracon_fast.ops import linear_topk
 from teracon_fast.packing import real_lengths
 from teracon_fast.train.evaluation import evaluate
-from teracon_fast.train.log import read_log
 
 if TYPE_CHECKING:
     from teracon_fast.config import RunConfig
@@ -85,7 +83,9 @@ class TrainedRun:
 
 def finished_tasks(run: Path) -> int:
     """Number of tasks that a run has finished; the checkpoint of a task in training is its best so far, not counted."""
-    ended = [task for task, log in read_log(run).items() if log.end is not None]
+    from teracon_fast.report.run_report import load_run
+
+    ended = [task for task, log in load_run(run).logs.items() if log.end is not None]
     return max(ended, default=0)
 
 
@@ -105,6 +105,7 @@ def open_run(
         ConfigError: no such run, task or device. CheckpointError, DataError: a file is missing or damaged.
     """
     from teracon_fast.config import load_config
+    from teracon_fast.report.run_report import read_json
     from teracon_fast.train.folder import resolved_device, trained_labels
 
     run = Path(run)
@@ -120,20 +121,20 @@ def open_run(
     if threads is not None:
         torch.set_num_threads(threads)
     model = load_model(run / "checkpoints" / f"task{number}.safetensors", resolved_device(config), backend, config.algorithm)
-    dataset = read_about(run)
+    dataset = read_json(run / "dataset.json")
     items = Dictionary.load(run / "items.parquet")
     if len(items) != model.num_items:
         raise ConfigError(f"{run}: the item dictionary has {len(items)} items, the model {model.num_items}")
     tasks, trained = [], trained_labels(run)
-    for index, meta in enumerate(dataset.tasks[:number], 1):
+    for index, meta in enumerate(dataset["tasks"][:number], 1):
         own = run / f"task{index}" / "labels.parquet"
-        labels = items if meta.kind == "next_item" else Dictionary.load(own)
-        tasks.append(TrainedTask(meta.name, meta.kind, labels, trained.get(index, len(labels))))
+        labels = items if meta["kind"] == "next_item" else Dictionary.load(own)
+        tasks.append(TrainedTask(meta["name"], meta["kind"], labels, trained.get(index, len(labels))))
         if len(tasks[-1].labels) != model.labels[index - 1]:
             got = f"{len(tasks[-1].labels)} labels, the model {model.labels[index - 1]}"
             raise ConfigError(f"{run}: the dictionary of task {index} has {got}")
     s = config.for_task(number).s_max
-    return TrainedRun(run, config, model.eval(), s, dataset.length, items, tasks)
+    return TrainedRun(run, config, model.eval(), s, int(dataset["length"]), items, tasks)
 
 
 def measure(

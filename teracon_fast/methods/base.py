@@ -1,24 +1,68 @@
-"""What a method of learning tasks one after the other is: how a task begins, what a step trains, what is kept for inference."""
+"""What a continual-learning method is: how a task starts, what a step trains, what is kept for inference."""
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from teracon_fast import ops
 from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
-from teracon_fast.model.backbone import Backbone, Convolution, head_loss, init_linear, next_item_inputs
+from teracon_fast.model.backbone import Backbone, Convolution, EncodeUsers, head_loss, init_linear, next_item_inputs
 from teracon_fast.model.masks import Parity, annealed_scale
 
-Group = dict[str, Any]  # of parameters, as optimisers take them: "params", and "lr" where it is not the task's
+Precision = Literal["fp32", "bf16"]
+Group = dict[str, Any]  # of parameters, as optimizers take them: "params", and "lr" where it is not the task's
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone)
+
+
+@dataclass(frozen=True)
+class Option:
+    """Declares an argument of a method's constructor as an option: `alpha: Annotated[float, Option("weight of ...")] = 0.7`.
+
+    From there it is a key of the method's TOML table, a flag of `teracon train`, and part of a run's fingerprint. The
+    constructor keeps it under the same name.
+
+    Attributes:
+        help: one line.
+        per_task: whether each task may have a value of its own, see `Method.configure`.
+    """
+
+    help: str
+    per_task: bool = False
+
+
+@dataclass(frozen=True)
+class DeclaredOption:
+    """An option as a method's constructor declares it; `type` is its annotation without `Option`."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    per_task: bool
+
+
+def options_of(kind: type[Method]) -> dict[str, DeclaredOption]:
+    """The options that a method declares, by name, in order. An argument without `Option` is one without help."""
+    try:
+        hints = get_type_hints(kind.__init__, include_extras=True)
+    except NameError:  # a plugin's, of names that only a type checker sees
+        hints = {}
+    found = {}
+    for name, parameter in list(inspect.signature(kind).parameters.items())[1:]:  # after sizes
+        hint = hints.get(name, Any)
+        inner, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        option = next((extra for extra in extras if isinstance(extra, Option)), Option(""))
+        found[name] = DeclaredOption(name, inner, parameter.default, option.help, option.per_task)
+    return found
 
 
 @dataclass(frozen=True)
@@ -41,71 +85,124 @@ class Sizes:
     algorithm: str = "auto"
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a step stands in its epoch.
+@dataclass
+class StepContext:
+    """What a step knows besides its batch.
 
     Attributes:
-        batch: index of the batch, from 0.
+        batch: index of the batch in its epoch, from 0.
         num_batches: samples / batch size, not rounded.
         parity: of the annealing, see `masks.annealed_scale`.
+        precision: of matrix products; "bf16" keeps weights, masks, statistics and losses in fp32.
+        predictions: whether to count hits too.
+        companions: a batch of each task that `Method.companions()` asks for.
     """
 
-    batch: int
-    num_batches: float
+    batch: int = 0
+    num_batches: float = 1.0
     parity: Parity = "official"
+    precision: Precision = "fp32"
+    predictions: bool = False
+    companions: Mapping[int, Batch] = field(default_factory=dict)
 
     def scale(self, s_max: float) -> float:
         """The mask scale s of the step (Eq. 19)."""
         return annealed_scale(self.batch, self.num_batches, s_max, self.parity)
 
 
+@dataclass
+class StepResult:
+    """Losses of a step, left on the device, and what else there is to log of it.
+
+    Attributes:
+        losses: scalars by name; the first is the present task's.
+        weights: what each is multiplied with in the sum that is minimized; 1 where nothing is said.
+        log: numbers, or lists of them, by name: "scale", "rho"; tensors are read when the step is logged.
+    """
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    log: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str, loss: Tensor, weight: float = 1.0) -> None:
+        """Record a part of the loss."""
+        self.losses[name] = loss.detach()
+        if weight != 1.0:
+            self.weights[name] = weight
+
+
 class Method(nn.Module, ABC):
     """A method in the middle of a sequence of tasks. Task 0 is the next item over all items, later ones classify sequences.
 
-    What a driver does with it, for each task:
+    What `train.loop.Trainer` does with it, for each task:
 
+        method.configure(options of the task)
         method.start(task, labels, generator)
         for phase in method.phases():
-            groups = method.begin_phase(phase)           # what the optimiser trains; nothing else has a gradient
+            groups = method.begin_phase(phase)           # what the optimizer trains; nothing else has a gradient
             for every step:
-                method.loss(batch, place, companions).backward()
+                method.step(batch, context)              # loss and backward pass
                 method.after_backward(); optimizer.step(); method.after_step()
             method.load_state_dict(the best)
             method.end_phase(phase)
-        method.encode(x, any task so far), method.head(any task so far)
+        method.encoder(any task so far), method.head(any task so far)
 
-    Its state dict is all that inference on the tasks so far, and going on with the next, need: `restore` reads it.
+    Its state dict is all that inference on the tasks so far, and training the next one, need: `restore` reads it.
 
-    Subclasses implement `_start`, `_groups`, `loss` and `encode`, and override what else they need.
-
-    Public attributes that are numbers, strings or tuples of such are taken for settings (`settings`); what changes while a task
-    is trained and is none of the state has a name with an underscore.
+    Subclasses implement `_start`, `_groups`, `loss` and `encoder`, and override what else they need. Arguments of the constructor
+    after `sizes` are its options, see `Option`; each is kept as a public attribute of its name.
 
     Args:
         sizes: of its networks.
 
     Attributes:
         name: of the method, as in `methods.METHODS`.
+        order_seed: purpose that the seed of the order of samples is derived for, see `data.derived_seed`.
+        growth_refusal: why a run of the method cannot grow; "" if it can, see `grown`.
         sizes: of its networks.
         task: the one in training, counted from 0; -1 before the first.
         heads: one linear layer per task so far.
+        draws: CPU generator for what is drawn while a task trains. The driver seeds it at the start of each task.
+        result: what the present step reports; `loss` adds to it.
     """
 
     name: ClassVar[str]
+    order_seed: ClassVar[str] = "order {phase}"
+    growth_refusal: ClassVar[str] = ""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.sizes, self.task = sizes, -1
         self.heads = nn.ModuleList()
+        self.draws = torch.Generator()
+        self.result = StepResult()
+        self._in_training: list[nn.Parameter] = []  # in the present phase
+        self._changed: set[str] = set()  # names of the parameters trained so far in the present task
         # Tells where the method is, and in what dtype, before it has a parameter.
         self._here: Tensor
         self.register_buffer("_here", torch.empty(0), persistent=False)
 
     # The sequence of tasks
 
+    def configure(self, options: Mapping[str, Any]) -> None:
+        """Set per-task options for the task that starts next.
+
+        Raises:
+            ConfigError: an option that is not declared per task, or a value out of its range.
+        """
+        declared = options_of(type(self))
+        for name, value in options.items():
+            if name not in declared or not declared[name].per_task:
+                known = [option.name for option in declared.values() if option.per_task]
+                raise ConfigError(f"{self.name}: got {name!r} for one task, expected one of {known}")
+            setattr(self, name, value)
+        self.check_options()
+
+    def check_options(self) -> None:
+        """Raise ConfigError if an option is out of its range; called by constructors and `configure`."""
+
     def start(self, task: int, labels: int, generator: torch.Generator | None = None) -> None:
-        """Make what a task begins with: its head, masks, copies. Afterwards `self.task == task`.
+        """Make what a task starts with: its head, masks, copies. Afterwards `self.task == task`.
 
         Args:
             task: counted from 0, the one after the last started.
@@ -119,17 +216,23 @@ class Method(nn.Module, ABC):
             raise ConfigError(f"{self.name}: got task {task}, expected {self.task + 1} (tasks are counted from 0)")
         if labels < 1:
             raise ConfigError(f"{self.name}: task {task} has {labels} labels, expected at least one")
-        seed = int(torch.randint(2**62, (), generator=generator))
+        seed = self._initial_seed(generator)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.task = task
             self._add_head(labels)
             self._start(task)
+        self.draws.manual_seed(seed)
+        self._changed.clear()
         # New parameters are made on the CPU, so that one seed gives the same ones anywhere.
         self.to(device=self._here.device, dtype=self._here.dtype)
 
+    def _initial_seed(self, generator: torch.Generator | None) -> int:
+        """Seed of a task's new parameters."""
+        return int(torch.randint(2**62, (), generator=generator))
+
     def _add_head(self, labels: int) -> None:
-        """Make the present task's head, as `_start` makes the rest. Where heads are kept elsewhere, `head` and `labels` know."""
+        """Make the present task's head. Where heads live elsewhere, override this with `head` and `labels`."""
         self.heads.append(self.new_head(labels))
 
     @abstractmethod
@@ -137,11 +240,11 @@ class Method(nn.Module, ABC):
         """Make what the task needs besides its head, drawing from torch's global generator, on the CPU and in float32."""
 
     def phases(self) -> Sequence[str]:
-        """In what phases the present task is trained, each with an optimiser and best weights of its own."""
+        """The phases that the present task is trained in, each with an optimizer and best weights of its own."""
         return ("train",)
 
     def begin_phase(self, phase: str) -> list[Group]:
-        """Parameter groups for the optimiser of a phase. From here on these parameters have gradients, and no others."""
+        """Parameter groups for the optimizer of a phase. From here on these parameters have gradients, and no others."""
         if phase not in self.phases():
             raise ConfigError(f"{self.name}: got phase {phase!r}, expected one of {list(self.phases())}")
         groups = self._groups(phase)
@@ -151,6 +254,8 @@ class Method(nn.Module, ABC):
             group["params"] = list(group["params"])
             for parameter in group["params"]:
                 parameter.requires_grad_(True)
+        self._in_training = [parameter for group in groups for parameter in group["params"]]
+        self._changed |= {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return groups
 
     @abstractmethod
@@ -162,38 +267,74 @@ class Method(nn.Module, ABC):
 
     # A step
 
-    @abstractmethod
-    def loss(self, batch: Batch, place: Place, companions: Mapping[int, Batch]) -> Tensor:
-        """The loss of a batch of the present task, a scalar.
+    def step(self, batch: Batch, context: StepContext) -> StepResult:
+        """Loss and backward pass of one step of the present task; its gradients replace those of the step before.
 
         Args:
-            batch: where the method is.
-            place: of the step in its epoch.
-            companions: a batch of each task that `companions()` asks for.
+            batch: of the task, where the method is.
+            context: of the step.
         """
+        self.result = StepResult()
+        if self.task == 0:
+            self.clear_gradients()  # one of them is as large as the item embedding
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=context.precision == "bf16"):
+            loss = self.loss(batch, context)
+        if not self.result.losses:
+            self.result.add("class_loss", loss)
+        self.clear_gradients()  # not earlier in later tasks: memory given back takes time to get again
+        loss.backward(ops.unit_gradient(loss))  # type: ignore[no-untyped-call]
+        return self.result
+
+    def clear_gradients(self) -> None:
+        """Drop the gradients of the parameters in training."""
+        for parameter in self._in_training:
+            parameter.grad = None
+
+    @abstractmethod
+    def loss(self, batch: Batch, context: StepContext) -> Tensor:
+        """The loss of a batch of the present task, a scalar. Parts of it, and what else to log, go to `self.result`."""
 
     def companions(self) -> tuple[int, ...]:
         """Earlier tasks of which each step needs a batch too."""
         return ()
 
     def after_backward(self) -> None:
-        """Called between the backward pass and the optimiser's step: the place to change gradients. They may be sparse."""
+        """Called between the backward pass and the optimizer's step, to change gradients. They may be sparse."""
 
     def after_step(self) -> None:
-        """Called after the optimiser's step: the place to clamp, or to put back what must not move."""
+        """Called after the optimizer's step, to clamp, or to restore what must not move."""
 
     # Inference
 
     @abstractmethod
-    def encode(self, x: Tensor, task: int, drop_last: int = 0, lengths: np.ndarray | None = None) -> Tensor:
-        """User representations of any task so far, `[B, f]`, without gradient, as they are kept for inference.
+    def encoder(self, task: int) -> EncodeUsers:
+        """Representations of any task so far, without gradient, for many calls: what does not depend on users is computed once.
+
+        Good for as long as the parameters stay as they are.
 
         Args:
-            x: int64 `[B, L]` item ids, oldest first, left-padded with 0.
             task: counted from 0.
-            drop_last: items dropped from the end of each sequence first.
-            lengths: real lengths int64 `[B]` on the host, if known.
+
+        Returns:
+            `encode(x, drop_last, lengths)` gives `[B, f]`: x int64 `[B, L]` item ids, oldest first, left-padded with 0; items
+            dropped from the end of each sequence first; real lengths int64 `[B]` on the host, or None.
         """
+
+    def encoders(self, tasks: Sequence[int]) -> dict[int, EncodeUsers]:
+        """`encoder` of several tasks; override it where they share constants."""
+        return {task: self.encoder(task) for task in tasks}
+
+    def encode(self, x: Tensor, task: int, drop_last: int = 0, lengths: np.ndarray | None = None) -> Tensor:
+        """User representations of one batch, `[B, f]`; arguments as `encoder` and what it returns."""
+        return self.encoder(task)(x, drop_last, lengths)
+
+    def describe(self) -> dict[str, Any]:
+        """What the log keeps of the method after each epoch: numbers, or lists with one a task."""
+        return {}
+
+    def summarize(self) -> dict[str, Any]:
+        """What the log keeps of the method at the end of a task, besides `describe`."""
+        return {}
 
     def head(self, task: int) -> nn.Linear:
         """The head of any task so far: `Linear(f, labels)`."""
@@ -232,15 +373,33 @@ class Method(nn.Module, ABC):
 
     def training_state(self) -> dict[str, Any]:
         """What the next step of a task in training needs besides the state dict and what `begin_phase` makes; plain values."""
-        return {}
+        return {"draws": self.draws.get_state()}
 
     def load_training_state(self, state: Mapping[str, Any]) -> None:
-        """Take up what `training_state` gave, after `start`, `begin_phase` and `load_state_dict`."""
+        """Restore what `training_state` gave, after `start`, `begin_phase` and `load_state_dict`."""
+        self.draws.set_state(state["draws"])
+
+    def changing_state(self) -> dict[str, Tensor]:
+        """What of the state dict the present task changes: buffers, and the parameters trained in it so far. Not copied."""
+        kept = {name for name, _ in self.named_parameters()} - self._changed
+        return {name: value for name, value in self.state_dict().items() if name not in kept}
+
+    def load_changing_state(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Load what `changing_state` gave; returns the names in it that the method does not have."""
+        self._changed |= {name for name, _ in self.named_parameters()} & set(state)
+        return list(self.load_state_dict(dict(state), strict=False).unexpected_keys)
+
+    def enable_graphs(self) -> None:
+        """Replay steps as CUDA graphs from the next `begin_phase` on.
+
+        Raises:
+            ConfigError: the method, its backend or its device has none.
+        """
+        raise ConfigError(f"cuda_graphs: {self.name} has no CUDA graphs, expected teracon or parameter_masks")
 
     def settings(self) -> dict[str, Any]:
-        """Name, sizes and own settings: the public attributes that are numbers, strings or tuples of such."""
-        own = {name: value for name, value in vars(self).items() if not name.startswith("_") and _is_plain(value)}
-        return {"name": self.name, **asdict(self.sizes), **{k: v for k, v in own.items() if k not in ("task", "training")}}
+        """Name, sizes and options."""
+        return {"name": self.name, **asdict(self.sizes), **{name: getattr(self, name) for name in options_of(type(self))}}
 
     # For subclasses
 
@@ -263,8 +422,8 @@ class Method(nn.Module, ABC):
         return head
 
     def task_loss(
-        self, task: int, backbone: Backbone, batch: Batch, head: nn.Linear | None = None, masks: Tensor | None = None,
-        weights: Sequence[Tensor] | None = None, convolve: Convolution | None = None,
+        self, task: int, backbone: Backbone, batch: Batch, context: StepContext | None = None, head: nn.Linear | None = None,
+        masks: Tensor | None = None, weights: Sequence[Tensor] | None = None, convolve: Convolution | None = None,
     ) -> Tensor:  # fmt: skip
         """Cross-entropy of a task: of task 0 over the next items at all positions, pads counted, of others over labels.
 
@@ -272,31 +431,32 @@ class Method(nn.Module, ABC):
             task: counted from 0.
             backbone: that encodes.
             batch: of the task.
+            context: where it asks for predictions, hit@1 of the batch goes to `self.result`; None: nothing does.
             head: None: that of the task.
             masks, weights, convolve: as `Backbone.run`.
         """
         head = self.head(task) if head is None else head
-        how = {"weights": weights, "convolve": convolve}
+        how: dict[str, Any] = {"weights": weights, "convolve": convolve}
+        predictions, counts = context is not None and context.predictions, None
         if task == 0:
             seen, lengths = next_item_inputs(batch.x, batch.lengths)
-            found = backbone.positions(seen, masks, lengths, **how)  # type: ignore[arg-type]
-            targets, rows = batch.x[:, 1:].reshape(-1), found.row_of.reshape(-1)
-            return head_loss(head, found.hidden, targets, rows, backend=self.sizes.backend).loss
-        hidden = backbone.represent(batch.x, masks, 0, batch.lengths, **how)  # type: ignore[arg-type]
-        return head_loss(head, hidden, batch.y, backend=self.sizes.backend).loss
+            states = backbone.positions(seen, masks, lengths, **how)
+            targets, rows = batch.x[:, 1:].reshape(-1), states.row_of.reshape(-1)
+            found = head_loss(head, states.hidden, targets, rows, predictions, self.sizes.backend)
+            counts = targets != 0
+        else:
+            hidden = backbone.represent(batch.x, masks, 0, batch.lengths, **how)
+            found = head_loss(head, hidden, batch.y, None, predictions, self.sizes.backend)
+        if predictions:
+            self.report_hits(found.rank, counts)
+        return found.loss
 
-    @contextmanager
-    def inference(self, task: int) -> Iterator[None]:
-        """What `encode` runs in: no gradient, and the task is one so far."""
-        self.check_task(task)
-        with torch.no_grad():
-            yield
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, tuple):
-        return all(_is_plain(part) for part in value)
-    return value is None or isinstance(value, bool | int | float | str)
+    def report_hits(self, rank: Tensor, counts: Tensor | None = None) -> None:
+        """Log hit@1 of a step: the share of ranks of 0, where `counts` (default: everywhere); 0 where nothing counts."""
+        hits = rank == 0
+        self.result.log["hit@1"] = (
+            hits.float().mean() if counts is None else (hits & counts).sum() / counts.sum().clamp_min(1)
+        )
 
 
 def group(*modules: nn.Module | Iterable[nn.Parameter], **options: Any) -> Group:

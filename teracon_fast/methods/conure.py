@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods.base import Group, Sizes, group
+from teracon_fast.methods.base import Group, Option, Sizes, group
 from teracon_fast.methods.masked_weights import MaskedWeights, Weights
 from teracon_fast.methods.preactivation import PreActivationBackbone
 from teracon_fast.model.backbone import Backbone
 
-# Pruning ratios of the tasks, from the appendix of the TERACON paper.
-PRUNING: dict[str, tuple[float, ...]] = {"ttl": (0.7, 0.8, 0.9, 0.8, 0.9, 0.9), "ml": (0.7, 0.8, 0.7)}
+PRUNING = (0.7, 0.8, 0.9, 0.8, 0.9, 0.9)  # pruning ratios of TTL's tasks, from the appendix of the TERACON paper
 FREE = 127  # owner of a weight that no task has kept: above every task, and the largest int8
 _BLOCKS: dict[str, type[Backbone]] = {"post-norm": Backbone, "pre-activation": PreActivationBackbone}
 
@@ -37,7 +36,7 @@ class Conure(MaskedWeights):
 
     Args:
         sizes: of the network.
-        pruning: p of each task in order, or one for all, each in [0, 1); "ttl" and "ml": those of the paper.
+        pruning: p of each task in order, or one for all, each in [0, 1).
         block: "post-norm", the block of the other methods, or "pre-activation", that of CONURE's authors.
         pruned: where the next task finds weights that were pruned: "as-is", where they were when they were pruned, as in the
             authors' program, or at "zero", as in PackNet (Mallya and Lazebnik 2018).
@@ -54,20 +53,36 @@ class Conure(MaskedWeights):
     owners: Tensor
 
     def __init__(
-        self, sizes: Sizes, pruning: float | Sequence[float] | str = "ttl", block: Block = "post-norm",
-        pruned: Pruned = "as-is",
-    ) -> None:  # fmt: skip
+        self,
+        sizes: Sizes,
+        pruning: Annotated[
+            float | tuple[float, ...],
+            Option("share of the free weights that a task prunes; a list has one a task", per_task=True),
+        ] = PRUNING,
+        block: Annotated[
+            Block, Option("LayerNorm after the convolution, or before it as in CONURE's own program")
+        ] = "post-norm",
+        pruned: Annotated[
+            Pruned, Option("where later tasks find pruned weights: as they were, or at zero as in PackNet")
+        ] = "as-is",
+    ) -> None:
         if block not in _BLOCKS:
             raise ConfigError(f"conure: block is {block!r}, expected one of {list(_BLOCKS)}")
         if pruned not in ("zero", "as-is"):
             raise ConfigError(f"conure: pruned is {pruned!r}, expected 'zero' or 'as-is'")
         super().__init__(sizes, _BLOCKS[block])
-        self.pruning, self.block, self.pruned = _ratios(pruning), block, pruned
+        self.pruning, self.block, self.pruned = pruning, block, pruned
+        self.check_options()
+
+    def check_options(self) -> None:
+        ratios = (self.pruning,) if isinstance(self.pruning, int | float) else tuple(self.pruning)
+        if not ratios or not all(0 <= ratio < 1 for ratio in ratios):
+            raise ConfigError(f"conure: pruning is {self.pruning}, expected ratios from 0 to below 1, at least one")
 
     def ratio(self, task: int) -> float:
         """p of a task: the share of the free weights that it prunes."""
-        if isinstance(self.pruning, float):
-            return self.pruning
+        if isinstance(self.pruning, int | float):
+            return float(self.pruning)
         if task >= len(self.pruning):
             raise ConfigError(f"conure: task {task} is one too many for the pruning ratios {list(self.pruning)}")
         return self.pruning[task]
@@ -128,15 +143,17 @@ class Conure(MaskedWeights):
             if weight.grad is not None:
                 weight.grad.masked_fill_(owner != trained, 0)
 
-    def _weights_of(self, task: int) -> Weights:
+    def inference_weights(self, task: int) -> Weights:
+        self.check_task(task)
         return self._up_to(self._trained(self._phase) if task == self.task else task)
 
     def _up_to(self, last: int) -> list[Tensor]:
         """The weights of owners up to one, the others zero."""
         return [torch.where(own <= last, weight, 0) for own, weight in zip(self.owners, self.convolutions, strict=True)]
 
-    def _sources(self, task: int) -> Sequence[Tensor]:
-        return (self.owners,)
+    def describe(self) -> dict[str, Any]:
+        """Share of the convolution weights that no task keeps so far: what is left for later tasks."""
+        return {"free_weights": float((self.owners == FREE).float().mean())}
 
 
 def largest(weight: Tensor, free: Tensor, ratio: float) -> Tensor:
@@ -157,14 +174,3 @@ def largest(weight: Tensor, free: Tensor, ratio: float) -> Tensor:
     kept = torch.zeros_like(free).flatten()
     kept[order[:remain]] = True
     return kept.view_as(free)
-
-
-def _ratios(pruning: float | Sequence[float] | str) -> float | tuple[float, ...]:
-    if isinstance(pruning, str):
-        if pruning not in PRUNING:
-            raise ConfigError(f"conure: pruning is {pruning!r}, expected ratios or one of {list(PRUNING)}")
-        return PRUNING[pruning]
-    found = (float(pruning),) if isinstance(pruning, (int, float)) else tuple(map(float, pruning))
-    if not found or not all(0 <= ratio < 1 for ratio in found):
-        raise ConfigError(f"conure: pruning is {pruning}, expected ratios from 0 to below 1, at least one")
-    return found[0] if isinstance(pruning, (int, float)) else found

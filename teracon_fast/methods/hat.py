@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods.base import Group, Method, Place, Sizes, group
-from teracon_fast.model.backbone import Backbone
+from teracon_fast.methods.base import Group, Method, Option, Sizes, StepContext, group
+from teracon_fast.model.backbone import Backbone, EncodeUsers
 from teracon_fast.model.masks import plain_masks
 
 Protection = Literal["strict", "as_published"]
@@ -37,13 +35,11 @@ class HAT(Method):
 
     Args:
         sizes: of the network.
-        protection: "strict": the optimiser's update is scaled by that share. "as_published": the gradient is; Adam divides a
+        protection: "strict": the optimizer's update is scaled by that share. "as_published": the gradient is; Adam divides a
             gradient by its own size, so that only a share of exactly 0 then protects.
-        weight: of the attention regularisation `sum(a (1 - A)) / sum(1 - A)`, a the present mask.
-        s_max: largest mask scale, and that of inference; s rises to it within an epoch.
-        embedding_bound: task embeddings are clamped to it after each step.
-        cosh_bound: of s e in the compensation of the embeddings' gradient.
-        train_items: later tasks train the item embedding too.
+        weight: of the attention regularization `sum(a (1 - A)) / sum(1 - A)`, a the present mask.
+        s_max: s rises to it within an epoch.
+        All others: see their `Option`.
 
     Raises:
         ConfigError: unknown protection, a negative weight, a bound that is not positive, or s_max below 1.
@@ -52,21 +48,22 @@ class HAT(Method):
     name = "hat"
 
     def __init__(
-        self, sizes: Sizes, protection: Protection = "strict", weight: float = 0.75, s_max: float = 50.0,
-        embedding_bound: float = 6.0, cosh_bound: float = 50.0, train_items: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        sizes: Sizes,
+        protection: Annotated[
+            Protection,
+            Option("what is scaled by the share that may move: the optimizer's update, or the gradient (as published)"),
+        ] = "strict",
+        weight: Annotated[float, Option("weight of the attention regularization")] = 0.75,
+        s_max: Annotated[float, Option("largest mask scale, also that of inference", per_task=True)] = 50.0,
+        embedding_bound: Annotated[float, Option("task embeddings are clamped to it after each step")] = 6.0,
+        cosh_bound: Annotated[float, Option("bound of s e in the compensation of the embeddings' gradient")] = 50.0,
+        train_items: Annotated[bool, Option("later tasks train the item embedding too")] = False,
+    ) -> None:
         super().__init__(sizes)
-        if protection not in get_args(Protection):
-            raise ConfigError(f"protection is {protection!r}, expected one of {list(get_args(Protection))}")
-        if not weight >= 0:
-            raise ConfigError(f"hat: weight is {weight}, expected at least 0")
-        if not s_max >= 1:
-            raise ConfigError(f"hat: s_max is {s_max}, expected at least 1")
-        for setting, bound in (("embedding_bound", embedding_bound), ("cosh_bound", cosh_bound)):
-            if not bound > 0:
-                raise ConfigError(f"hat: {setting} is {bound}, expected more than 0")
         self.protection, self.weight, self.s_max = protection, weight, s_max
         self.embedding_bound, self.cosh_bound, self.train_items = embedding_bound, cosh_bound, train_items
+        self.check_options()
         self.backbone: Backbone
         self.embeddings = nn.ParameterList()
         self._scale = s_max  # of the step
@@ -79,6 +76,17 @@ class HAT(Method):
         if task == 0:
             self.backbone = self.new_backbone()
         self.embeddings.append(nn.Parameter(torch.randn(self.backbone.num_sites, self.sizes.channels)))
+
+    def check_options(self) -> None:
+        if self.protection not in get_args(Protection):
+            raise ConfigError(f"hat: protection is {self.protection!r}, expected one of {list(get_args(Protection))}")
+        if not self.weight >= 0:
+            raise ConfigError(f"hat: weight is {self.weight}, expected at least 0")
+        if not self.s_max >= 1:
+            raise ConfigError(f"hat: s_max is {self.s_max}, expected at least 1")
+        for name in ("embedding_bound", "cosh_bound"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"hat: {name} is {getattr(self, name)}, expected more than 0")
 
     def masks(self, task: int, s: float) -> Tensor:
         """Masks of a task at all sites, `[S, f]`."""
@@ -111,14 +119,17 @@ class HAT(Method):
         trained = self.backbone if self.task == 0 or self.train_items else self.backbone.residual_blocks
         return [group(trained, self.head(self.task), [self.embeddings[self.task]])]
 
-    def loss(self, batch: Batch, place: Place, companions: Mapping[int, Batch]) -> Tensor:
+    def loss(self, batch: Batch, context: StepContext) -> Tensor:
         """Cross-entropy under the present mask, and the attention regularisation times its weight."""
-        self._scale = place.scale(self.s_max)
+        self._scale = self.result.log["scale"] = context.scale(self.s_max)
         masks = self.masks(self.task, self._scale)
-        loss = self.task_loss(self.task, self.backbone, batch, masks=masks[:, None])
+        loss = self.task_loss(self.task, self.backbone, batch, context, masks=masks[:, None])
         free = 1 - self._used
-        # Where nothing is free the sum above is zero too.
-        return loss + self.weight * (masks * free).sum() / free.sum().clamp_min(1e-6)
+        # Where nothing is free the numerator is zero too.
+        open_and_free, most = (masks * free).sum(), free.sum().clamp_min(1e-6)
+        self.result.add("class_loss", loss)
+        self.result.add("attention_loss", open_and_free / most, self.weight)
+        return loss + self.weight * open_and_free / most
 
     @torch.no_grad()
     def after_backward(self) -> None:
@@ -149,7 +160,17 @@ class HAT(Method):
         """Let go of what only training needs."""
         self._protected, self._shares, self._before = [], [], []
 
-    def encode(self, x: Tensor, task: int, drop_last: int = 0, lengths: np.ndarray | None = None) -> Tensor:
+    @torch.no_grad()
+    def encoder(self, task: int) -> EncodeUsers:
         """Under the task's mask at s_max."""
-        with self.inference(task):
-            return self.backbone.represent(x, self.masks(task, self.s_max)[:, None], drop_last, lengths)
+        self.check_task(task)
+        return self.backbone.encoder(self.masks(task, self.s_max)[:, None])
+
+    @torch.no_grad()
+    def describe(self) -> dict[str, Any]:
+        """Share of mask channels above 1/2 at s_max, of each task; share of channels that no task so far uses."""
+        masks = torch.stack([self.masks(task, self.s_max) for task in range(self.task + 1)], 1)
+        return {
+            "open_mask_share": (masks > 0.5).float().mean((0, 2)).tolist(),
+            "free_channels": float((masks.amax(1) <= 0.5).float().mean()),
+        }

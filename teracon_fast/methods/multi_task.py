@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor, nn
 
 from teracon_fast.data import Batch
-from teracon_fast.methods.base import Group, Place, Sizes, group
+from teracon_fast.methods.base import Group, Sizes, StepContext, group
 from teracon_fast.methods.single import SinMo
 
 
@@ -44,11 +42,14 @@ class MTL(SinMo):
     def _groups(self, phase: str) -> list[Group]:
         return [group(self.backbone(self.task), self.head(self.task), self.first_head)]
 
-    def loss(self, batch: Batch, place: Place, companions: Mapping[int, Batch]) -> Tensor:
+    def loss(self, batch: Batch, context: StepContext) -> Tensor:
         """Cross-entropy of the present task, and of task 0 over a batch of its own."""
         backbone = self.backbone(self.task)
-        loss = self.task_loss(self.task, backbone, batch)
+        loss = self.task_loss(self.task, backbone, batch, context)
+        self.result.add("class_loss", loss)
         for head in self.first_head:
             assert isinstance(head, nn.Linear)
-            loss = loss + self.task_loss(0, backbone, companions[0], head)
+            first = self.task_loss(0, backbone, context.companions[0], head=head)
+            self.result.add("first_task_loss", first)
+            loss = loss + first
         return loss

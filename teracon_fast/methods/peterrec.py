@@ -7,19 +7,17 @@ position, f -> f/4 -> f.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import cast
+from typing import Annotated, cast
 
-import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teracon_fast import ops, packing
 from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods.base import Group, Method, Place, Sizes, group
-from teracon_fast.model.backbone import Backbone, Convolution
+from teracon_fast.methods.base import Group, Method, Option, Sizes, StepContext, group
+from teracon_fast.model.backbone import Backbone, Convolution, EncodeUsers
 
 
 class Patch(nn.Module):
@@ -77,8 +75,7 @@ class PeterRec(Method):
 
     Args:
         sizes: of the network.
-        reduction: f divided by the width of the bottleneck.
-        slope: of the LeakyReLU between the two layers of a patch.
+        reduction, slope: see their `Option`.
 
     Attributes:
         backbone: the network of task 0.
@@ -90,13 +87,19 @@ class PeterRec(Method):
 
     name = "peterrec"
 
-    def __init__(self, sizes: Sizes, reduction: int = 4, slope: float = 0.01) -> None:
+    def __init__(
+        self,
+        sizes: Sizes,
+        reduction: Annotated[int, Option("channels divided by the width of a patch's bottleneck")] = 4,
+        slope: Annotated[float, Option("of the LeakyReLU inside a patch")] = 0.01,
+    ) -> None:
         super().__init__(sizes)
         if not 1 <= reduction <= sizes.channels:
             raise ConfigError(f"peterrec: reduction is {reduction}, expected 1 to {sizes.channels}, the channels")
         if not 0 <= slope < 1:
             raise ConfigError(f"peterrec: slope is {slope}, expected at least 0 and less than 1")
-        self.bottleneck, self.slope = sizes.channels // reduction, slope
+        self.reduction, self.slope = reduction, slope
+        self.bottleneck = sizes.channels // reduction
         self.patches = nn.ModuleList()
         self.backbone: Backbone
 
@@ -115,14 +118,14 @@ class PeterRec(Method):
     def _groups(self, phase: str) -> list[Group]:
         return [group(self.backbone if self.task == 0 else self.patches[self.task - 1], self.head(self.task))]
 
-    def loss(self, batch: Batch, place: Place, companions: Mapping[int, Batch]) -> Tensor:
+    def loss(self, batch: Batch, context: StepContext) -> Tensor:
         """Cross-entropy of the present task."""
-        return self.task_loss(self.task, self.backbone, batch, convolve=self._convolution(self.task))
+        return self.task_loss(self.task, self.backbone, batch, context, convolve=self._convolution(self.task))
 
-    def encode(self, x: Tensor, task: int, drop_last: int = 0, lengths: np.ndarray | None = None) -> Tensor:
+    def encoder(self, task: int) -> EncodeUsers:
         """By the network and the task's patches."""
-        with self.inference(task):
-            return self.backbone.represent(x, None, drop_last, lengths, convolve=self._convolution(task))
+        self.check_task(task)
+        return self.backbone.encoder(convolve=self._convolution(task))
 
     def _convolution(self, task: int) -> Convolution | None:
         """How the convolutions run for a task; None: as they are."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods.base import Group, Sizes, group
+from teracon_fast.methods.base import Group, Option, Sizes, group
 from teracon_fast.methods.masked_weights import MaskedWeights, Weights
 
 
@@ -21,9 +20,7 @@ class Piggyback(MaskedWeights):
 
     Args:
         sizes: of the network.
-        init: of r.
-        threshold: above it a weight counts.
-        mask_lr: of Adam for r. The head has the task's.
+        init, threshold, mask_lr: see their `Option`.
 
     Attributes:
         backbone: the network.
@@ -36,7 +33,13 @@ class Piggyback(MaskedWeights):
 
     name = "piggyback"
 
-    def __init__(self, sizes: Sizes, init: float = 1e-2, threshold: float = 5e-3, mask_lr: float = 1e-4) -> None:
+    def __init__(
+        self,
+        sizes: Sizes,
+        init: Annotated[float, Option("initial value of the real masks")] = 1e-2,
+        threshold: Annotated[float, Option("above it a weight counts")] = 5e-3,
+        mask_lr: Annotated[float, Option("learning rate of Adam for the real masks; the head has the task's")] = 1e-4,
+    ) -> None:
         for name, value in (("init", init), ("threshold", threshold), ("mask_lr", mask_lr)):
             if not abs(value) < float("inf"):
                 raise ConfigError(f"piggyback: {name} is {value}, expected a finite number")
@@ -94,16 +97,18 @@ class Piggyback(MaskedWeights):
         pairs = zip(self.reals, self.convolutions, strict=True)
         return [_Masked.apply(real, weight.detach(), self.threshold) for real, weight in pairs]  # type: ignore[no-untyped-call]
 
-    def _weights_of(self, task: int) -> Weights | None:
+    def inference_weights(self, task: int) -> Weights | None:
+        self.check_task(task)
         if task == 0:
             return None
         pairs = zip(self.masks(task), self.convolutions, strict=True)
         return [torch.where(mask, weight, 0) for mask, weight in pairs]
 
-    def _sources(self, task: int) -> Sequence[Tensor]:
-        if task == 0:
-            return ()
-        return list(self.reals) if task == self.task and len(self.reals) else [self.bits(task)]
+    def describe(self) -> dict[str, Any]:
+        """Share of the convolution weights that each task leaves out; the first has all."""
+        total = sum(weight.numel() for weight in self.convolutions)
+        kept = [sum(int(mask.sum()) for mask in self.masks(task)) for task in range(1, self.task + 1)]
+        return {"sparsity": [0.0, *(1 - count / total for count in kept)]}
 
 
 class _Masked(torch.autograd.Function):

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import cast
 
-import numpy as np
 from torch import Tensor, nn
 
 from teracon_fast.data import Batch
-from teracon_fast.methods.base import Group, Method, Place, Sizes, group
-from teracon_fast.model.backbone import Backbone
+from teracon_fast.methods.base import Group, Method, Sizes, StepContext, group
+from teracon_fast.model.backbone import Backbone, EncodeUsers
 
 
 class SinMo(Method):
-    """A new network without masks for every task: nothing is shared, so nothing is forgotten and nothing transferred.
+    """A new network without masks for every task: nothing is shared, so nothing is forgotten or transferred.
 
     Attributes:
         backbones: one per task so far.
     """
 
     name = "sinmo"
+    growth_refusal = "every task has item embeddings of its own, and rows of new items are fitted with task 1 only"
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
@@ -36,11 +35,11 @@ class SinMo(Method):
     def _groups(self, phase: str) -> list[Group]:
         return [group(self.backbone(self.task), self.head(self.task))]
 
-    def loss(self, batch: Batch, place: Place, companions: Mapping[int, Batch]) -> Tensor:
+    def loss(self, batch: Batch, context: StepContext) -> Tensor:
         """Cross-entropy of the present task."""
-        return self.task_loss(self.task, self.backbone(self.task), batch)
+        return self.task_loss(self.task, self.backbone(self.task), batch, context)
 
-    def encode(self, x: Tensor, task: int, drop_last: int = 0, lengths: np.ndarray | None = None) -> Tensor:
+    def encoder(self, task: int) -> EncodeUsers:
         """By the task's own network."""
-        with self.inference(task):
-            return self.backbone(task).represent(x, None, drop_last, lengths)
+        self.check_task(task)
+        return self.backbone(task).encoder()

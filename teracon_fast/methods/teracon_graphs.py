@@ -22,15 +22,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from teracon_fast import backends, ops, transfers
+from teracon_fast import ops
 from teracon_fast.errors import ConfigError
+from teracon_fast.methods.base import Precision
+from teracon_fast.methods.teracon_loss import loss_of_states
 from teracon_fast.model.backbone import PackedPositions
 from teracon_fast.model.fast_tcn import FastTCN
 from teracon_fast.model.masks import of_tasks
+from teracon_fast.ops import backends
 from teracon_fast.optim import lazy_rows
-from teracon_fast.packing import PackedBatch, Streams
+from teracon_fast.packing import PackedBatch, Streams, transfers
 from teracon_fast.packing.buckets import sizes
-from teracon_fast.train.loop import Precision, StudentMask, loss_of_states
 
 # Retention's users are padded to a multiple of so many.
 USERS = 64
@@ -108,14 +110,14 @@ def cuda_graphs() -> Recorder:
 
 
 class StepGraphs:
-    """Forward and backward passes of the steps of one task, for `trainer.t1_step` and `trainer.continual_step`.
+    """Forward and backward passes of the steps of one task, for `Teracon.step`.
 
-    The optimiser must leave the parameters where they are, as those of PyTorch and `optim.Adam` do.
+    The optimizer must leave the parameters where they are, as those of PyTorch and `optim.Adam` do.
 
     Args:
         model: in training, with the backend "triton": other backends read on the host what differs from step to step.
         teacher: None for task 1.
-        alpha, student_mask, precision: as `trainer.continual_step`.
+        alpha: weight of the retention loss. one_mask: as `teracon_loss.step_states`. precision: of matrix products.
         most: graphs that are kept; the least recently used one goes first. Each holds the gradients of its step.
         record: how a step is recorded; None: as a CUDA graph.
 
@@ -124,17 +126,22 @@ class StepGraphs:
     """
 
     def __init__(
-        self, model: FastTCN, teacher: FastTCN | None = None, alpha: float = 0.0, student_mask: StudentMask = "past",
+        self, model: FastTCN, teacher: FastTCN | None = None, alpha: float = 0.0, one_mask: bool = False,
         precision: Precision = "fp32", most: int = 4, record: Recorder | None = None,
     ) -> None:  # fmt: skip
-        chosen = backends.resolve(model.backend, "masked_conv", model.device, torch.float32)
-        if chosen != "triton" or (record is None and model.device.type != "cuda"):
-            raise ConfigError(f"got a model with backend {chosen!r} on {model.device}, expected 'triton' on cuda for CUDA graphs")
+        self.check(model.backend, model.device, record)
         self._model, self._teacher, self._alpha = model, teacher, alpha
-        self._one_mask, self._bf16, self._most = student_mask == "current", precision == "bf16", most
+        self._one_mask, self._bf16, self._most = one_mask, precision == "bf16", most
         self._record = cuda_graphs() if record is None else record
         self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
         self.recordings = 0  # so far
+
+    @staticmethod
+    def check(backend: str, device: torch.device, record: Recorder | None = None) -> None:
+        """Raise ConfigError unless steps of a backend on a device can be recorded."""
+        chosen = backends.resolve(backend, "masked_conv", device, torch.float32)
+        if chosen != "triton" or (record is None and device.type != "cuda"):
+            raise ConfigError(f"got a model with backend {chosen!r} on {device}, expected 'triton' on cuda for CUDA graphs")
 
     def next_item(
         self, x: Tensor, masks: Tensor, lengths: NDArray[np.int64], predictions: bool = False

@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors (ours), .t7 (the published program's), and the state that a run resumes from.
+"""Weights on disk: safetensors (ours) and .t7 (the published program's).
 
 Every file is written whole or not at all. Nothing read from a file is executed.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,7 @@ def save_model(model: FastTCN, path: str | Path, notes: Mapping[str, Any] | None
         notes: JSON values to keep with the weights, read back by `read_notes`.
     """
     header = {"version": FORMAT_VERSION, "model": _arguments(model), "notes": dict(notes or {})}
-    content = _safetensors().torch.save(_cpu_tensors(model), {"teracon_fast": json.dumps(header)})
-    with atomic_write(path) as file:
-        file.write(content)
+    write_tensors(path, _cpu_tensors(model), header)
 
 
 def load_model(
@@ -46,16 +44,16 @@ def load_model(
     Raises:
         CheckpointError: the file is missing, damaged, or not one of ours.
     """
-    arguments = _read_header(path)["model"]
+    arguments = _model_header(path)["model"]
     relation = arguments.pop("relation")
     model = _build(arguments, relation, backend, algorithm)
-    _fill(model, _safetensors().torch.load_file(str(path)), path)
+    _fill(model, read_tensors(path), path)
     return model.to(device)
 
 
 def read_notes(path: str | Path) -> dict[str, Any]:
     """The notes that `save_model` kept with the weights."""
-    notes: dict[str, Any] = _read_header(path)["notes"]
+    notes: dict[str, Any] = _model_header(path)["notes"]
     return notes
 
 
@@ -86,7 +84,7 @@ def load_t7(
     Raises:
         CheckpointError: the file is missing, damaged, or not such a checkpoint.
     """
-    content = _torch_load(path)
+    content = read_pickle(path)
     state = content.get("net") if isinstance(content, dict) else None
     if not isinstance(state, dict) or "embeding.weight" not in state:
         raise CheckpointError(f"{path}: expected a dict whose 'net' is the state dict of a published NextItNet_Decoder")
@@ -103,23 +101,45 @@ def load_t7(
     return model.to(device)
 
 
-def save_state(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write a training state: nested dicts and lists of tensors, numbers and strings."""
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write contiguous tensors of the CPU and a JSON header to a .safetensors file. Needs the package safetensors."""
+    content = _safetensors().torch.save(dict(tensors), {"teracon_fast": json.dumps(header)})
     with atomic_write(path) as file:
-        torch.save({"version": FORMAT_VERSION, **state}, file)
+        file.write(content)
 
 
-def load_state(path: str | Path) -> dict[str, Any]:
-    """Read what `save_state` wrote, tensors on the CPU.
+def read_tensors(path: str | Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file on the CPU; None: all of them.
 
     Raises:
-        CheckpointError: the file is damaged or of another version.
+        CheckpointError: the file is missing or damaged, or lacks a name.
     """
-    state = _torch_load(path)
-    if not isinstance(state, dict) or state.get("version") != FORMAT_VERSION:
-        got = state.get("version") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"{path}: got version {got!r}, expected a training state of version {FORMAT_VERSION}")
-    return state
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot read it as safetensors: {error}") from None
+
+
+def read_header(path: str | Path, version: int) -> dict[str, Any]:
+    """The header that `write_tensors` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, of another version, or not one of ours.
+    """
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("teracon_fast")
+        header = None if text is None else json.loads(text)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot read it as safetensors: {error}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: expected weights that teracon_fast saved; its metadata is missing")
+    if header.get("version") != version:
+        raise CheckpointError(f"{path}: got version {header.get('version')}, expected {version}")
+    return header
 
 
 def _cpu_tensors(model: FastTCN) -> dict[str, Tensor]:
@@ -187,18 +207,10 @@ def _deduce(state: Mapping[str, Tensor], path: str | Path) -> tuple[dict[str, An
     return {**arguments, "mask": mask, "blocks": blocks}, relation is not None
 
 
-def _read_header(path: str | Path) -> dict[str, Any]:
-    safetensors = _safetensors()
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get("teracon_fast")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot read it as safetensors: {error}") from None
-    if text is None:
-        raise CheckpointError(f"{path}: expected weights that teracon_fast saved; its metadata is missing")
-    header: dict[str, Any] = json.loads(text)
-    if header["version"] != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: got version {header['version']}, expected {FORMAT_VERSION}")
+def _model_header(path: str | Path) -> dict[str, Any]:
+    header = read_header(path, FORMAT_VERSION)
+    if "model" not in header:
+        raise CheckpointError(f"{path}: expected weights that save_model wrote, got those of a run")
     return header
 
 
@@ -211,7 +223,12 @@ def _safetensors() -> Any:
     return safetensors
 
 
-def _torch_load(path: str | Path) -> Any:
+def read_pickle(path: str | Path) -> Any:
+    """Tensors, numbers and strings of a file that torch.save wrote, on the CPU; nothing in it is executed.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds anything else.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:

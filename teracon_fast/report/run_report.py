@@ -100,8 +100,11 @@ def load_run(run: str | Path) -> RunRecord:
         bwt[: done[-1] - 1] = backward_transfer(matrix[: done[-1], : done[-1]])[:-1]
     method = str(read_toml(run / "config.toml").get("method", "teracon"))
     adaptive = [task for task, log in logs.items() if any(step.get("rho") for step in log.steps)]
-    config = load_config(path=run / "config.toml") if adaptive else None
-    c = {task: config.for_task(task).c for task in adaptive} if config else {}
+    c = {}
+    if adaptive:
+        config = load_config(path=run / "config.toml")
+        order = config.task_order(len(tasks) - (config.noise_at is not None))
+        c = {task: float(config.task_options(order[task - 1])["c"]) for task in adaptive}
     names = [task.name for task in tasks]
     return RunRecord(run, method, names, metrics, matrix, bwt.tolist(), logs, _pairs(logs), c)
 

@@ -1,123 +1,191 @@
-"""A task in training, kept on disk so that a stop in the middle of it loses little: FOLDER/task.pt beside sequence.pt."""
+"""What a run keeps on disk of its method.
+
+    RUN/checkpoints/task{i}.safetensors    what task i changed: with the files before it, the method as task i left it
+                    best.safetensors       best weights so far of the task in training
+                    resume.pt              where an interrupted run resumes
+
+The header of a task's file names every tensor of the state after that task, the file that holds it, and its digest. A tensor that
+a task leaves as it was is not written again: frozen networks of earlier tasks cost nothing.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from teracon_fast.errors import CheckpointError, ConfigError
+from teracon_fast.errors import CheckpointError
+from teracon_fast.files import atomic_write
 from teracon_fast.methods.base import Method
-from teracon_fast.model.checkpoints import load_state, save_state
-from teracon_fast.train.loop import Position
+from teracon_fast.model.checkpoints import read_header, read_pickle, read_tensors, write_tensors
+
+FORMAT_VERSION = 2
 
 
-def require_same(file: Path, was: Sequence[dict[str, Any]], is_now: Sequence[dict[str, Any]]) -> None:
-    """Refuse to go on with tasks that were learnt otherwise.
+def task_file(folder: Path, task: int) -> Path:
+    """Weights after a task (from 1)."""
+    return folder / "checkpoints" / f"task{task}.safetensors"
 
-    Args:
-        file: that says so. was, is_now: what decided each task.
+
+@dataclass(frozen=True)
+class TaskHeader:
+    """What a task's file says of the method after it.
+
+    Attributes:
+        method: name. task: from 1. labels: of each task so far.
+        tensors: name of each tensor of the state -> (task whose file holds it, SHA-256).
+        notes: JSON values: s_max, validation metrics and the like.
+    """
+
+    method: str
+    task: int
+    labels: list[int]
+    tensors: dict[str, tuple[int, str]]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def save_task(folder: Path, method: Method, notes: Mapping[str, Any] | None = None) -> None:
+    """Write what the task that has just ended changed. Files of the tasks before are there.
 
     Raises:
-        ConfigError: names the first task and what differs.
+        CheckpointError: the file of the task before is missing or damaged.
     """
-    for task, (before, now) in enumerate(zip(was, is_now, strict=False)):
-        for key, value in now.items():
-            if before[key] != value:
-                raise ConfigError(f"{file}: task {task + 1} was learnt with {key} {before[key]}, expected {value}")
+    task = method.task + 1
+    before = read_task_header(folder, task - 1).tensors if task > 1 else {}
+    own, tensors = dict[str, Tensor](), dict[str, tuple[int, str]]()
+    for name, value in method.state_dict().items():
+        value = value.detach().cpu().contiguous()
+        digest = _digest(value)
+        kept = name in before and before[name][1] == digest
+        tensors[name] = before[name] if kept else (task, digest)
+        if not kept:
+            own[name] = value
+    header = {
+        "version": FORMAT_VERSION, "method": method.name, "task": task, "labels": method.labels, "tensors": tensors,
+        "notes": dict(notes or {}),
+    }  # fmt: skip
+    write_tensors(task_file(folder, task), own, header)
+
+
+def read_task_header(folder: Path, task: int) -> TaskHeader:
+    """The header of a task's file (from 1).
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of another version.
+    """
+    path = task_file(folder, task)
+    header = read_header(path, FORMAT_VERSION)
+    try:
+        tensors = {name: (int(number), str(digest)) for name, (number, digest) in header["tensors"].items()}
+        return TaskHeader(header["method"], header["task"], header["labels"], tensors, header["notes"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its header is damaged: {error!r}") from None
+
+
+def load_task(folder: Path, task: int, method: Method) -> None:
+    """Bring a method that has started no task to where it was after a task (from 1).
+
+    Raises:
+        CheckpointError: a file is missing or damaged, its tensors are not those that the header names, or they do not fit.
+    """
+    header = read_task_header(folder, task)
+    if header.method != method.name:
+        raise CheckpointError(f"{task_file(folder, task)}: weights of {header.method}, expected those of {method.name}")
+    state: dict[str, Tensor] = {}
+    for number in sorted({number for number, _ in header.tensors.values()}):
+        path = task_file(folder, number)
+        wanted = {name: digest for name, (of, digest) in header.tensors.items() if of == number}
+        found = read_tensors(path, wanted)
+        for name, digest in wanted.items():
+            if _digest(found[name]) != digest:
+                raise CheckpointError(f"{path}: the checksum of {name} is not the recorded one: the file is damaged")
+        state |= found
+    try:
+        method.restore(header.labels, state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{task_file(folder, task)}: the weights do not fit {method.name}: {error}") from None
+
+
+def save_best(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Write the best weights so far of the task in training."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    write_tensors(folder / "checkpoints" / "best.safetensors", tensors, {"version": FORMAT_VERSION})
+
+
+def load_best(folder: Path) -> dict[str, Tensor]:
+    """What `save_best` wrote."""
+    path = folder / "checkpoints" / "best.safetensors"
+    read_header(path, FORMAT_VERSION)
+    return read_tensors(path)
+
+
+def forget_best(folder: Path) -> None:
+    """The task in training is finished."""
+    (folder / "checkpoints" / "best.safetensors").unlink(missing_ok=True)
 
 
 @dataclass
-class Unfinished:
-    """What a phase of a task needs to go on between two of its steps, to the same bits.
+class RunState:
+    """What resume.pt holds.
 
     Attributes:
-        phase: its name.
-        position: of the next step in it.
-        state, training: the method's, see `Method.training_state`.
-        optimizer: its state.
-        best: the best weights so far.
-        epochs: of the task so far, as dicts.
+        fingerprint: see `fingerprint`.
+        begun: tasks started so far. training: of the task in training, see `loop.TaskCheckpoint.plain`; None between tasks.
+        tests: for each finished task the test metrics of every task so far.
+        steps: of each task. log_offset: bytes of metrics.jsonl.
+        torch: version.
+        peak_mib: highest memory so far.
     """
 
-    phase: str
-    position: Position
-    state: dict[str, Tensor]
-    training: dict[str, Any]
-    optimizer: dict[str, Any]
-    best: dict[str, Tensor]
-    epochs: list[dict[str, Any]]
+    fingerprint: dict[str, dict[str, Any]]
+    begun: int = 0
+    training: dict[str, Any] | None = None
+    tests: list[list[dict[str, float]]] = field(default_factory=list)
+    steps: dict[int, int] = field(default_factory=dict)
+    log_offset: int = 0
+    torch: str = str(torch.__version__)
+    peak_mib: float = 0.0
 
-    def begin(self, method: Method, make: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
-        """Bring a method whose task has started to where it was; returns the optimiser.
+    @staticmethod
+    def file(folder: Path) -> Path:
+        """Where a run keeps it."""
+        return folder / "checkpoints" / "resume.pt"
 
-        Args:
-            make: begins the phase, and makes the optimiser.
-        """
-        # What trains in a phase may follow from the state, and the state may have parameters that begin with the phase.
-        method.load_state_dict(self.state, strict=False)
-        optimizer = make()
-        method.load_state_dict(self.state)
-        optimizer.load_state_dict(self.optimizer)
-        method.load_training_state(self.training)
-        return optimizer
+    def save(self, folder: Path) -> None:
+        """Replace resume.pt, whole or not at all."""
+        with atomic_write(self.file(folder)) as file:
+            torch.save({"version": FORMAT_VERSION, **vars(self)}, file)
 
-
-@dataclass
-class Keeper:
-    """Writes and reads the file of the task in training.
-
-    Attributes:
-        file: FOLDER/task.pt.
-        plans: what decides each task.
-        seconds: between two writes.
-        poll: raises where the process was asked to stop.
-    """
-
-    file: Path
-    plans: Sequence[dict[str, Any]]
-    seconds: float
-    poll: Callable[[], None]
-    _written: float = field(default_factory=lambda: time.monotonic())
-    _took: float = 0.0
-
-    @property
-    def due(self) -> bool:
-        """Whether it is time to write: not so often that writing a large network takes more than a twentieth of the time."""
-        return time.monotonic() - self._written >= max(self.seconds, 20 * self._took)
-
-    def save(self, task: int, kept: Unfinished) -> None:
-        """Replace the file, whole or not at all."""
-        began = time.monotonic()
-        save_state(self.file, {"plans": self.plans[: task + 1], **vars(kept), "position": asdict(kept.position)})
-        self._written = time.monotonic()
-        self._took = self._written - began
-
-    def load(self, task: int) -> Unfinished | None:
-        """What was kept of a task; None if there is nothing, or of an earlier task.
+    @staticmethod
+    def load(folder: Path) -> RunState | None:
+        """What was saved; None if there is nothing.
 
         Raises:
-            ConfigError: the task was learnt otherwise. CheckpointError: the file is damaged.
+            CheckpointError: the file is damaged or of another version.
         """
-        if not self.file.exists():
+        path = RunState.file(folder)
+        if not path.exists():
             return None
-        saved = load_state(self.file)
+        saved = read_pickle(path)
+        version = saved.pop("version", None) if isinstance(saved, dict) else type(saved).__name__
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"{path}: got version {version!r}, expected {FORMAT_VERSION}; --fresh starts over")
         try:
-            plans, names = saved.pop("plans"), ("version",)
-            found = Unfinished(**{key: value for key, value in saved.items() if key not in names})
-            found.position = Position(**saved["position"])
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.file}: not a task in training ({error}); delete it to begin the task again") from None
-        if len(plans) != task + 1:
-            return None
-        require_same(self.file, plans, self.plans)
-        return found
+            return RunState(**saved)
+        except TypeError as error:
+            raise CheckpointError(f"{path}: not the state of a run: {error}") from None
 
-    def forget(self) -> None:
-        """The task is finished."""
-        self.file.unlink(missing_ok=True)
+
+def _digest(value: Tensor) -> str:
+    """SHA-256 of dtype, shape and bytes."""
+    found = hashlib.sha256(json.dumps([str(value.dtype), list(value.shape)]).encode())
+    if value.numel():
+        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from teracon_fast.data import prefetch
 from teracon_fast.errors import ConfigError
-from teracon_fast.model.fast_tcn import Encode, FastTCN
+from teracon_fast.methods.base import Method
+from teracon_fast.model.backbone import EncodeUsers
 from teracon_fast.ops import linear_rank
 from teracon_fast.packing import real_lengths
 from teracon_fast.train.metrics import task_metrics
@@ -23,11 +24,10 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: FastTCN,
+    method: Method,
     data: TaskData,
     task: int,
     samples: NDArray[np.int64],
-    s: float = 50.0,
     batch_size: int = 1024,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
@@ -36,11 +36,10 @@ def evaluate(
     A next-item task predicts the last item of each sequence from the ones before it.
 
     Args:
-        model: its mask for `task` is the plain one if it has one task, else the relation mask.
+        method: has learned the task.
         data: the task's data.
         task: counted from 0.
         samples: int64 `[n]`, numbers of samples of `data`.
-        s: mask scale, s_max.
         batch_size: sequences encoded at a time.
         progress: called with (samples done, samples in all) after each batch; may raise to interrupt.
 
@@ -48,49 +47,31 @@ def evaluate(
         See `metrics.task_metrics`: MRR, hit and NDCG at 5 and 20 and hit@1, or the accuracy of at most 20 labels.
 
     Raises:
-        ConfigError: the head of the model has another size than the task has labels, or there are no samples.
+        ConfigError: the head of the method has another size than the task has labels, or there are no samples.
     """
-    check_task(model.labels[task], data, task, samples)
-    return task_metrics(target_ranks(model, data, task, samples, s, batch_size, progress), data.num_labels)
-
-
-def check_task(num_labels: int, data: TaskData, task: int, samples: NDArray[np.int64]) -> None:
-    """Raise ConfigError unless a head of so many labels is one for the data, and there are samples."""
-    if num_labels != data.num_labels:
-        raise ConfigError(f"task {task + 1}: the data have {data.num_labels} labels, the model {num_labels}")
+    head = method.head(task)
+    if head.out_features != data.num_labels:
+        raise ConfigError(f"task {task + 1}: the data have {data.num_labels} labels, the model {head.out_features}")
     if len(samples) == 0:
         raise ConfigError(f"task {task + 1} ({data.name}): got no samples to evaluate, expected at least one")
-
-
-def target_ranks(
-    model: FastTCN,
-    data: TaskData,
-    task: int,
-    samples: NDArray[np.int64],
-    s: float = 50.0,
-    batch_size: int = 1024,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """Rank (0 the best) of each sample's target, int64 `[n]` on the CPU, in the order of `samples`. As `evaluate`."""
-    with torch.inference_mode():
-        return ranks_of(model.encoder(s), model.head(task), data, task, samples, batch_size, progress, model.backend)
+    ranks = target_ranks(method.encoder(task), head, data, samples, batch_size, progress, method.sizes.backend)
+    return task_metrics(ranks, data.num_labels)
 
 
 @torch.inference_mode()
-def ranks_of(
-    encode: Encode,
+def target_ranks(
+    encode: EncodeUsers,
     head: nn.Linear,
     data: TaskData,
-    task: int,
     samples: NDArray[np.int64],
     batch_size: int = 1024,
     progress: Callable[[int, int], None] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`target_ranks` of any encoder and head.
+    """Rank (0 the best) of each sample's target, int64 `[n]` on the CPU, in the order of `samples`.
 
     Args:
-        encode: called with sequences int64 `[n, L]`, the task, items dropped from their ends, and their real lengths.
+        encode: see `Method.encoder`.
         head: of the task.
         backend: of `ops.linear_rank`.
         All others: as `evaluate`.
@@ -104,7 +85,7 @@ def ranks_of(
     ranks = torch.empty(len(order), dtype=torch.int64)
     with closing(prefetch(_distinct(data.sequences, rows, batch_size))) as batches:
         for low, high, x, lengths, same in batches:
-            hidden = encode(x, task, drop_last, lengths)
+            hidden = encode(x, drop_last, lengths)
             part = order[first[low] : first[high]]
             of_sample = np.repeat(same, np.diff(first[low : high + 1]))
             targets = torch.from_numpy(chosen[part, 1].astype(np.int64)).to(device)

@@ -1,4 +1,4 @@
-"""The run folder as a place: one process at a time, one configuration, one data set, and a polite way to stop."""
+"""The run folder: one process at a time, one fingerprint, one data set; and signals that stop a run at its next safe point."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 
-from teracon_fast import backends
 from teracon_fast.config import RunConfig
+from teracon_fast.data import Dictionary, TaskData, TaskSequence, open_dataset
+from teracon_fast.data.order import NOISE, arranged
 from teracon_fast.errors import ConfigError, TeraconError
 from teracon_fast.files import atomic_write
-
-if TYPE_CHECKING:
-    from teracon_fast.data import TaskSequence
-
-# What may differ between the beginning of a run and its continuation: nothing of it changes the arithmetic.
-_FREE = {"data", "run", "num_tasks", "log_every", "checkpoint_every_seconds", "checkpoint_every_steps", "tensorboard"}
-
+from teracon_fast.methods import METHODS, options_of
+from teracon_fast.methods.plugins import plugin_code
+from teracon_fast.ops import backends
 
 GROWN = "grown.json"
 
 
 class RunStopped(TeraconError):
-    """The run was asked to stop (Ctrl-C or SIGTERM). It has been saved, and the same command goes on with it.
+    """The run was asked to stop (Ctrl-C or SIGTERM). It has been saved, and the same command resumes it.
 
     Attributes:
         signum: the signal's number.
@@ -40,18 +41,20 @@ class RunStopped(TeraconError):
 
     def __init__(self, signum: int, where: str = "") -> None:
         self.signum = signum
-        super().__init__(f"stopped by {signal.Signals(signum).name}{where}: saved, run the same command to go on")
+        super().__init__(f"stopped by {signal.Signals(signum).name}{where}: saved; the same command resumes")
 
 
 class StopSignals:
     """While the context lasts, Ctrl-C and SIGTERM ask for a stop at the next safe point; a second one acts as usual.
 
-    Args:
-        patient: a second one changes nothing either. For a process that gets the same signal from its group and its parent.
+    In a process that another one has started and told its number to (`PARENT`), a second signal changes nothing either, since the
+    first may have come from the process group and again from the parent; and it stops when the parent is gone.
     """
 
-    def __init__(self, patient: bool = False) -> None:
-        self._patient = patient
+    PARENT = "TERACON_PARENT"  # environment variable
+
+    def __init__(self) -> None:
+        self._parent = int(os.environ.get(self.PARENT, "0"))
         self._received: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -65,13 +68,15 @@ class StopSignals:
         self._restore()
 
     def poll(self) -> None:
-        """Raise RunStopped if a signal has come."""
+        """Raise RunStopped if a signal has come, or the parent is gone."""
+        if self._parent and os.getppid() != self._parent:
+            self._received = self._received or signal.SIGTERM
         if self._received is not None:
             raise RunStopped(self._received)
 
     def _receive(self, signum: int, _frame: FrameType | None) -> None:
         self._received = signum
-        if not self._patient:
+        if not self._parent:
             self._restore()
 
     def _restore(self) -> None:
@@ -103,22 +108,66 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def settings(config: RunConfig, dataset: TaskSequence, task: int) -> dict[str, Any]:
-    """All that decides the arithmetic of tasks 1..`task`, flat: what a resumed run must agree on."""
-    sections = {"model", "first", "later", "task"}
-    flat: dict[str, Any] = config.model_dump(mode="json", exclude=_FREE | sections)
-    flat["device"] = resolved_device(config)
-    flat["backend"] = backends.resolve(config.backend, device=torch.device(flat["device"]))
-    if not config.cuda_graphs:  # runs of earlier versions do not name it
-        del flat["cuda_graphs"]
-    flat["threads"] = config.threads or torch.get_num_threads()
-    flat.update({f"model.{name}": value for name, value in config.model.model_dump(mode="json").items()})
-    flat.update({"data.length": dataset.length, "data.num_items": dataset.num_items})
-    for number, data in enumerate(dataset.tasks[:task], 1):
-        flat.update({f"task.{number}.{name}": value for name, value in config.for_task(number).model_dump().items()})
-        facts = {"rows": len(data.sequences), "samples": len(data.samples), "labels": data.num_labels}
-        flat.update({f"data.task{number}.{name}": value for name, value in facts.items()})
-    return flat
+def fingerprint(
+    config: RunConfig, dataset: TaskSequence, order: Sequence[int], tasks: int
+) -> dict[str, dict[str, Any]]:
+    """All that decides what a run finds in its first `tasks` tasks, in two views.
+
+    Args:
+        config: see `resolved`.
+        dataset: in the order of training. order: numbers of its tasks in the prepared folder, NOISE for the noisy one.
+
+    Returns:
+        "result": what decides the numbers up to rounding; a finished run is reused where it is the same. "exact": what decides
+        their last bits too; a task in training resumes only where it is the same.
+    """
+    result: dict[str, Any] = {
+        name: getattr(config, name) for name in ("method", "seed", "precision", "split_by", "parity")
+    }  # fmt: skip
+    result["test_every_epoch"] = list(config.test_every_epoch)
+    result.update({f"model.{name}": value for name, value in config.model.model_dump(mode="json").items()})
+    declared = options_of(METHODS[config.method])
+    method = config.new_method(dataset.num_items)
+    for name, option in declared.items():
+        if not option.per_task:
+            # An option that the method does not keep under its name is taken as it was given.
+            result[f"{config.method}.{name}"] = getattr(method, name, config.options.get(config.method, {}).get(name))
+    if code := plugin_code(METHODS[config.method]):
+        result["plugin code"] = code
+    result.update({"data.name": dataset.name, "data.length": dataset.length, "data.num_items": dataset.num_items})
+    for place, (number, data) in enumerate(zip(order[:tasks], dataset.tasks, strict=False), 1):
+        found = {**config.for_task(number).model_dump(exclude={"options"}), **config.task_options(number)}
+        result.update({f"task.{place}.{name}": value for name, value in found.items()})
+        facts = {
+            "number": number, "name": data.name, "rows": len(data.sequences), "samples": len(data.samples),
+            "labels": data.num_labels, "checksum": _checksum(data, number == NOISE),
+        }  # fmt: skip
+        result.update({f"data.task{place}.{name}": value for name, value in facts.items()})
+    exact = {
+        "device": config.device, "backend": backends.resolve(config.backend, device=torch.device(config.device)),
+        "algorithm": config.algorithm, "threads": config.threads, "cuda_graphs": config.cuda_graphs,
+    }  # fmt: skip
+    return {"result": dict(json.loads(json.dumps(result))), "exact": exact}
+
+
+@lru_cache(maxsize=64)
+def _checksum(task: TaskData, noisy: bool) -> int:
+    """CRC-32 of all that a task is: a data set that was prepared anew in the same folder is another one.
+
+    Args:
+        noisy: it is made from task 1, which has a checksum of its own: its samples are enough.
+    """
+    check = 0
+    for array in (task.samples,) if noisy else (task.samples, task.groups, task.sequences):
+        check = zlib.crc32(np.ascontiguousarray(array).data, check)
+    return check
+
+
+def training_data(config: RunConfig) -> tuple[TaskSequence, tuple[int, ...]]:
+    """The tasks of a run in the order of training, and their numbers in the prepared folder, NOISE for the noisy one."""
+    dataset = open_dataset(config.data)
+    order = config.task_order(len(dataset.tasks))
+    return arranged(dataset, order, config.seed), order
 
 
 def resolved_device(config: RunConfig) -> str:
@@ -133,30 +182,48 @@ def resolved_device(config: RunConfig) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def resolved(config: RunConfig, begun: Mapping[str, Any]) -> RunConfig:
-    """The configuration with what it leaves open ("auto", no thread count) set as the run began."""
+def resolved(config: RunConfig, begun: Mapping[str, Any] | None = None) -> RunConfig:
+    """The configuration with what it leaves open ("auto", no thread count) set: as a run began, or as it would begin here.
+
+    Args:
+        begun: the exact view of the run's fingerprint.
+    """
     fill: dict[str, Any] = {}
+    begun = begun or {}
     if config.device == "auto":
-        fill["device"] = begun["device"]
+        fill["device"] = begun.get("device") or resolved_device(config)
+    else:
+        resolved_device(config)
     device = torch.device(fill.get("device", config.device))
-    if config.backend == "auto" and backends.resolve("auto", device=device) != begun["backend"]:
+    if config.backend == "auto" and begun and backends.resolve("auto", device=device) != begun["backend"]:
         fill["backend"] = begun["backend"]
     if config.threads is None:
-        fill["threads"] = begun["threads"]
+        fill["threads"] = begun.get("threads") or torch.get_num_threads()
     return config.model_copy(update=fill)
 
 
-def require_same(now: Mapping[str, Any], begun: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to continue a run under settings that would change its arithmetic.
+def require_same(
+    now: Mapping[str, Mapping[str, Any]], begun: Mapping[str, Mapping[str, Any]], folder: Path, exact: bool
+) -> None:
+    """Refuse to resume a run under settings that would change what it finds.
+
+    Args:
+        now, begun: fingerprints.
+        exact: whether a task is in training, so that its last bits count.
 
     Raises:
-        ConfigError: names every differing setting, what was got and what the run began with.
+        ConfigError: names every setting that differs, what was got and what the run began with.
     """
-    different = [name for name in {**begun, **now} if now.get(name) != begun.get(name)]
-    if different:
-        lines = [f"{name}: got {now.get(name)!r}, expected {begun.get(name)!r}" for name in different]
-        if any(name.startswith("data.") for name in different):
-            lines.append("a run goes on with another data set, one whose catalogue has grown, after `teracon grow`")
+    lines = []
+    for view in ("result", "exact") if exact else ("result",):
+        was, is_now = begun[view], now[view]
+        lines += [
+            f"{name}: got {is_now.get(name)!r}, expected {was.get(name)!r}"
+            for name in {**was, **is_now} if is_now.get(name) != was.get(name)
+        ]  # fmt: skip
+    if lines:
+        if any(line.startswith("data.") for line in lines):
+            lines.append("after its catalogue has grown, a run continues on the larger data set by way of `teracon grow`")
         raise ConfigError("\n  ".join([f"{folder} began with other settings, expected the same ones:", *lines]))
 
 
@@ -188,20 +255,29 @@ def write_trained_labels(folder: Path, counts: Mapping[int, int]) -> None:
         file.write(json.dumps({"trained_labels": counts}) + "\n")
 
 
-def keep_dictionaries(dataset: TaskSequence, folder: Path, tasks_begun: int) -> None:
+def keep_dictionaries(dataset: TaskSequence, order: Sequence[int], folder: Path, tasks_begun: int) -> None:
     """Copy dataset.json and the item and label dictionaries into the run folder: the weights are useless without them.
+
+    Args:
+        dataset: in the order of training. order: numbers of its tasks in the prepared folder, NOISE for the noisy one.
 
     Raises:
         ConfigError: a dictionary that a begun task uses differs from the copy.
     """
-    begun = {"items.parquet"} | {f"task{number}/labels.parquet" for number in range(1, tasks_begun + 1)}
-    labels = [f"task{number}/labels.parquet" for number in range(1, len(dataset.tasks) + 1)]
-    for name in ("dataset.json", "items.parquet", *labels):
-        source, copy = dataset.path / name, folder / name
-        if not source.exists():
+    about = json.loads((dataset.path / "dataset.json").read_text("utf-8"))
+    if tuple(order) != tuple(range(1, len(about["tasks"]) + 1)):
+        about["tasks"] = [asdict(meta) for meta in dataset.metas]
+    with atomic_write(folder / "dataset.json", "w") as file:
+        file.write(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    for place, (data, number) in enumerate(zip(dataset.tasks, order, strict=True), 1):
+        if number == NOISE:
+            Dictionary(data.names).save(folder / f"task{place}" / "labels.parquet")
             continue
+        name = "items.parquet" if place == 1 else f"task{place}/labels.parquet"
+        source = dataset.path / ("items.parquet" if place == 1 else f"task{number}/labels.parquet")
+        copy = folder / name
         same = copy.exists() and copy.read_bytes() == source.read_bytes()
-        if tasks_begun and name in begun and copy.exists() and not same:
+        if place <= tasks_begun and copy.exists() and not same:
             raise ConfigError(f"{source} differs from {copy}, expected the data that the run began with")
         if not same:
             with source.open("rb") as reader, atomic_write(copy) as writer:

@@ -34,6 +34,7 @@ from torch.nn import Parameter
 from teracon_fast.config import RunConfig, load_config
 from teracon_fast.data import Dictionary, TaskSequence, check_tasks, epoch_batches, fetch, open_dataset
 from teracon_fast.data.layout import read_about
+from teracon_fast.data.seeds import derived_seed
 from teracon_fast.errors import ConfigError
 from teracon_fast.files import atomic_write
 from teracon_fast.model.checkpoints import load_model, load_state, read_notes, save_model, save_state
@@ -49,7 +50,7 @@ from teracon_fast.train.folder import (
 )
 from teracon_fast.train.log import Observer, RunLog, Step
 from teracon_fast.train.loop import DivergedError, to_device
-from teracon_fast.train.results import Results, derived_seed, results_of
+from teracon_fast.train.results import Results, results_of
 from teracon_fast.train.run import task_split
 
 if TYPE_CHECKING:

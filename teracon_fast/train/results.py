@@ -1,12 +1,10 @@
-"""What a sequence of tasks came to: R, BWT, final metrics; and the seeds that its parts are drawn with."""
+"""What a run found: R, BWT, final metrics."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from teracon_fast.train.metrics import backward_transfer, headline, result_matrix
 
@@ -41,9 +39,3 @@ def results_of(dataset: TaskSequence, tests: list[list[dict[str, float]]]) -> Re
     bwt = [None if math.isnan(value) else value for value in backward_transfer(result_matrix(matrix)).tolist()]
     final = {str(number): metrics for number, metrics in enumerate(tests[-1], 1)}
     return Results(metric, [data.name for data in tasks], matrix, bwt, final)
-
-
-def derived_seed(seed: int, task: int, purpose: str) -> int:
-    """An independent seed for each task (from 1) and purpose."""
-    sequence = np.random.SeedSequence([seed, task, *purpose.encode()])
-    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))  # fits a signed 64-bit integer

@@ -1,0 +1,96 @@
+"""`linear_rank` and `linear_topk` in plain PyTorch operations, some rows at a time: any device, any floating dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teracon_fast.errors import TeraconError
+from teracon_fast.ops.heads import require_range
+
+_BLOCK_BYTES = 64 << 20
+
+
+def _blocks(rows: int, weight: Tensor) -> Iterator[slice]:
+    step = max(1, _BLOCK_BYTES // (weight.shape[0] * weight.element_size()))
+    for low in range(0, rows, step):
+        yield slice(low, min(low + step, rows))
+
+
+def _scores(operation: str, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    scores = F.linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
+    require_no_nan(operation, scores.isnan().any())
+    return scores
+
+
+def require_no_nan(operation: str, found: Tensor | bool) -> None:
+    """Raise TeraconError where a score is NaN: nothing can be ranked then. On a GPU the device is not waited for: it stops."""
+    if isinstance(found, Tensor) and found.device.type != "cpu":
+        torch._assert_async(~found)
+    elif found:
+        raise TeraconError(f"{operation}: got scores that are NaN, expected numbers: has the model diverged?")
+
+
+def ranks_among(logits: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+    """Rank of each target among the logits `[R, C]` of its row, int64 `[N]`; those that are NaN count as higher."""
+    own = logits[rows, targets]
+    rank = torch.empty_like(targets)
+    labels = torch.arange(logits.shape[1], device=logits.device)
+    for part in _blocks(len(targets), logits.t()):
+        scores, mine, target = logits[rows[part]], own[part, None], targets[part, None]
+        ties = scores == mine
+        above = (~(scores <= mine)).sum(1)
+        # Ties besides the target itself are rare; only then does their order matter.
+        if logits.device.type != "cpu" or bool((ties.sum(1) > 1).any()):
+            above += (ties & (labels < target)).sum(1)
+        rank[part] = above
+    return rank
+
+
+def rank(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+    """Ranks int64 `[N]`."""
+    require_range("linear_rank", targets, weight.shape[0], "targets")
+    require_range("linear_rank", rows, hidden.shape[0], "rows")
+    order = rows.argsort(stable=True)
+    sorted_rows, ranks = rows[order], torch.empty_like(targets)
+    for part in _blocks(hidden.shape[0], weight):
+        scores = _scores("linear_rank", hidden[part], weight, bias)
+        low, high = torch.searchsorted(sorted_rows, torch.tensor([part.start, part.stop], device=rows.device)).tolist()
+        own = order[low:high]
+        ranks[own] = ranks_among(scores, targets[own], rows[own] - part.start)
+    return ranks
+
+
+def topk(hidden: Tensor, weight: Tensor, bias: Tensor, k: int, excluded: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and labels, `[R, k]`. Excluded labels are flat, of row r from offsets[r] to offsets[r + 1]; no offsets, none."""
+    count = hidden.shape[0]
+    require_range("linear_topk", excluded, weight.shape[0], "exclude")
+    all_scores = hidden.new_empty(count, k)
+    all_labels = torch.empty(count, k, dtype=torch.int64, device=hidden.device)
+    of_row = torch.repeat_interleave(torch.arange(count, device=hidden.device), offsets.diff()) if len(offsets) else excluded
+    for part in _blocks(count, weight):
+        scores = _scores("linear_topk", hidden[part], weight, bias)
+        inside = (of_row >= part.start) & (of_row < part.stop)
+        scores[of_row[inside] - part.start, excluded[inside]] = -torch.inf
+        best, chosen = _stable_topk(scores, k)
+        all_scores[part], all_labels[part] = best, torch.where(torch.isneginf(best), -1, chosen)
+    return all_scores, all_labels
+
+
+def _stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """topk promises no order among equal scores, so rows where a tie reaches the k-th place are sorted in full."""
+    wider = min(k + 1, scores.shape[1])
+    best, labels = scores.topk(wider, dim=1)
+    order = labels.argsort(dim=1, stable=True)
+    best, labels = best.gather(1, order), labels.gather(1, order)
+    best, order = best.sort(dim=1, descending=True, stable=True)
+    labels = labels.gather(1, order)
+    if wider > k:
+        tied = best[:, k - 1] == best[:, k]
+        if bool(tied.any()):
+            full, order = scores[tied].sort(dim=1, descending=True, stable=True)
+            best[tied], labels[tied] = full[:, :wider], order[:, :wider]
+    return best[:, :k], labels[:, :k]
