@@ -133,7 +133,7 @@ class HAT(Method):
 
     @torch.no_grad()
     def after_backward(self) -> None:
-        """Compensate the embeddings' gradient for the annealing; scale the other gradients, or copy the weights before the step."""
+        """Compensate the embeddings' gradient for the annealing; scale the others, or copy the weights before the step."""
         embedding = self.embeddings[self.task]
         if embedding.grad is not None:
             bent = torch.cosh((self._scale * embedding).clamp(-self.cosh_bound, self.cosh_bound)) + 1
