@@ -58,7 +58,7 @@ asan: $(VENV)/.installed-dev
 	  $(BIN)/python -m pytest tests/ops/test_masked_conv.py tests/ops/test_linear_cross_entropy.py \
 	  tests/ops/test_retention_mse.py tests/ops/test_linear_rank.py tests/model/test_encoder.py \
 	  tests/packing/test_packing.py tests/packing/test_native_packing.py tests/ops/test_native.py tests/optim/test_optim.py \
-	  tests/optim/test_deferred.py \
+	  tests/optim/test_lazy_rows.py \
 	  $(PARALLEL) --threads 2 --timeout 1200 --capture sys -k "not matrix_product and not gradcheck and not opcheck and not compiles and not 32_bits and not torch \
 	  and not generic and not avx512]" $(PYTEST_ARGS)
 
@@ -110,5 +110,5 @@ $(VENV)/.torch:
 $(VENV)/.installed-%: $(VENV)/.torch $(BUILT_FROM)
 	$(INSTALL) --quiet 'setuptools>=77'
 	$(INSTALL) --quiet --no-build-isolation -e '.[$*]'
-	@$(BIN)/python -c 'from teracon_fast import _native as n; print("compiled extension:", n.missing_reason() or "built")'
+	@$(BIN)/python -c 'from teracon_fast.ops import native as n; print("compiled extension:", n.missing_reason() or "built")'
 	@touch $@

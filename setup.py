@@ -1,7 +1,7 @@
 """Builds the optional compiled extension. Everything that is not code is in pyproject.toml.
 
 The extension is one shared library of torch operations on torch's stable ABI. It is no Python module: it does not
-include Python.h, and `teracon_fast._native` loads it into torch. So one build serves any Python and later torch versions.
+include Python.h, and `teracon_fast.ops.native` loads it into torch. So one build serves any Python and later torch versions.
 
 Environment variable TERACON_BUILD_EXT: 1 makes a failed build fatal, 0 skips the build; by default it is tried, and the
 package is installed without it when that fails.

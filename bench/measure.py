@@ -17,7 +17,7 @@ import torch
 
 from bench.cases import CASES, SIDES, TINY, TTL, Case, NotMeasured, Run, Shape
 from bench.operations import Operations
-from teracon_fast import _native
+from teracon_fast.ops import native
 from teracon_fast.train.memory import forget_highest_resident, highest_resident_mib
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +61,7 @@ class DifferentAnswers(AssertionError):
 
 def fma_peak() -> float | None:
     """The machine's fp32 FMA peak on the threads that torch uses, GFLOP/s."""
-    return _native.fma_peak(torch.get_num_threads()) if _native.available() else None
+    return native.fma_peak(torch.get_num_threads()) if native.available() else None
 
 
 def measure(case: Case, rounds: int, memory: bool = True) -> Measured:

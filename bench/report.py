@@ -18,8 +18,8 @@ import torch
 import teracon_fast
 from bench.cases import Shape
 from bench.measure import ROOT, Measured, Side
-from teracon_fast import _native
 from teracon_fast.files import atomic_write
+from teracon_fast.ops import native
 
 FORMAT_VERSION = 1
 COLUMNS = ("side", "median", "x eager", "users/s", "useful GFLOP/s", "of peak", "dense GFLOP/s", "memory")
@@ -35,10 +35,10 @@ def table(cases: Sequence[Measured]) -> list[str]:
             lines.append(_row(case, name, side))
     peak = next((case.peak_gflops for case in cases if case.peak_gflops is not None), None)
     if peak is None:
-        lines.append(f"fp32 FMA peak: not measured, {_native.missing_reason()}")
+        lines.append(f"fp32 FMA peak: not measured, {native.missing_reason()}")
     else:
         rates = [case.peak_gflops for case in cases if case.peak_gflops is not None]
-        threads, kind = torch.get_num_threads(), _native.fma_instructions()
+        threads, kind = torch.get_num_threads(), native.fma_instructions()
         lines.append(f"fp32 FMA peak, {threads} threads, {kind}: {min(rates):.4g} to {max(rates):.4g} GFLOP/s between the cases")
     lines += [
         "of peak: of the fp32 FMA peak, for every side; useful operations are counted as direct ones.",

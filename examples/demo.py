@@ -1,4 +1,4 @@
-"""A sequence of tasks on real households' shopping, from the raw data to the pictures. This is what `make demo` runs.
+"""A sequence of tasks on real households' shopping, from the raw data to the plots. This is what `make demo` runs.
 
     python examples/demo.py [--folder demo] [--preset demo]
 
@@ -20,11 +20,13 @@ import torch
 from teracon_fast import FastTCN
 from teracon_fast.cli.app import app
 from teracon_fast.config import RunConfig, load_config
-from teracon_fast.data import fetch, open_dataset
-from teracon_fast.model.checkpoints import load_model
+from teracon_fast.data import Batch, fetch, open_dataset
+from teracon_fast.infer.open import open_run
+from teracon_fast.methods import StepContext, Teracon
 from teracon_fast.model.masks import rho
+from teracon_fast.packing import real_lengths
 from teracon_fast.reference import ReferenceTCN, continual_step, draw_users
-from teracon_fast.train import loop as trainer
+from teracon_fast.train.loop import make_optimizer, train_step
 from teracon_fast.train.run import task_split
 
 ROUNDS = 9
@@ -58,32 +60,40 @@ def measure_step(config: RunConfig) -> str:
     """Medians of interleaved training steps of the last task, ours and the eager reference's, from the same weights."""
     tasks = open_dataset(config.data).tasks
     last = len(tasks)
-    settings = config.for_task(last)
-    ours, teacher = (load_model(config.run / "checkpoints" / f"task{number}.safetensors") for number in (last, last - 1))
-    teacher.requires_grad_(False)
-    eager, eager_teacher = reference_of(ours), reference_of(teacher).requires_grad_(False)
+    settings, options = config.for_task(last), config.task_options(last)
+    ours, teacher = (open_run(config.run, after=number).method for number in (last, last - 1))
+    assert isinstance(ours, Teracon) and isinstance(teacher, Teracon)
+    teacher.model.requires_grad_(False)
+    method = Teracon.around(ours.model, teacher.model, **options)
+    mine = make_optimizer(method, settings.lr, method.begin_phase("train"))
     x, y = fetch(tasks[-1], task_split(config, tasks[-1]).train[: settings.batch_size])
-    s = settings.s_max / 2
+    batch, context = Batch(x, y, real_lengths(x)), StepContext(batch=1, num_batches=2.0)  # halfway through the annealing
+    s = context.scale(options["s_max"])
     with torch.no_grad():
-        ratios = rho(teacher.masks(s), ours.masks(s)[:, -1], settings.c).tolist()
-    users = draw_users(len(x), ratios, generator=torch.Generator().manual_seed(0))
-    mine = trainer.make_optimizer(ours, settings.lr)
+        ratios = rho(teacher.model.masks(s), ours.model.masks(s)[:, -1], options["c"]).tolist()
+
+    eager, eager_teacher = reference_of(ours.model), reference_of(teacher.model).requires_grad_(False)
     theirs = torch.optim.Adam(eager.parameters(), lr=settings.lr)
+    users = draw_users(len(x), ratios, generator=torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        method.rho = ratios
+        train_step(method, mine, batch, context)
 
     sides: dict[str, Callable[[], Any]] = {
-        "ours": lambda: trainer.continual_step(ours, teacher, mine, x, y, users, ratios, s, settings.alpha),
-        "eager": lambda: continual_step(eager, eager_teacher, theirs, x, y, users, ratios, s, settings.alpha),
+        "ours": step,
+        "eager": lambda: continual_step(eager, eager_teacher, theirs, x, y, users, ratios, s, options["alpha"]),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(ROUNDS + 1):
-        for name, step in sides.items():
+    for _ in range(ROUNDS):
+        for name, run in sides.items():
+            run()  # untimed: the other side's call has given memory back
             start = time.perf_counter()
-            step()
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
+            run()
+            seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return (
-        f"A training step of task {last} with retention ({len(x)} users of {x.shape[1]} items, f = {ours.channels}, "
+        f"A training step of task {last} with retention ({len(x)} users of {x.shape[1]} items, f = {ours.sizes.channels}, "
         f"{torch.get_num_threads()} threads): {medians['ours'] * 1e3:.1f} ms, "
         f"eager reference {medians['eager'] * 1e3:.1f} ms: {medians['eager'] / medians['ours']:.2f} times faster "
         f"(medians of {ROUNDS} interleaved steps in this process)"
@@ -104,8 +114,8 @@ def main() -> None:
     config = load_config(given.preset, overrides={"data": str(data), "run": str(run)})
     print()
     print(measure_step(config))
-    pictures = sorted((run / "report").glob("*.png"))
-    print(f"Pictures: {', '.join(str(path) for path in pictures)}")
+    plots = sorted((run / "report").glob("*.png"))
+    print(f"Plots: {', '.join(str(path) for path in plots)}")
     print(f"Done in {time.perf_counter() - start:.0f} s.")
 
 

@@ -7,14 +7,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from teracon_fast.data import Batch, DatasetWriter
-from teracon_fast.methods import METHODS, Group, Method, Place, group
+from teracon_fast.methods import METHODS, EncodeUsers, Group, Method, StepContext, group
 from teracon_fast.model.backbone import Backbone
 from teracon_fast.reproduce import Choices, reproduce
 
@@ -31,12 +30,12 @@ class HeadOnly(Method):
     def _groups(self, phase: str) -> list[Group]:
         return [group(self.head(self.task), *([self.backbone] if self.task == 0 else []))]
 
-    def loss(self, batch: Batch, place: Place, companions: Mapping[int, Batch]) -> Tensor:
-        return self.task_loss(self.task, self.backbone, batch)
+    def loss(self, batch: Batch, context: StepContext) -> Tensor:
+        return self.task_loss(self.task, self.backbone, batch, context)
 
-    def encode(self, x: Tensor, task: int, drop_last: int = 0, lengths: np.ndarray | None = None) -> Tensor:
-        with self.inference(task):
-            return self.backbone.represent(x, None, drop_last, lengths)
+    def encoder(self, task: int) -> EncodeUsers:
+        self.check_task(task)
+        return self.backbone.encoder()
 
 
 def write_data(folder: Path) -> None:

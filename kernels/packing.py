@@ -19,12 +19,11 @@ import torch
 import triton
 import triton.language as tl
 
-from teracon_fast import transfers
 from teracon_fast.errors import ShapeError
 from teracon_fast.kernels.configs import Config
 from teracon_fast.kernels.tiles import launch
-from teracon_fast.packing import Geometry, Layer, PackedBatch, ResidualTable, Spans, TapTable, buckets
-from teracon_fast.transfers import dense
+from teracon_fast.packing import Geometry, Layer, PackedBatch, ResidualTable, Spans, TapTable, buckets, transfers
+from teracon_fast.packing.transfers import dense
 
 # Entries of a table, and streams of a bag's request, that a program looks at in one step.
 _SIZES = Config(rows=128, columns=1, depth=1, warps=4, stages=1)

@@ -20,12 +20,12 @@ if (_root / "kernels" / "__init__.py").exists():
 _HOMES = {
     "FastTCN": "teracon_fast.model.fast_tcn",
     "Request": "teracon_fast.model.fast_tcn",
-    "env_report": "teracon_fast.backends",
+    "env_report": "teracon_fast.ops.backends",
 }
 
 if TYPE_CHECKING:
-    from teracon_fast.backends import env_report
     from teracon_fast.model.fast_tcn import FastTCN, Request
+    from teracon_fast.ops.backends import env_report
 
 __all__ = ["FastTCN", "Request", "__version__", "env_report"]
 

@@ -1,9 +1,9 @@
 """Settings of a training run: TOML in and out, validated by pydantic, presets of the paper's Table 10.
 
-A configuration is merged from a preset, a TOML file and single values (`first.lr`, `task.2.alpha`), later ones winning. Tasks
-count from 1. `[first]` holds the settings of T1, `[later]` those of T2..TM, and each `[[task]]` table with a `number` changes some
-of them for one task. A table with the name of a method, such as `[conure]`, holds its options (`methods.Option`); options that a
-method declares per task may also stand in `[first]`, `[later]` and `[[task]]`. Needs the extra `train`.
+A configuration is merged from a preset, a TOML file and single values (`first.lr`, `task.2.alpha`), later ones winning.
+Tasks count from 1. `[first]` holds the settings of T1, `[later]` those of T2..TM, and each `[[task]]` table with a `number`
+changes some of them for one task. A table with the name of a method, such as `[conure]`, holds its options
+(`methods.Option`); per-task options may also stand in `[first]`, `[later]` and `[[task]]`. Needs the extra `train`.
 """
 
 from __future__ import annotations
@@ -105,16 +105,17 @@ class RunConfig(_Section):
 
     data: Annotated[Path, Field(description="prepared data folder")]
     run: Annotated[Path, Field(description="run folder; created, or resumed when it exists")]
-    method: Annotated[str, Field(description="one of sinmo, fine_all, peterrec, mtl, piggyback, hat, conure, teracon, "
-                                 "parameter_masks, or of a plugin")] = "teracon"
+    method: Annotated[str, Field(description=f"one of {', '.join(METHODS)}, or of a plugin")] = "teracon"
     plugins: Annotated[tuple[Path, ...], Field(description="Python files that register methods of your own")] = ()
     num_tasks: Annotated[int | None, Field(ge=1, description="train only the first so many tasks, else all")] = None
-    order: Annotated[str, Field(description="of the tasks: original, reversed, or numbers such as 1,3,2 (1 stays first)")] = "original"
+    order: Annotated[
+        str, Field(description="of the tasks: original, reversed, or numbers such as 1,3,2 (1 stays first)")
+    ] = "original"
     noise_at: Annotated[
-        int | None, Field(ge=2, description="put a noisy task at this place of the order (paper, Section 4.3), from 2")
+        int | None, Field(ge=2, description="put a noisy task at this position (paper, Section 4.3), from 2")
     ] = None
     test_every_epoch: Annotated[
-        tuple[int, ...], Field(description="places in the order, from 1, of tasks whose test metrics are logged after each epoch")
+        tuple[int, ...], Field(description="positions, from 1, of tasks whose test metrics are logged after each epoch")
     ] = ()
     seed: Annotated[
         int, Field(ge=0, lt=2**63, description="seed of initial weights, split, data order and user draws")
@@ -183,7 +184,7 @@ class RunConfig(_Section):
         return self
 
     def for_task(self, number: int) -> TaskConfig:
-        """Settings of task `number` (from 1) of the data set, its `[[task]]` table applied; of the noisy task, those of `[later]`."""
+        """Settings of task `number` (from 1) of the data set, its `[[task]]` table applied; NOISE has those of `[later]`."""
         values = (self.first if number == 1 else self.later).flat()
         for override in self.task:
             if override.number == number:
@@ -349,7 +350,7 @@ def _plain_type(annotation: Any) -> tuple[Any, tuple[str, ...]]:
     if get_origin(annotation) is Literal:
         return str, get_args(annotation)
     if get_origin(annotation) is tuple:
-        return list[get_args(annotation)[0] if get_args(annotation)[0] is Path else int], ()
+        return (list[Path] if get_args(annotation)[0] is Path else list[int]), ()
     inner = [part for part in get_args(annotation) if part is not type(None)]
     return (str if len(inner) > 1 else inner[0] if inner else annotation), ()
 
@@ -414,7 +415,8 @@ def _parsed(name: str, value: Any) -> Any:
     return parsed["value"] if set(parsed) == {"value"} else value
 
 
-_TEXT = frozenset(flag.name for flag in flags() if flag.type is Path or flag.choices or flag.name in ("order", "method", "device"))
+_PLAIN = {"order", "method", "device"}  # texts that may look like TOML values
+_TEXT = frozenset(flag.name for flag in flags() if flag.type is Path or flag.choices or flag.name in _PLAIN)
 
 
 def _explain(error: ValidationError, source: str) -> str:

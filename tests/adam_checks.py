@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from teracon_fast import FastTCN, _native
+from teracon_fast import FastTCN
+from teracon_fast.ops import native
 
-COMPILED = pytest.mark.skipif(not _native.available(), reason="this installation has no compiled extension")
+COMPILED = pytest.mark.skipif(not native.available(), reason="this installation has no compiled extension")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from golden_vectors import Golden, load
 
-from teracon_fast import _native
+from teracon_fast.ops import native
 
 # Where there is no GPU, Triton's kernels are interpreted. It decides that as it is imported, by whatever test or library comes
 # first: so here, before any, and for the whole process.
@@ -28,11 +28,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header() -> str:
     """Which kernels these tests run; a report of `make asan` must not be one of the ordinary library's."""
-    missing = _native.missing_reason()
+    missing = native.missing_reason()
     if missing is not None:
         return f"compiled extension: none, {missing}"
-    sanitized = ", with sanitizers" if b"__asan_init" in _native.library().read_bytes() else ""
-    return f"compiled extension: {_native.library()}{sanitized}, {torch.get_num_threads()} threads"
+    sanitized = ", with sanitizers" if b"__asan_init" in native.library().read_bytes() else ""
+    return f"compiled extension: {native.library()}{sanitized}, {torch.get_num_threads()} threads"
 
 
 @pytest.fixture(autouse=True)

@@ -9,19 +9,19 @@ import sys
 import pytest
 import torch
 
-from teracon_fast import _native
+from teracon_fast.ops import native
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16")
 
 
 def passes_under(isa: str, file: str, selection: str) -> None:
     """The selected tests of a file pass in a process that is told which kernels to use; a set that is lacking is refused."""
-    if _native.available() and _native.cpu_isa() == isa:
+    if native.available() and native.cpu_isa() == isa:
         pytest.skip("the other tests of this run are run under it")
     environment = os.environ | {"TERACON_CPU_ISA": isa}
     if isa == "generic":
         environment["ATEN_CPU_CAPABILITY"] = "default"  # torch too without fused multiply-add, for those who compare bits
-    probe = "from teracon_fast import _native; print(_native.cpu_isa())"
+    probe = "from teracon_fast.ops import native; print(native.cpu_isa())"
     done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         assert f"TERACON_CPU_ISA is '{isa}', expected one that this machine has" in done.stderr

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import teracon_fast
-from teracon_fast import _native
+from teracon_fast.ops import native
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("teracon_fast", "kernels", "csrc", "tests", "bench", "examples", "docs")
@@ -63,7 +63,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel made from the source distribution, with the extension exactly when this installation has it."""
     folder = tmp_path_factory.mktemp("wheel")
-    assert build_wheel(sdist, folder, TERACON_BUILD_EXT="1" if _native.available() else "0").returncode == 0
+    assert build_wheel(sdist, folder, TERACON_BUILD_EXT="1" if native.available() else "0").returncode == 0
     return next(folder.glob("*.whl"))
 
 
@@ -82,7 +82,7 @@ def test_wheel_has_the_package_its_data_and_its_kernels_and_nothing_else(wheel: 
     presets = {str(path.relative_to(ROOT)) for path in (ROOT / "teracon_fast" / "presets").glob("*.toml")}
     kernels = {f"teracon_fast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
     tables = {"teracon_fast/kernels/configs.json", "teracon_fast/reproduce/paper.toml"}
-    library = {"teracon_fast/_C.so"} if _native.available() else set()
+    library = {"teracon_fast/_C.so"} if native.available() else set()
     metadata = {name for name in names if ".dist-info/" in name}
     assert presets and set(names) - metadata == modules | presets | kernels | tables | library | {"teracon_fast/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in metadata)
@@ -111,19 +111,20 @@ def test_metadata_names_version_command_and_dependencies(wheel: Path) -> None:
 def test_installed_copy_is_imported_from_where_it_lies_and_works(installed: Path) -> None:
     code = (
         "import torch, teracon_fast, teracon_fast.kernels\n"
-        "from teracon_fast import FastTCN, Request, _native\n"
-        "print(teracon_fast.__file__, teracon_fast.kernels.__file__, _native.available())\n"
+        "from teracon_fast import FastTCN, Request\n"
+        "from teracon_fast.ops import native\n"
+        "print(teracon_fast.__file__, teracon_fast.kernels.__file__, native.available())\n"
         "model = FastTCN(num_items=11, channels=8, labels=[11, 3], dilations=(1, 4), kernel_size=3)\n"
         "out = model.encode(torch.arange(1, 11).reshape(2, 5), [Request(1)])\n"
         "print(tuple(out[0].shape))\n"
-        "print(_native.fma_peak(1) > 0 if _native.available() else True)\n"
+        "print(native.fma_peak(1) > 0 if native.available() else True)\n"
     )
     done = run(sys.executable, "-c", code, cwd=installed.parent, PYTHONPATH=str(installed))
     assert done.returncode == 0
-    package, kernels, native = done.stdout.splitlines()[0].split()
+    package, kernels, compiled = done.stdout.splitlines()[0].split()
     assert Path(package) == installed / "teracon_fast" / "__init__.py"
     assert Path(kernels) == installed / "teracon_fast" / "kernels" / "__init__.py"
-    assert native == str(_native.available())
+    assert compiled == str(native.available())
     assert done.stdout.splitlines()[1:] == ["(2, 8)", "True"]
 
 
@@ -168,7 +169,8 @@ def test_the_core_needs_torch_and_numpy_only(tmp_path: Path) -> None:
         "sys.meta_path.insert(0, Block())\n"
         "import teracon_fast.reference, teracon_fast.ops, teracon_fast.packing\n"
         "import teracon_fast.model.masks, teracon_fast.train.metrics\n"
-        "from teracon_fast import FastTCN, env_report, _native\n"
+        "from teracon_fast import FastTCN, env_report\n"
+        "from teracon_fast.ops import native\n"
         "print(env_report()['teracon_fast'])\n"
     )
     done = run(sys.executable, "-c", code, cwd=ROOT)

@@ -1,8 +1,9 @@
-"""`teracon train`: every value of the configuration is also a flag, made from the pydantic model.
+"""`teracon train`: every value of the configuration is also a flag, made from the pydantic model and the methods' options.
 
-A TOML name becomes a flag by writing dashes: `first.batch_size` is `--first-batch-size`; the section `model` is left out
-(`--channels`). A setting that `[first]` and `[later]` share also has a short flag that sets it for every task (`--lr`), and
-`--task 2.lr=1e-4` sets it for one task. Later ones win: preset, TOML file, --lr, --first-lr / --later-lr, --task.
+A TOML name becomes a flag by writing dashes: `first.batch_size` is `--first-batch-size`, `conure.pruning` is
+`--conure-pruning`; the section `model` is left out (`--channels`). A setting of tasks also has a short flag that sets it for
+every task (`--lr`), and `--task 2.lr=1e-4` sets it for one task. Later ones win: preset, TOML file, --lr, --first-lr and
+--later-lr, --task, --set.
 """
 
 from __future__ import annotations
@@ -10,33 +11,39 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
 from teracon_fast import config as configuration
 from teracon_fast.cli.console import say, table
 from teracon_fast.errors import ConfigError
+from teracon_fast.methods import METHODS
 
-SHARED = tuple(configuration.TaskConfig.model_fields)
-PANELS = {"first": "First task (T1)", "later": "Later tasks (T2, T3, ...)", "model": "Network", "": "Run"}
+PANELS = {"": "Run", "first": "First task (T1)", "later": "Later tasks (T2, T3, ...)", "model": "Network"}
+PANELS |= {method: f"Method {method}" for method in METHODS}
+FLAGS = tuple(configuration.flags())
+# Settings of tasks, options among them: dotted names end with one of these.
+SHARED = tuple(flag.name.removeprefix("first.") for flag in FLAGS if flag.name.startswith("first."))
 
 
 def flag(name: str) -> str:
     """The command-line flag of a dotted configuration name."""
-    return "--" + name.removeprefix("model.").replace(".", "-").replace("_", "-")
+    return "--" + {"plugins": "plugin"}.get(name, name).removeprefix("model.").replace(".", "-").replace("_", "-")
 
 
-def collect(values: dict[str, Any], task: list[str], preset: str | None, path: Path | None) -> dict[str, Any]:
+def collect(
+    values: dict[str, Any], task: list[str], own: list[str], preset: str | None, path: Path | None
+) -> dict[str, Any]:
     """Overrides for `load_config` from the flags that were given.
 
     Args:
         values: dotted configuration name, or a name of SHARED (for every task), to what was given; None: not given.
-        task: texts such as "2.lr=1e-4".
+        task: texts such as "2.lr=1e-4". own: texts such as "my_method.width=8".
         preset, path: where `[[task]]` tables may come from; a value for every task replaces theirs too.
 
     Raises:
-        ConfigError: a text of `task` has another form.
+        ConfigError: a text of `task` or `own` has another form.
     """
     given = {name: value for name, value in values.items() if value is not None}
     overrides: dict[str, Any] = {}
@@ -52,7 +59,20 @@ def collect(values: dict[str, Any], task: list[str], preset: str | None, path: P
         if not separator or name.count(".") != 1 or not name.split(".")[0].isdigit():
             raise ConfigError(f"--task: got {text!r}, expected NUMBER.NAME=VALUE, for example 2.lr=1e-4")
         overrides[f"task.{name}"] = value
+    for text in own:
+        name, separator, value = text.partition("=")
+        if not (separator and name):
+            raise ConfigError(f"--set: got {text!r}, expected NAME=VALUE, for example conure.block=pre-activation")
+        overrides[name] = value
     return overrides
+
+
+def seeds_of(text: str) -> tuple[int, ...]:
+    """The seeds of "0,1,2"."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        raise ConfigError(f"--seeds: got {text!r}, expected different numbers separated by commas, for example 0,1,2")
+    return tuple(map(int, parts))
 
 
 def _task_tables(preset: str | None, path: Path | None) -> dict[int, dict[str, Any]]:
@@ -66,48 +86,77 @@ def _task_tables(preset: str | None, path: Path | None) -> dict[int, dict[str, A
 
 
 def run_training(
-    config: Path | None,
-    preset: str | None,
-    fresh: bool,
-    task: list[str],
-    dry_run: bool,
-    report: bool,
-    values: dict[str, Any],
-) -> None:
-    """Merge the configuration, train (or go on), print R and BWT, draw the pictures."""
-    settings = configuration.load_config(preset, config, collect(values, task, preset, config))
+    config: Path | None, preset: str | None, fresh: bool, task: list[str], own: list[str], seeds: str | None, jobs: int,
+    dry_run: bool, report: bool, values: dict[str, Any],
+) -> None:  # fmt: skip
+    """Merge the configuration, train (or resume), print R and BWT, draw the plots."""
+    settings = configuration.load_config(preset, config, collect(values, task, own, preset, config))
     if dry_run:
         typer.echo(settings.to_toml(), nl=False)
         return
+    if seeds is not None:
+        _train_seeds(settings, seeds_of(seeds), jobs, fresh, report)
+        return
     from teracon_fast.cli.progress import ConsoleObserver
-    from teracon_fast.report.run_report import load_run, summary_rows, write_report
-    from teracon_fast.train import run as continual
     from teracon_fast.train.folder import RunStopped
+    from teracon_fast.train.run import train
 
     try:
         with ConsoleObserver() as observer:
-            continual.train(settings, observer, fresh=fresh)
+            train(settings, observer, fresh=fresh)
     except RunStopped as stopped:
         say(str(stopped), stderr=True)
         raise typer.Exit(128 + stopped.signum) from None
-    table("Test metrics", *summary_rows(load_run(settings.run)))
+    _show(settings.run, report)
+
+
+def _show(run: Path, report: bool) -> None:
+    """The results of a finished run: a table, and the report where it is wanted."""
+    from teracon_fast.report.run_report import load_run, summary_rows, write_report
+
+    table("Test metrics", *summary_rows(load_run(run)))
     if not report:
         return
     try:
-        page = write_report(settings.run)[0]
+        page = write_report(run)[0]
     except ImportError:
-        say("no pictures: matplotlib is not installed")
+        say("no plots: matplotlib is not installed")
     else:
-        say(f"pictures and tables: {page}")
+        say(f"plots and tables: {page}")
 
 
-def _parameter(name: str, option: typer.models.OptionInfo, kind: Any, default: Any = None) -> inspect.Parameter:
+def _train_seeds(settings: configuration.RunConfig, seeds: tuple[int, ...], jobs: int, fresh: bool, report: bool) -> None:
+    """A run for each seed, RUN/seed0, RUN/seed1, ..., each in a process of its own."""
+    from teracon_fast.cli.reproduce import RunLines
+    from teracon_fast.reproduce.jobs import run_jobs
+    from teracon_fast.train.folder import RunStopped, delete_old_run
+
+    configs = [settings.model_copy(update={"run": settings.run / f"seed{seed}", "seed": seed}) for seed in seeds]
+    if fresh:
+        for config in configs:
+            config.run.mkdir(parents=True, exist_ok=True)
+            delete_old_run(config.run)
+    try:
+        with RunLines() as shown:
+            failed = run_jobs(configs, jobs, shown.report)
+    except RunStopped as stopped:
+        say(str(stopped), stderr=True)
+        raise typer.Exit(128 + stopped.signum) from None
+    for config in configs:
+        if config not in failed:
+            say(f"seed {config.seed}: {config.run}")
+            _show(config.run, report)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _parameter(name: str, option: Any, kind: Any, default: Any = None) -> inspect.Parameter:
     annotation = Annotated[kind, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _shown(default: Any) -> str | bool:
-    if default is None:
+    if default is None or default == ():
         return False
     return ",".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
 
@@ -115,46 +164,43 @@ def _shown(default: Any) -> str | bool:
 def _build() -> Callable[..., None]:
     """The command: a function whose signature has one parameter a configuration value."""
     names: dict[str, str] = {}  # parameter -> dotted name
+    presets = ", ".join(configuration.PRESETS)
     parameters = [
         _parameter("config", typer.Argument(help="TOML file with the configuration.", show_default=False), Path | None),
-        _parameter(
-            "preset", typer.Option("--preset", help=f"Start from {', '.join(configuration.PRESETS)}."), str | None
-        ),
-        _parameter(
-            "task", typer.Option("--task", metavar="N.NAME=VALUE", help="A setting of one task."), list[str], []
-        ),
-        _parameter("fresh", typer.Option("--fresh", help="Begin anew: what RUN holds is overwritten."), bool, False),
+        _parameter("preset", typer.Option("--preset", help=f"Start from {presets}."), str | None),
+        _parameter("task", typer.Option("--task", metavar="N.NAME=VALUE", help="A setting of one task."), list[str], []),
+        _parameter("own", typer.Option("--set", metavar="NAME=VALUE", help="Any value by its TOML name."), list[str], []),
+        _parameter("seeds", typer.Option("--seeds", help="A run for each seed (0,1,2): RUN/seed0, RUN/seed1, ..."), str | None),
+        _parameter("jobs", typer.Option("--jobs", min=1, help="With --seeds: runs at a time."), int, 1),
+        _parameter("fresh", typer.Option("--fresh", help="Start over: what RUN holds is deleted."), bool, False),
         _parameter("dry_run", typer.Option("--dry-run", help="Print the merged configuration and stop."), bool, False),
-        _parameter("report", typer.Option("--report/--no-report", help="Draw pictures at the end."), bool, True),
+        _parameter("report", typer.Option("--report/--no-report", help="Draw plots at the end."), bool, True),
     ]
-    shared_help: dict[str, tuple[str, Any]] = {}
-    for option in configuration.options():
-        parameter = option.name.replace(".", "__")
-        names[parameter] = option.name
+    own = [parameter.name for parameter in parameters]
+    for option in FLAGS:
         section, _, short = option.name.rpartition(".")
-        kind = str if get_origin(option.type) is list else option.type
         text = option.help + (f" ({', '.join(option.choices)})" if option.choices else "")
         text = text.replace("[", "\\[")
-        names_of_flag = flag(option.name) + (f"/{flag('no_' + option.name)}" if kind is bool else "")
-        info = typer.Option(
-            names_of_flag, help=text, rich_help_panel=PANELS[section], show_default=_shown(option.default)
-        )
-        parameters.append(_parameter(parameter, info, kind | None))
+        is_list = get_origin(option.type) is list
+        kind = list[Path] if is_list and get_args(option.type)[0] is Path else str if is_list else option.type
+
+        def add(name: str, panel: str, default: Any, text: str = text, kind: Any = kind) -> None:
+            parameter = name.replace(".", "__")
+            names[parameter] = name
+            spelled = flag(name) + (f"/{flag('no_' + name)}" if kind is bool else "")
+            info = typer.Option(spelled, help=text, rich_help_panel=panel, show_default=_shown(default))
+            parameters.append(_parameter(parameter, info, kind | None))
+
+        add(option.name, PANELS[section], option.default)
         if section == "first":
-            shared_help[short] = (text, kind)
-    for short, (text, kind) in shared_help.items():
-        names[short] = short
-        info = typer.Option(flag(short), help=text, rich_help_panel="Every task", show_default=False)
-        parameters.append(_parameter(short, info, kind | None))
+            add(short, "Every task", None)
 
     def train(**given: Any) -> None:
-        own = {key: given.pop(key) for key in ("config", "preset", "fresh", "task", "dry_run", "report")}
-        values = {
-            names[key]: _listed(value) if names[key] == "model.dilations" else value for key, value in given.items()
-        }
-        run_training(**own, values=values)
+        mine = {key: given.pop(key) for key in own}
+        values = {names[key]: _listed(value) if _is_list(names[key]) else value for key, value in given.items()}
+        run_training(**mine, values=values)
 
-    train.__doc__ = """Train a sequence of tasks; a run folder that was interrupted goes on by itself.
+    train.__doc__ = """Train a sequence of tasks by any method; an interrupted run resumes automatically.
 
     Settings come from a preset, a TOML file and flags, later ones winning: --lr sets a value for every task, --first-lr
     and --later-lr for some, --task 2.lr=1e-4 for one.
@@ -164,12 +210,16 @@ def _build() -> Callable[..., None]:
     return train
 
 
-def _listed(text: str | None) -> Any:
-    """ "1,4,1,4" as a list; anything else as it is, for the configuration to refuse."""
-    if text is None:
-        return None
-    parts = text.strip("[] ").split(",")
-    return [int(part) for part in parts] if all(part.strip().isdigit() for part in parts) else text
+def _is_list(name: str) -> bool:
+    return any(flag.name == name and get_origin(flag.type) is list for flag in FLAGS)
+
+
+def _listed(value: Any) -> Any:
+    """ "1,4,1,4" as a list, no plugins as not given; anything else as it is, for the configuration to refuse."""
+    if not isinstance(value, str):
+        return value or None
+    parts = value.strip("[] ").split(",")
+    return [int(part) for part in parts] if all(part.strip().isdigit() for part in parts) else value
 
 
 train = _build()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from teracon_fast.methods.base import (
     DeclaredOption,
-    EncodeUsers,
     Group,
     Method,
     Option,
@@ -24,6 +23,7 @@ from teracon_fast.methods.piggyback import Piggyback
 from teracon_fast.methods.plugins import METHODS, load_plugin
 from teracon_fast.methods.single import SinMo
 from teracon_fast.methods.teracon import Teracon
+from teracon_fast.model.backbone import EncodeUsers
 
 # In the order of the paper's Table 2.
 for _method in (SinMo, FineAll, PeterRec, MTL, Piggyback, HAT, Conure, Teracon, ParameterMasks):

@@ -27,8 +27,8 @@ AnyBackbone = TypeVar("AnyBackbone", bound=Backbone)
 class Option:
     """Declares an argument of a method's constructor as an option: `alpha: Annotated[float, Option("weight of ...")] = 0.7`.
 
-    From there it is a key of the method's TOML table, a flag of `teracon train`, and part of a run's record. The constructor keeps
-    it under the same name.
+    From there it is a key of the method's TOML table, a flag of `teracon train`, and part of a run's fingerprint. The
+    constructor keeps it under the same name.
 
     Attributes:
         help: one line.
@@ -176,7 +176,7 @@ class Method(nn.Module, ABC):
         self.heads = nn.ModuleList()
         self.draws = torch.Generator()
         self.result = StepResult()
-        self._trained: list[nn.Parameter] = []  # in the present phase
+        self._in_training: list[nn.Parameter] = []  # in the present phase
         self._changed: set[str] = set()  # names of the parameters trained so far in the present task
         # Tells where the method is, and in what dtype, before it has a parameter.
         self._here: Tensor
@@ -232,7 +232,7 @@ class Method(nn.Module, ABC):
         return int(torch.randint(2**62, (), generator=generator))
 
     def _add_head(self, labels: int) -> None:
-        """Make the present task's head, as `_start` makes the rest. Override it with `head` and `labels` where heads live elsewhere."""
+        """Make the present task's head. Where heads live elsewhere, override this with `head` and `labels`."""
         self.heads.append(self.new_head(labels))
 
     @abstractmethod
@@ -254,7 +254,7 @@ class Method(nn.Module, ABC):
             group["params"] = list(group["params"])
             for parameter in group["params"]:
                 parameter.requires_grad_(True)
-        self._trained = [parameter for group in groups for parameter in group["params"]]
+        self._in_training = [parameter for group in groups for parameter in group["params"]]
         self._changed |= {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return groups
 
@@ -275,17 +275,19 @@ class Method(nn.Module, ABC):
             context: of the step.
         """
         self.result = StepResult()
+        if self.task == 0:
+            self.clear_gradients()  # one of them is as large as the item embedding
         with torch.autocast(self.device.type, torch.bfloat16, enabled=context.precision == "bf16"):
             loss = self.loss(batch, context)
         if not self.result.losses:
             self.result.add("class_loss", loss)
-        self.clear_gradients()  # not earlier: memory that was given back takes time to get again
+        self.clear_gradients()  # not earlier in later tasks: memory given back takes time to get again
         loss.backward(ops.unit_gradient(loss))  # type: ignore[no-untyped-call]
         return self.result
 
     def clear_gradients(self) -> None:
         """Drop the gradients of the parameters in training."""
-        for parameter in self._trained:
+        for parameter in self._in_training:
             parameter.grad = None
 
     @abstractmethod
@@ -314,8 +316,8 @@ class Method(nn.Module, ABC):
             task: counted from 0.
 
         Returns:
-            `encode(x, drop_last, lengths)`: x int64 `[B, L]` item ids, oldest first, left-padded with 0; items dropped from the end
-            of each sequence first; real lengths int64 `[B]` on the host, or None. It gives `[B, f]`.
+            `encode(x, drop_last, lengths)` gives `[B, f]`: x int64 `[B, L]` item ids, oldest first, left-padded with 0; items
+            dropped from the end of each sequence first; real lengths int64 `[B]` on the host, or None.
         """
 
     def encoders(self, tasks: Sequence[int]) -> dict[int, EncodeUsers]:

@@ -56,10 +56,15 @@ class Conure(MaskedWeights):
         self,
         sizes: Sizes,
         pruning: Annotated[
-            float | tuple[float, ...], Option("share of the free weights that a task prunes; a list has one a task", per_task=True)
+            float | tuple[float, ...],
+            Option("share of the free weights that a task prunes; a list has one a task", per_task=True),
         ] = PRUNING,
-        block: Annotated[Block, Option("LayerNorm after the convolution, or before it as in CONURE's own program")] = "post-norm",
-        pruned: Annotated[Pruned, Option("where later tasks find pruned weights: where they were, or at zero as in PackNet")] = "as-is",
+        block: Annotated[
+            Block, Option("LayerNorm after the convolution, or before it as in CONURE's own program")
+        ] = "post-norm",
+        pruned: Annotated[
+            Pruned, Option("where later tasks find pruned weights: as they were, or at zero as in PackNet")
+        ] = "as-is",
     ) -> None:
         if block not in _BLOCKS:
             raise ConfigError(f"conure: block is {block!r}, expected one of {list(_BLOCKS)}")

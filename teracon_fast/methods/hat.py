@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods.base import EncodeUsers, Group, Method, Option, Sizes, StepContext, group
-from teracon_fast.model.backbone import Backbone
+from teracon_fast.methods.base import Group, Method, Option, Sizes, StepContext, group
+from teracon_fast.model.backbone import Backbone, EncodeUsers
 from teracon_fast.model.masks import plain_masks
 
 Protection = Literal["strict", "as_published"]
@@ -51,7 +51,8 @@ class HAT(Method):
         self,
         sizes: Sizes,
         protection: Annotated[
-            Protection, Option("what is scaled by the share that may move: the optimizer's update, or the gradient (as published)")
+            Protection,
+            Option("what is scaled by the share that may move: the optimizer's update, or the gradient (as published)"),
         ] = "strict",
         weight: Annotated[float, Option("weight of the attention regularization")] = 0.75,
         s_max: Annotated[float, Option("largest mask scale, also that of inference", per_task=True)] = 50.0,
@@ -132,7 +133,7 @@ class HAT(Method):
 
     @torch.no_grad()
     def after_backward(self) -> None:
-        """Compensate the embeddings' gradient for the annealing; scale the others', or remember what the step begins with."""
+        """Compensate the embeddings' gradient for the annealing; scale the other gradients, or remember the weights before the step."""
         embedding = self.embeddings[self.task]
         if embedding.grad is not None:
             bent = torch.cosh((self._scale * embedding).clamp(-self.cosh_bound, self.cosh_bound)) + 1

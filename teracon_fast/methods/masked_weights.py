@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from teracon_fast.data import Batch
-from teracon_fast.methods.base import EncodeUsers, Group, Method, Sizes, StepContext
-from teracon_fast.model.backbone import Backbone
+from teracon_fast.methods.base import Group, Method, Sizes, StepContext
+from teracon_fast.model.backbone import Backbone, EncodeUsers
 
 Weights = Sequence[Tensor]  # S tensors [f, f, 1, K], in network order
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from teracon_fast import ops, packing
 from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods.base import EncodeUsers, Group, Method, Option, Sizes, StepContext, group
-from teracon_fast.model.backbone import Backbone, Convolution
+from teracon_fast.methods.base import Group, Method, Option, Sizes, StepContext, group
+from teracon_fast.model.backbone import Backbone, Convolution, EncodeUsers
 
 
 class Patch(nn.Module):

@@ -7,8 +7,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from teracon_fast.data import Batch
-from teracon_fast.methods.base import EncodeUsers, Group, Method, Sizes, StepContext, group
-from teracon_fast.model.backbone import Backbone
+from teracon_fast.methods.base import Group, Method, Sizes, StepContext, group
+from teracon_fast.model.backbone import Backbone, EncodeUsers
 
 
 class SinMo(Method):

@@ -1,4 +1,4 @@
-"""TERACON: one network under a mask for each task; earlier tasks are retained by matching a frozen copy's logits (Eq. 10 to 18)."""
+"""TERACON: one network under a mask for each task; earlier tasks are retained by the logits of a frozen copy (Eq. 10 to 18)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from teracon_fast import ops
 from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods.base import EncodeUsers, Group, Method, Option, Sizes, StepContext, StepResult, group
+from teracon_fast.methods.base import Group, Method, Option, Sizes, StepContext, StepResult, group
 from teracon_fast.methods.teracon_graphs import StepGraphs
 from teracon_fast.methods.teracon_loss import loss_of_states, step_states
+from teracon_fast.model.backbone import EncodeUsers
 from teracon_fast.model.fast_tcn import FastTCN
 from teracon_fast.model.masks import MaskVariant, similarity
-from teracon_fast.transfers import HostCopy
+from teracon_fast.packing.transfers import HostCopy
 
 FIRST_RHO = 0.9  # rate of every past task in the first step of a task, before any masks have been compared
 
@@ -51,13 +52,19 @@ class Teracon(Method):
         alpha: Annotated[float, Option("weight of the retention loss (Eq. 18)", per_task=True)] = 0.7,
         c: Annotated[float, Option("scale of the cosine in rho (Eq. 15)", per_task=True)] = 6.0,
         s_max: Annotated[float, Option("largest mask scale (Eq. 19), also that of inference", per_task=True)] = 50.0,
-        mask: Annotated[MaskVariant, Option("relation-aware masks (Eq. 12), without negated embeddings, or plain (Eq. 6)")] = "relation",
-        sampling: Annotated[Sampling, Option("users drawn for retention: by rho (Eq. 15), by the smallest rho, or all")] = "adaptive",
+        mask: Annotated[
+            MaskVariant, Option("relation-aware masks (Eq. 12), without negated embeddings, or plain (Eq. 6)")
+        ] = "relation",
+        sampling: Annotated[
+            Sampling, Option("users drawn for retention: by rho (Eq. 15), by the smallest rho, or all")
+        ] = "adaptive",
         student_mask: Annotated[
-            StudentMask, Option("mask of the student in retention: the past task's (published program) or the current (Eq. 16)")
+            StudentMask, Option("the student's mask in retention: the past task's (published program) or the current (Eq. 16)")
         ] = "past",
-        task_embedding_range: Annotated[tuple[float, float], Option("bounds of the uniform initial task embeddings")] = (0.0, 2.0),
-    ) -> None:  # fmt: skip
+        task_embedding_range: Annotated[
+            tuple[float, float], Option("bounds of the uniform initial task embeddings")
+        ] = (0.0, 2.0),
+    ) -> None:
         super().__init__(sizes)
         self.alpha, self.c, self.s_max, self.mask = alpha, c, s_max, mask
         self.sampling, self.student_mask, self.task_embedding_range = sampling, student_mask, task_embedding_range

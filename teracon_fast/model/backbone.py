@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from teracon_fast import backends, ops, packing, transfers
+from teracon_fast import ops, packing
 from teracon_fast.errors import ConfigError, ShapeError
 from teracon_fast.model.encoder import Encoder
+from teracon_fast.ops import backends
 from teracon_fast.optim.lazy_rows import Embedding
+from teracon_fast.packing import transfers
 
 LAYER_NORM_EPS = 1e-8
 # Without gradient, from so many users on packing the weights for an encoder pays.

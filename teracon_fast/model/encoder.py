@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from teracon_fast import backends, packing
+from teracon_fast import packing
 from teracon_fast.errors import ConfigError, ShapeError
+from teracon_fast.ops import backends
 from teracon_fast.optim.lazy_rows import catch_up
 
 if TYPE_CHECKING:

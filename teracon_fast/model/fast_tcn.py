@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from teracon_fast import backends, ops, packing
+from teracon_fast import ops, packing
 from teracon_fast.errors import ConfigError
 from teracon_fast.model import masks
 from teracon_fast.model.backbone import (
@@ -29,6 +29,7 @@ from teracon_fast.model.backbone import (
 )
 from teracon_fast.model.encoder import Encoder
 from teracon_fast.model.masks import MaskVariant, of_tasks
+from teracon_fast.ops import backends
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Operations of the fast path. Each checks its input, is differentiable, and dispatches to a backend."""
 
-from teracon_fast.ops._heads import unit_gradient
 from teracon_fast.ops.embedding_rows import embedding_rows
 from teracon_fast.ops.gather_rows import gather_rows
+from teracon_fast.ops.heads import unit_gradient
 from teracon_fast.ops.linear_cross_entropy import CrossEntropy, linear_cross_entropy
 from teracon_fast.ops.linear_rank import linear_rank, linear_topk
 from teracon_fast.ops.masked_conv import ALGORITHMS, masked_conv

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from teracon_fast import _native, backends
 from teracon_fast.errors import ConfigError
+from teracon_fast.ops import backends, low_rank, native
 from teracon_fast.ops.embedding_rows import sum_rows
-from teracon_fast.optim import low_rank
 from teracon_fast.optim.lazy_rows import (
     LEAST_EPS,
     CompiledDeferred,
@@ -176,7 +175,7 @@ class Adam(torch.optim.Adam):
         """What takes a step of this parameter with a sparse gradient: "cpu", "triton", or "torch" with a dense one."""
         chosen = backends.resolve(self.backend, "adam", parameter.device, parameter.dtype)
         # Asked again, since `resolve` remembers its answers.
-        if chosen == "torch" or (self.backend == "auto" and not _native.available()):
+        if chosen == "torch" or (self.backend == "auto" and not native.available()):
             return "torch"
         state = self.state[parameter]
         tensors = [parameter, *(state[name] for name in ("exp_avg", "exp_avg_sq") if name in state)]

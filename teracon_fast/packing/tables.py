@@ -29,9 +29,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from teracon_fast import _native, backends, transfers
 from teracon_fast.errors import ShapeError
-from teracon_fast.packing import buckets, numpy_tables
+from teracon_fast.ops import backends, native
+from teracon_fast.packing import buckets, numpy_tables, transfers
 
 IntArray = npt.NDArray[np.int32]
 
@@ -368,7 +368,7 @@ def _layers(spans: Spans, geo: Geometry) -> list[Layer]:
 
 
 def _tap_table(spans: Spans, geo: ConvGeometry, inputs: Layer, outputs: Layer) -> TapTable:
-    if _native.available():
+    if native.available():
         lookups = (spans.table, inputs.rank, outputs.rank, geo.read_offset, geo.reader_offset)
         tensors = torch.ops.teracon_fast.pack_taps(*map(torch.from_numpy, lookups), torch.get_num_threads())
     else:
@@ -378,7 +378,7 @@ def _tap_table(spans: Spans, geo: ConvGeometry, inputs: Layer, outputs: Layer) -
 
 
 def _cells(spans: Spans, first: Layer, length: int) -> Tensor:
-    if _native.available():
+    if native.available():
         cells: Tensor = torch.ops.teracon_fast.pack_cells(*map(torch.from_numpy, (spans.table, spans.user, first.rank)))
         return cells
     return torch.from_numpy(numpy_tables.cells(spans, first, length))

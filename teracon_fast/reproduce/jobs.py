@@ -30,12 +30,12 @@ from typing import Any, Literal
 import torch
 
 from teracon_fast.data import TaskSequence, open_dataset, split_task
+from teracon_fast.data.order import arranged
 from teracon_fast.errors import ConfigError
 from teracon_fast.files import atomic_write
 from teracon_fast.methods import Method
 from teracon_fast.methods.sequence import Epoch, Learnt, evaluate_method, learn_sequence
 from teracon_fast.reproduce.plan import Cell, Setup, cell_folder, identity, load_plugin
-from teracon_fast.data.order import arranged
 from teracon_fast.train.folder import RunStopped, StopSignals, locked, resolved_device
 from teracon_fast.train.memory import forget_highest_resident, highest_resident_mib
 from teracon_fast.train.metrics import headline

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from teracon_fast.data.order import NOISE
 from teracon_fast.files import atomic_write
 from teracon_fast.report.plots import save
 from teracon_fast.reproduce import pictures
@@ -29,7 +30,6 @@ from teracon_fast.reproduce.tables import (
     task_name,
     transfer_grid,
 )
-from teracon_fast.data.order import NOISE
 
 DEFINITIONS = """R[j, i] is the test metric of task i after training task j, M the last task.
 BWT_i = 100 (R[M, i] - R[i, i]) / R[i, i] and FWT_i = 100 (R[i, i] - SinMo_i) / SinMo_i, in percent, as the paper defines them.

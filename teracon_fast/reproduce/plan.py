@@ -21,13 +21,13 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from teracon_fast.config import RunConfig, load_config
 from teracon_fast.data import TaskData, TaskSequence, check_tasks, open_dataset, split_task
+from teracon_fast.data.order import NOISE, arranged, parse_order, with_noise
 from teracon_fast.errors import ConfigError
 from teracon_fast.methods import HAT, METHODS, Conure, Method, Sizes, Teracon
 from teracon_fast.methods.conure import PRUNING
 from teracon_fast.methods.sequence import Settings
 from teracon_fast.reproduce.experiments import TITLES, Experiment, Variant, experiment
 from teracon_fast.reproduce.paper import Paper, paper_of
-from teracon_fast.data.order import NOISE, arranged, parse_order, with_noise
 
 QUICK = {"model.channels": 8, "model.dilations": [1, 2], "first.epochs": 1, "later.epochs": 1}
 

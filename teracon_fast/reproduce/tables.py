@@ -12,12 +12,12 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
+from teracon_fast.data.order import NOISE, NOISE_NAME
 from teracon_fast.report.run_report import pretty
 from teracon_fast.reproduce.experiments import TITLES, Quantity
 from teracon_fast.reproduce.grids import Column, Entry, Grid, Line
 from teracon_fast.reproduce.jobs import CellResult, read_result
 from teracon_fast.reproduce.plan import Cell, Plan, Row
-from teracon_fast.data.order import NOISE, NOISE_NAME
 from teracon_fast.train.metrics import (
     backward_transfer,
     forgetting,

@@ -186,6 +186,6 @@ def _digest(value: Tensor) -> str:
     """SHA-256 of dtype, shape and bytes."""
     found = hashlib.sha256(json.dumps([str(value.dtype), list(value.shape)]).encode())
     if value.numel():
-        found.update(value.reshape(-1).view(torch.uint8).numpy())
+        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 

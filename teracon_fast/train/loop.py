@@ -1,7 +1,7 @@
 """One training loop for every method: phases, epochs and steps of a task, with validation and patience.
 
-`train_step` is a whole optimizer step on given inputs. `Trainer` is the loop around it; what it needs from its surroundings (a log,
-checkpoints, a place for the best weights) it asks of `Callbacks`, so that it can be read without them.
+`train_step` is a whole optimizer step on given inputs. `Trainer` is the loop around it; what it needs from its surroundings
+(a log, checkpoints, somewhere to keep the best weights) it asks of `Callbacks`, so that it can be read without them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teracon_fast import _native
 from teracon_fast.data import (
     Batch,
     BatchSource,
@@ -31,6 +30,7 @@ from teracon_fast.errors import CheckpointError, ConfigError, TeraconError
 from teracon_fast.methods.base import Method, Precision, StepContext, StepResult
 from teracon_fast.model.backbone import Backbone
 from teracon_fast.model.masks import Parity
+from teracon_fast.ops import native
 from teracon_fast.optim.adam import Adam
 from teracon_fast.train.evaluation import evaluate
 from teracon_fast.train.metrics import selection_value
@@ -177,7 +177,7 @@ class Callbacks:
         """So many of the validation samples are ranked."""
 
     def on_epoch_end(self, trainer: Trainer, event: dict[str, Any]) -> None:
-        """An epoch is validated, and the state moved to the next one: the place to save."""
+        """An epoch is validated, and the state is at the next one: a good time to save."""
 
     def keep_best(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Keep the present weights: the best of the phase so far."""
@@ -210,7 +210,7 @@ def make_optimizer(
         weight = backbone.embeding.weight
         if backbone.backend == "triton":
             backend = "triton"
-        here = backbone.backend == "triton" or (weight.device.type == "cpu" and _native.available())
+        here = backbone.backend == "triton" or (weight.device.type == "cpu" and native.available())
         served = here and weight.dtype == torch.float32 and id(weight) in chosen
         backbone.sparse_embedding_grad = served
         lazy = lazy or (served and weight.numel() >= LAZY_FROM)

@@ -16,7 +16,7 @@ from bench import measure, report
 from bench.bench_ttl import ReplayClock
 from bench.cases import CASES, SIDES, TINY, TTL, ContinualStep, Forward
 from bench.operations import Operations
-from teracon_fast import _native
+from teracon_fast.ops import native
 from teracon_fast.packing import Streams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ def test_whole_suite_on_tiny_shapes(tmp_path: Path) -> None:
             assert measured["users_per_second"] == pytest.approx(case["users"] / measured["median_seconds"])
             assert measured["useful_gflops"] == pytest.approx(case["useful_gflop"] / measured["median_seconds"])
         assert case["sides"]["eager"]["times_eager"] == 1
-        assert (case["fma_peak_gflops"] is not None) == _native.available()
+        assert (case["fma_peak_gflops"] is not None) == native.available()
     assert {"cpu", "cores", "threads", "system"} <= set(run["machine"])
     assert run["versions"]["torch"] == torch.__version__ and run["date"].startswith("20")
     closing = done.stdout[done.stdout.index("ours beside the eager reference") :]

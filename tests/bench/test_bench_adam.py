@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from bench.adam import main, ulps
-from teracon_fast import _native
+from teracon_fast.ops import native
 
 
-@pytest.mark.skipif(not _native.available(), reason="without the compiled extension nothing is deferred")
+@pytest.mark.skipif(not native.available(), reason="without the compiled extension nothing is deferred")
 def test_small(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     options = {"items": 500, "channels": 24, "users": 4, "length": 5, "steps": 12, "timed": 3, "head": 7}
     asked = [part for name, value in options.items() for part in (f"--{name}", str(value))]

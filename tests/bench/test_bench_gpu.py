@@ -24,7 +24,7 @@ from bench.measure import DifferentAnswers
 from bench.measure import Run as Call
 from bench.operations import Operations
 from bench.traffic import Traffic
-from teracon_fast.backends import BackendError, resolve
+from teracon_fast.ops.backends import BackendError, resolve
 from teracon_fast.reference import step as reference_step
 
 CPU = torch.device("cpu")

@@ -15,9 +15,9 @@ from bench import tune, tune_problems
 from bench.gpu_measure import Meter
 from bench.tune import QUICK, DifferentResults, Outcome, rewritten, with_winners, written
 from bench.tune_problems import CONVOLUTIONS, KINDS, OPERATIONS, Problem, Sizes, candidates, problems
-from teracon_fast.backends import BackendError
 from teracon_fast.kernels import configs
 from teracon_fast.kernels.configs import Config
+from teracon_fast.ops.backends import BackendError
 
 require_triton()
 CPU = torch.device("cpu")

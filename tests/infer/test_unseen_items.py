@@ -134,7 +134,7 @@ def test_a_folder_with_the_same_buckets_keeps_them(run: TrainedRun, home: Path) 
 
 
 def test_error_is_the_default_and_names_the_item(run: TrainedRun, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="item '901' is not in the run's item dictionary; --unseen pad, drop or bucket"):
+    with pytest.raises(DataError, match="got item '901', which the run has not seen; --unseen pad, drop or bucket"):
         list(Inputs(csv(tmp_path / "u.csv", MIXED), run.items, run.length).blocks(10))
 
 
@@ -162,7 +162,7 @@ def test_bucket_needs_buckets(home: Path, tmp_path: Path) -> None:
     write(tmp_path / "data")
     train(tiny_config(tmp_path / "data", tmp_path / "run", num_tasks=1, first__epochs=1))
     run, source = open_run(tmp_path / "run", device="cpu"), csv(tmp_path / "u.csv", MIXED)
-    with pytest.raises(ConfigError, match="the run's item dictionary has no buckets, expected error, pad or drop"):
+    with pytest.raises(ConfigError, match="the run has no buckets; expected error, pad or drop"):
         Inputs(source, run.items, run.length, "bucket")
     with pytest.raises(ConfigError, match="has no buckets"):
         measure(run, home / "data", unseen="bucket")

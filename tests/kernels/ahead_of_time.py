@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from teracon_fast import backends, kernels
+from teracon_fast import kernels
 from teracon_fast import packing as packer
 from teracon_fast.kernels import adam as adam_kernels
 from teracon_fast.kernels import (
@@ -40,6 +40,7 @@ from teracon_fast.kernels import (
     retention_mse,
 )
 from teracon_fast.kernels import masks as task_masks
+from teracon_fast.ops import backends
 
 TARGETS = {name: GPUTarget("cuda", int(name[3:]), 32) for name in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")}
 TARGETS |= {name: GPUTarget("hip", name, 64) for name in ("gfx90a", "gfx942")}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton_here import require_triton
 
-from teracon_fast.ops import _torch_linear_cross_entropy as plain
+from teracon_fast.ops.linear_cross_entropy import torch as plain
 
 require_triton()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton_here import require_triton
 
 from teracon_fast import packing
-from teracon_fast.ops import _torch_masked_conv as plain
+from teracon_fast.ops.masked_conv import torch as plain
 from teracon_fast.packing import ResidualTable, Streams, TapTable
 
 require_triton()

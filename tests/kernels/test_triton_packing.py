@@ -17,9 +17,10 @@ from triton_here import require_triton
 
 require_triton()
 
-from teracon_fast import FastTCN, Request, backends, packing
+from teracon_fast import FastTCN, Request, packing
 from teracon_fast.errors import ShapeError
 from teracon_fast.kernels import packing as kernels
+from teracon_fast.ops import backends
 from teracon_fast.packing import Streams, buckets
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -106,7 +106,7 @@ def test_steps_of_task_1_with_rows_left_behind_by_the_optimiser(monkeypatch: pyt
 
 def test_sparse_gradients_of_a_recording_and_rows_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedding's gradient lies where the recording writes it, with repeats; the optimiser adds them up outside."""
-    rows = importlib.import_module("teracon_fast.ops.embedding_rows")  # `ops` has a function of this name
+    rows = importlib.import_module("teracon_fast.ops.embedding_rows.api")  # `ops` has a function of this name
     monkeypatch.setattr(rows, "_leaves_sums", lambda grad: True)  # as on a GPU
     monkeypatch.setattr(trainer, "DEFERRED_FROM", 1)
     plain, replayed = network(1), network(1)

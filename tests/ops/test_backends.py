@@ -7,7 +7,8 @@ import importlib.util
 import pytest
 import torch
 
-from teracon_fast import backends, env_report
+from teracon_fast import env_report
+from teracon_fast.ops import backends
 
 
 def test_a_gpu_brings_the_triton_backends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ from instruction_sets import INSTRUCTION_SETS, passes_under
 from torch import Tensor
 
 from teracon_fast import env_report, ops, packing
-from teracon_fast.backends import BackendError
 from teracon_fast.errors import ShapeError
-from teracon_fast.ops.masked_conv import _masked_conv
+from teracon_fast.ops.backends import BackendError
+from teracon_fast.ops.masked_conv.api import _masked_conv
 from teracon_fast.packing import ResidualTable, Streams, TapTable
 
 

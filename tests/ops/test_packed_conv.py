@@ -11,7 +11,7 @@ from torch import Tensor
 
 from teracon_fast import ops, packing
 from teracon_fast.errors import ShapeError
-from teracon_fast.ops import _torch_masked_conv
+from teracon_fast.ops.masked_conv import torch as _torch_masked_conv
 from teracon_fast.packing import ResidualTable, Streams, TapTable
 
 

@@ -9,10 +9,11 @@ from instruction_sets import INSTRUCTION_SETS, passes_under
 from torch import Tensor
 
 from teracon_fast import env_report, ops
-from teracon_fast.backends import BackendError
 from teracon_fast.errors import ShapeError
-from teracon_fast.ops import _cpu_retention_mse, _heads
-from teracon_fast.ops.retention_mse import _retention_mse
+from teracon_fast.ops import heads as _heads
+from teracon_fast.ops.backends import BackendError
+from teracon_fast.ops.retention_mse import cpu as _cpu_retention_mse
+from teracon_fast.ops.retention_mse.api import _retention_mse
 from teracon_fast.reference import retention_loss
 
 # Plain PyTorch and the compiled kernels where they are; Triton's have test_triton_backend.py and tests/kernels.

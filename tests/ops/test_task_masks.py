@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from teracon_fast import FastTCN, env_report, ops
-from teracon_fast.backends import BackendError, of_model
 from teracon_fast.errors import ConfigError, ShapeError
 from teracon_fast.model import masks
 from teracon_fast.model.masks import MaskVariant
 from teracon_fast.ops import MaskParameters
-from teracon_fast.ops._triton_task_masks import _task_masks
+from teracon_fast.ops.backends import BackendError, of_model
+from teracon_fast.ops.task_masks.triton import _task_masks
 
 # On a GPU the kernels are tested in tests/kernels: these tests are of the CPU.
 BACKENDS = [name for name in env_report()["backends"]["task_masks"] if name != "triton" or not torch.cuda.is_available()]

@@ -8,8 +8,8 @@ from torch import Tensor
 from triton_here import require_triton
 
 from teracon_fast import env_report, ops
-from teracon_fast.backends import resolve
 from teracon_fast.errors import TeraconError
+from teracon_fast.ops.backends import resolve
 
 require_triton()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,10 +12,11 @@ from dense_check import assert_close, gradients, ragged
 from torch import Tensor
 from triton_here import require_triton
 
-from teracon_fast import FastTCN, backends, env_report, ops, packing
-from teracon_fast.backends import BackendError, resolve
+from teracon_fast import FastTCN, env_report, ops, packing
 from teracon_fast.model.fast_tcn import Request
-from teracon_fast.ops.masked_conv import _masked_conv
+from teracon_fast.ops import backends
+from teracon_fast.ops.backends import BackendError, resolve
+from teracon_fast.ops.masked_conv.api import _masked_conv
 from teracon_fast.packing import Streams
 
 require_triton()

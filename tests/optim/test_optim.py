@@ -13,8 +13,8 @@ from adam_checks import COMPILED, MOMENTS, assert_same, assert_same_state, by_ro
 from instruction_sets import INSTRUCTION_SETS, passes_under
 from torch import nn
 
-from teracon_fast import _native
 from teracon_fast.errors import ConfigError
+from teracon_fast.ops import native
 from teracon_fast.optim.adam import Adam
 from teracon_fast.train.loop import make_optimizer, t1_step
 
@@ -26,7 +26,7 @@ V = 150  # more than two blocks of rows of the kernel
 def adam(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes our Adam: with the compiled kernels, all rows in each step or rows left behind, and without them."""
     if request.param == "torch":
-        monkeypatch.setattr(_native, "available", lambda: False)
+        monkeypatch.setattr(native, "available", lambda: False)
     return partial(Adam, deferred=request.param != "compiled")
 
 
@@ -325,7 +325,7 @@ def test_only_the_model_of_the_optimizer_gets_sparse_gradients() -> None:
 
 
 def test_without_the_extension_gradients_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "available", lambda: False)
+    monkeypatch.setattr(native, "available", lambda: False)
     model = small_model()
     make_optimizer(model, 1e-2)
     assert not model.sparse_embedding_grad

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_here import require_triton
 
-from teracon_fast import FastTCN, backends, env_report, ops
-from teracon_fast.backends import BackendError
+from teracon_fast import FastTCN, env_report, ops
 from teracon_fast.errors import ConfigError
+from teracon_fast.ops import backends
+from teracon_fast.ops.backends import BackendError
 from teracon_fast.optim import lazy_rows
 from teracon_fast.optim.adam import Adam
 from teracon_fast.train import loop as trainer
@@ -146,7 +147,7 @@ class NoWaiting(TorchDispatchMode):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of embeddings whose sums are left to the optimiser, as they are on a GPU."""
-    module = importlib.import_module("teracon_fast.ops.embedding_rows")  # `ops` has a function of this name
+    module = importlib.import_module("teracon_fast.ops.embedding_rows.api")  # `ops` has a function of this name
     monkeypatch.setattr(module, "_leaves_sums", lambda grad: True)
 
 

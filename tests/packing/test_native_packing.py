@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 from packed_tables import Pass, assert_same, passes
 from torch import Tensor
 
-from teracon_fast import _native, packing
+from teracon_fast import packing
+from teracon_fast.ops import native
 from teracon_fast.packing import PackedBatch, Streams
 
 pytestmark = pytest.mark.skipif(
-    not _native.available() and os.environ.get("TERACON_BUILD_EXT") != "1",
-    reason=f"compiled extension: {_native.missing_reason()}",
+    not native.available() and os.environ.get("TERACON_BUILD_EXT") != "1",
+    reason=f"compiled extension: {native.missing_reason()}",
 )
 
 
 def in_numpy(lengths: np.ndarray, requests: list[Streams], geometry: packing.Geometry) -> PackedBatch:
-    with mock.patch.object(_native, "available", return_value=False):
+    with mock.patch.object(native, "available", return_value=False):
         return packing.pack(lengths, requests, geometry)
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from packed_tables import Pass, assert_same, passes, tensors
 
 from teracon_fast import Request, packing
-from teracon_fast.backends import BackendError
 from teracon_fast.errors import ShapeError
+from teracon_fast.ops.backends import BackendError
 from teracon_fast.packing import Streams
 
 TTL_LENGTHS = [46, 12, 100, 43, 100, 27, 100, 100, 37, 62, 26, 90, 30, 21, 45, 13, 13, 49, 20, 14]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from teracon_fast.data import split_task
+from teracon_fast.data.order import NOISE
 from teracon_fast.reproduce import Choices, Found, Plan, make_plan, write_pages
 from teracon_fast.reproduce.frequency import frequency_grid
 from teracon_fast.reproduce.grids import Column, Entry, Grid, Line, csv_text
@@ -19,7 +20,6 @@ from teracon_fast.reproduce.jobs import CellResult
 from teracon_fast.reproduce.paper import LEAST_SHARE, Paper, paper_of
 from teracon_fast.reproduce.pictures import mean_curve
 from teracon_fast.reproduce.tables import cost_grid, main_grids, matrix_grids, transfer_grid, value
-from teracon_fast.data.order import NOISE
 from teracon_fast.train.metrics import forgetting, gem_backward_transfer, result_matrix
 
 NAN = math.nan

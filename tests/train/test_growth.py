@@ -16,6 +16,7 @@ from test_continual import Recorder, StopAt, assert_same_run, events, tiny_confi
 
 from teracon_fast import FastTCN
 from teracon_fast.data import DatasetWriter, Dictionary, TaskSequence, open_dataset
+from teracon_fast.data.seeds import derived_seed
 from teracon_fast.data.user_input import Inputs
 from teracon_fast.errors import ConfigError
 from teracon_fast.infer.commands import embed, measure, open_run, predict, recommend
@@ -24,7 +25,6 @@ from teracon_fast.train import growth
 from teracon_fast.train.evaluation import evaluate
 from teracon_fast.train.folder import RunStopped, trained_labels
 from teracon_fast.train.growth import grow
-from teracon_fast.data.seeds import derived_seed
 from teracon_fast.train.run import task_split, train
 
 LENGTH, USERS = 8, 120

@@ -30,13 +30,14 @@ from teracon_fast.train.loop import continual_step, t1_step
 HOST = "works on tensors that are on the host whatever the model's device"
 CPU_ONLY = "a branch for the CPU; other devices take one that does not wait"
 ALLOWED = {
-    ("packing.py", "*"): HOST,  # tables
-    ("trainer.py", "tolist"): "reads rho of the step before: waits for that step's masks, not for the step",
-    ("backbone.py", "run"): HOST,  # drawn users, to numpy for the packing
-    ("_heads.py", "require_range"): CPU_ONLY,
-    ("_heads.py", "_is_unit"): CPU_ONLY,
-    ("_torch_masked_conv.py", "_gather"): CPU_ONLY,
-    ("_torch_linear_rank.py", "ranks_among"): CPU_ONLY,
+    ("packing/*", "*"): HOST,  # tables
+    ("ops/pack/*", "*"): HOST,
+    ("train/loop.py", "tolist"): "reads rho of the step before: waits for that step's masks, not for the step",
+    ("model/backbone.py", "run"): HOST,  # drawn users, to numpy for the packing
+    ("ops/heads.py", "require_range"): CPU_ONLY,
+    ("ops/heads.py", "_is_unit"): CPU_ONLY,
+    ("ops/masked_conv/torch.py", "_gather"): CPU_ONLY,
+    ("ops/linear_rank/torch.py", "ranks_among"): CPU_ONLY,
 }
 # PyTorch's own, where the parameters are on the CPU: on a GPU the kernel reads the number of steps on the device.
 ALLOWED_OPERATIONS = {"aten::_fused_adam_"}
@@ -86,7 +87,8 @@ class Watch:
 
 
 def _allowed(place: tuple[str, str]) -> bool:
-    return place in ALLOWED or (place[0], "*") in ALLOWED
+    folder = place[0].rpartition("/")[0]
+    return place in ALLOWED or (f"{folder}/*", "*") in ALLOWED
 
 
 def _place() -> tuple[str, str] | None:
@@ -97,7 +99,7 @@ def _place() -> tuple[str, str] | None:
         if path == Path(__file__):
             return None
         if PACKAGE in path.parents and not frame.f_code.co_name.startswith("<"):
-            return path.name, frame.f_code.co_name
+            return path.relative_to(PACKAGE).as_posix(), frame.f_code.co_name
         frame = frame.f_back  # type: ignore[assignment]
     return None
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teracon_fast.errors import ShapeError
-from teracon_fast.ops import _torch_masked_conv as rows_of
+from teracon_fast.ops.masked_conv import torch as rows_of
 from teracon_fast.packing import ResidualTable, TapTable
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teracon_fast.ops._heads import sums_dtype
+from teracon_fast.ops.heads import sums_dtype
 
 Needs = tuple[bool, bool, bool]  # gradients of the student's hidden states, weight and bias
 Result = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teracon_fast.ops._heads import require_range, sums_dtype
-from teracon_fast.ops._torch_linear_rank import ranks_among
+from teracon_fast.ops.heads import require_range, sums_dtype
+from teracon_fast.ops.linear_rank.torch import ranks_among
 
 Shape = tuple[int, ...]
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]

@@ -8,10 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from teracon_fast import backends
 from teracon_fast.errors import ShapeError
-from teracon_fast.ops import _cpu_linear_rank, _torch_linear_rank, _triton_linear_rank
-from teracon_fast.ops._heads import autocast_hidden, check_head, check_targets, expect, sums_dtype
+from teracon_fast.ops import backends
+from teracon_fast.ops.heads import autocast_hidden, check_head, check_targets, expect, sums_dtype
+from teracon_fast.ops.linear_rank import cpu as _cpu_linear_rank
+from teracon_fast.ops.linear_rank import torch as _torch_linear_rank
+from teracon_fast.ops.linear_rank import triton as _triton_linear_rank
 
 
 class _Implementation(Protocol):

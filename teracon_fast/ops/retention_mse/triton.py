@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from teracon_fast.ops._torch_retention_mse import Needs, Result
+from teracon_fast.ops.retention_mse.torch import Needs, Result
 
 
 def distance(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from teracon_fast.backends import BackendError
+from teracon_fast.ops.backends import BackendError
 
 if TYPE_CHECKING:
     from teracon_fast.ops.task_masks import MaskParameters

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from teracon_fast import FastTCN, _native, ops
-from teracon_fast.ops import _cpu_retention_mse
-from teracon_fast.optim import low_rank
+from teracon_fast import FastTCN, ops
+from teracon_fast.ops import low_rank, native
+from teracon_fast.ops.retention_mse import cpu as _cpu_retention_mse
 from teracon_fast.optim.adam import Adam
 from teracon_fast.train.loop import continual_step, make_optimizer
 
-COMPILED = pytest.mark.skipif(not _native.available(), reason="this installation has no compiled extension")
+COMPILED = pytest.mark.skipif(not native.available(), reason="this installation has no compiled extension")
 
 
 @pytest.fixture

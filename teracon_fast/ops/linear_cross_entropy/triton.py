@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from teracon_fast.ops._heads import require_range
-from teracon_fast.ops._torch_linear_cross_entropy import Forward, Shape
+from teracon_fast.ops.heads import require_range
+from teracon_fast.ops.linear_cross_entropy.torch import Forward, Shape
 
 
 def kept_shapes(rows: int, labels: int, save: bool) -> tuple[Shape, Shape]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from teracon_fast.backends import BackendError
+from teracon_fast.ops.backends import BackendError
 
 
 def forward(

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from teracon_fast.ops._cpu_heads import block_of, dense_head, schedule
-from teracon_fast.ops._torch_linear_cross_entropy import Forward, Shape
+from teracon_fast.ops.heads_cpu import block_of, dense_head, schedule
+from teracon_fast.ops.linear_cross_entropy.torch import Forward, Shape
 
 # Backward is a third faster with the exponentials of all logits kept from forward. Beyond this size it forms them again: malloc
 # gives larger memory back to the system every time, and getting it anew can cost more than the product.

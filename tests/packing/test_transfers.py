@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from teracon_fast import transfers
+from teracon_fast.packing import transfers
 
 
 def test_arrays_arrive_as_aligned_dense_tensors_of_one_buffer() -> None:

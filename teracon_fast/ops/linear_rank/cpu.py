@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from teracon_fast.ops._cpu_heads import dense_head, schedule
-from teracon_fast.ops._torch_linear_rank import require_no_nan
+from teracon_fast.ops.heads_cpu import dense_head, schedule
+from teracon_fast.ops.linear_rank.torch import require_no_nan
 
 # The best labels that threads hold of all rows at once, each 8 bytes.
 _HELD_BYTES = 64 << 20

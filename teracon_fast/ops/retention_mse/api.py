@@ -15,12 +15,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from teracon_fast import backends
 from teracon_fast.errors import ShapeError
-from teracon_fast.ops import _cpu_retention_mse, _torch_retention_mse, _triton_retention_mse
-from teracon_fast.ops._heads import autocast_hidden, check_head, keep_gradients, kept_gradients, sums_dtype
-from teracon_fast.ops._torch_retention_mse import Needs, Result
-from teracon_fast.optim import low_rank
+from teracon_fast.ops import backends, low_rank
+from teracon_fast.ops.heads import autocast_hidden, check_head, keep_gradients, kept_gradients, sums_dtype
+from teracon_fast.ops.retention_mse import cpu as _cpu_retention_mse
+from teracon_fast.ops.retention_mse import torch as _torch_retention_mse
+from teracon_fast.ops.retention_mse import triton as _triton_retention_mse
+from teracon_fast.ops.retention_mse.torch import Needs, Result
 
 FORMS = ("auto", "direct", "gram")
 

@@ -15,10 +15,9 @@ from typing import Any, Literal, NamedTuple, Protocol, overload
 import torch
 from torch import Tensor
 
-from teracon_fast import backends
 from teracon_fast.errors import ShapeError
-from teracon_fast.ops import _cpu_linear_cross_entropy, _torch_linear_cross_entropy, _triton_linear_cross_entropy
-from teracon_fast.ops._heads import (
+from teracon_fast.ops import backends
+from teracon_fast.ops.heads import (
     autocast_hidden,
     check_head,
     check_targets,
@@ -27,7 +26,10 @@ from teracon_fast.ops._heads import (
     kept_gradients,
     sums_dtype,
 )
-from teracon_fast.ops._torch_linear_cross_entropy import Forward, Shape
+from teracon_fast.ops.linear_cross_entropy import cpu as _cpu_linear_cross_entropy
+from teracon_fast.ops.linear_cross_entropy import torch as _torch_linear_cross_entropy
+from teracon_fast.ops.linear_cross_entropy import triton as _triton_linear_cross_entropy
+from teracon_fast.ops.linear_cross_entropy.torch import Forward, Shape
 
 
 class _Implementation(Protocol):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from teracon_fast.ops._cpu_heads import dense_head, schedule
-from teracon_fast.ops._torch_retention_mse import Needs, Result
+from teracon_fast.ops.heads_cpu import dense_head, schedule
+from teracon_fast.ops.retention_mse.torch import Needs, Result
 
 # Labels in a block of M: it has twice the width of a weight, and larger blocks save traffic of the sums.
 _GRAM_BLOCK = 252

@@ -12,9 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from teracon_fast import backends
 from teracon_fast.errors import ShapeError
-from teracon_fast.ops import _cpu_masked_conv, _torch_masked_conv, _triton_masked_conv
+from teracon_fast.ops import backends
+from teracon_fast.ops.masked_conv import cpu as _cpu_masked_conv
+from teracon_fast.ops.masked_conv import torch as _torch_masked_conv
+from teracon_fast.ops.masked_conv import triton as _triton_masked_conv
 from teracon_fast.packing import ResidualTable, TapTable
 
 

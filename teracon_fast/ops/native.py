@@ -10,7 +10,7 @@ import torch
 
 from teracon_fast.errors import TeraconError
 
-LIBRARY = Path(__file__).resolve().parent / "_C.so"
+LIBRARY = Path(__file__).resolve().parents[1] / "_C.so"
 
 
 class NativeError(TeraconError):

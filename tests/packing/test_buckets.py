@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from packed_tables import Pass, assert_same, passes
 from torch import Tensor
 
-from teracon_fast import FastTCN, Request, _native, packing
+from teracon_fast import FastTCN, Request, packing
 from teracon_fast.errors import ShapeError
+from teracon_fast.ops import native
 from teracon_fast.packing import PackedBatch, Streams, buckets
 
 
@@ -87,8 +88,8 @@ def test_equal_tables_stay_one() -> None:
 def test_a_model_gives_the_same_results_and_gradients(
     backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if backend == "cpu" and not _native.available():
-        pytest.skip(f"compiled extension: {_native.missing_reason()}")
+    if backend == "cpu" and not native.available():
+        pytest.skip(f"compiled extension: {native.missing_reason()}")
     x = ragged([9, 0, 4, 9, 7], 9)
     model = FastTCN(num_items=30, channels=8, labels=[30, 7], dilations=(1, 2), backend="torch").to(dtype)
     model.backend = backend

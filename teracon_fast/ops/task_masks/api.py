@@ -13,10 +13,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from teracon_fast import backends
 from teracon_fast.errors import ShapeError
 from teracon_fast.model.masks import MaskVariant, check_variant, relation_width
-from teracon_fast.ops import _torch_task_masks, _triton_task_masks
+from teracon_fast.ops import backends
+from teracon_fast.ops.task_masks import torch as _torch_task_masks
+from teracon_fast.ops.task_masks import triton as _triton_task_masks
 
 
 class MaskParameters(NamedTuple):

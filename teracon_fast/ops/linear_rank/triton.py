@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from teracon_fast.ops._heads import require_range
-from teracon_fast.ops._torch_linear_rank import require_no_nan
+from teracon_fast.ops.heads import require_range
+from teracon_fast.ops.linear_rank.torch import require_no_nan
 
 
 def rank(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor) -> Tensor:

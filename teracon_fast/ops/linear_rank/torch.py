@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teracon_fast.errors import TeraconError
-from teracon_fast.ops._heads import require_range
+from teracon_fast.ops.heads import require_range
 
 _BLOCK_BYTES = 64 << 20
 

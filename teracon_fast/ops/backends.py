@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from teracon_fast import _native
 from teracon_fast.errors import TeraconError
+from teracon_fast.ops import native
 
 _LOG = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return _why_not_triton(device, dtype)
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return f"it runs torch.float32 and torch.bfloat16 on cpu, not {dtype} on {device}"
-    return _native.missing_reason()
+    return native.missing_reason()
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -125,7 +125,7 @@ def env_report() -> dict[str, Any]:
         "devices": devices,
         "triton": triton,
         "compiler": shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"),
-        "cpu_isa": _native.cpu_isa() if _native.available() else None,
+        "cpu_isa": native.cpu_isa() if native.available() else None,
         "backends": {
             operation: [name for name in names if any(_why_not(name, place, torch.float32) is None for place in places)]
             for operation, names in _NAMES.items()

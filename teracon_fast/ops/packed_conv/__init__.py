@@ -1,0 +1,5 @@
+"""Dilated causal convolution on packed rows without normalisation, mask or activation, with an optional residual."""
+
+from teracon_fast.ops.packed_conv.api import packed_conv
+
+__all__ = ["packed_conv"]
