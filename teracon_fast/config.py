@@ -156,11 +156,13 @@ class RunConfig(_Section):
         if not isinstance(values, Mapping):
             return values
         plugins = values.get("plugins", ())
-        for plugin in [plugins] if isinstance(plugins, str | Path) else plugins:
-            load_plugin(Path(plugin))
+        # Absolute, so that the run folder can be opened from anywhere.
+        plugins = [Path(plugin).absolute() for plugin in ([plugins] if isinstance(plugins, str | Path) else plugins)]
+        for plugin in plugins:
+            load_plugin(plugin)
         tables = {name: value for name, value in values.items() if name in METHODS}
         rest = {name: value for name, value in values.items() if name not in METHODS}
-        rest["plugins"] = [plugins] if isinstance(plugins, str | Path) else plugins
+        rest["plugins"] = plugins
         return {**rest, "options": {**rest.get("options", {}), **tables}}
 
     @model_validator(mode="after")

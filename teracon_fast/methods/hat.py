@@ -160,6 +160,10 @@ class HAT(Method):
         """Let go of what only training needs."""
         self._protected, self._shares, self._before = [], [], []
 
+    def next_item_loss(self, batch: Batch) -> Tensor:
+        """As `Method.next_item_loss`."""
+        return self.task_loss(0, self.backbone, batch, masks=self.masks(0, self.s_max)[:, None])
+
     @torch.no_grad()
     def encoder(self, task: int) -> EncodeUsers:
         """Under the task's mask at s_max."""
