@@ -146,6 +146,16 @@ class Teracon(Method):
     def _start(self, task: int) -> None:
         self._rho = [FIRST_RHO] * task
 
+    def grown(self, num_items: int, labels: Sequence[int], generator: torch.Generator | None = None) -> Teracon:
+        """As `Method.grown`, by `FastTCN.grown`."""
+        self._check_growth(num_items, labels)
+        options = {name: value for name, value in self._options().items() if name != "mask"}
+        return type(self).around(self.model.grown(num_items, labels, generator), **options)
+
+    def next_item_loss(self, batch: Batch) -> Tensor:
+        """As `Method.next_item_loss`."""
+        return self.model.next_item_loss(batch.x, self.s_max, lengths=batch.lengths)
+
     def training_state(self) -> dict[str, Any]:
         """What the base keeps, and the rates of the next step."""
         return {**super().training_state(), "rho": self.rho}

@@ -2,12 +2,13 @@
 
 Events of metrics.jsonl (one JSON object a line; tasks count from 1, epochs and batches from 0, `step` restarts with each task):
 
-- step: task, epoch, batch, step, loss, class_loss, hit@1 (of the batch; of task 1 the real targets), scale (s), users_per_s; from
-  task 2 on also retention_loss and rho.
-- valid: task, epoch, step (the epoch's last), metrics, best, class_loss (mean over the epoch's samples); from task 2 on
-  also retention_loss.
-- task_end: task, epochs, best_epoch, seconds, test ({"1": metrics, ...}), similarity ([S][T][T], cosines of the masks).
-- run_end: task (the last one), R, bwt, seconds.
+- step: task, epoch, batch, step, loss, its parts by name (class_loss; of some methods retention_loss, attention_loss,
+  first_task_loss), hit@1 (of the batch; of task 1 the real targets), users_per_s, and what the method reports: scale (s), rho.
+- valid: task, phase, epoch (of the phase), step (the epoch's last), metrics, best, the losses (means over the epoch's samples),
+  method (what `Method.describe` gives: open_mask_share, free_weights, sparsity, ...), and with test_every_epoch also test.
+- task_end: task, epochs (of all phases), best_epoch, seconds (of training and validation), test ({"1": metrics, ...}), and what
+  `Method.summarize` gives: of TERACON similarity ([S][T][T], cosines of the masks).
+- run_end: task (the last one), R, bwt, cost (parameters and kept_mib of what inference on all tasks needs, peak_mib, device).
 - grown: task (the last finished one), run (whose weights grew), items ([before, after]), labels ({"1": [before, after], ...}),
   fit_losses (of each epoch in which the new rows were fitted); the task_end events before it hold tests of the grown weights.
 
@@ -31,7 +32,7 @@ TIME_FIELDS = ("time", "seconds", "users_per_s")
 
 @dataclass(frozen=True)
 class TaskStart:
-    """A task begins, or goes on after an interruption at (epoch, batch)."""
+    """A task starts, or resumes at (epoch, batch)."""
 
     task: int  # from 1
     name: str

@@ -177,7 +177,7 @@ class Callbacks:
         """So many of the validation samples are ranked."""
 
     def on_epoch_end(self, trainer: Trainer, event: dict[str, Any]) -> None:
-        """An epoch is validated, and the state moved to the next one: the place to save."""
+        """An epoch is validated, and the state is at the next one: a good time to save."""
 
     def keep_best(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Keep the present weights: the best of the phase so far."""
