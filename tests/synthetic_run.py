@@ -61,7 +61,8 @@ def write_run_of(method: str, folder: Path, losses: list[str], numbers: list[str
     """Write a run of three tasks as a method without masks or retention logs it.
 
     Args:
-        losses: named losses of its steps beside `loss`. numbers: what it reports of itself after each epoch, "shares" with one per task.
+        losses: named losses of its steps beside `loss`.
+        numbers: what it reports of itself after each epoch; "shares" is a list, one per task.
         phases: of each task; epochs start again at 0 in each.
     """
     folder.mkdir(parents=True)
