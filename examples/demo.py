@@ -22,7 +22,7 @@ from teracon_fast.cli.app import app
 from teracon_fast.config import RunConfig, load_config
 from teracon_fast.data import fetch, open_dataset
 from teracon_fast.model.checkpoints import load_model
-from teracon_fast.model.masks import rho
+from teracon_fast.ops.task_masks import rho
 from teracon_fast.reference import ReferenceTCN, continual_step, draw_users
 from teracon_fast.train import loop as trainer
 from teracon_fast.train.run import task_split

@@ -13,7 +13,7 @@ from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
 from teracon_fast.methods.base import Group, Method, Place, Sizes, group
 from teracon_fast.model.fast_tcn import FastTCN, Request
-from teracon_fast.model.masks import check_variant
+from teracon_fast.ops.task_masks import check_variant
 from teracon_fast.train.loop import (
     FIRST_RHO,
     HostCopy,

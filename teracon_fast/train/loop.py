@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 FIRST_RHO = 0.9  # rate of every past task in the first step of a task, before any masks have been compared
 # Numbers in an item embedding, from which on leaving rows behind is faster than a pass over all of them.
-DEFERRED_FROM = 10_000_000
+LAZY_FROM = 10_000_000
 
 Sampling = Literal["adaptive", "minimum", "all"]
 StudentMask = Literal["past", "current"]
@@ -93,7 +93,7 @@ def make_optimizer(
     """
     groups = [{"params": list(model.parameters())}] if groups is None else groups
     trained = [parameter for group in groups for parameter in group["params"]]
-    chosen, deferred, backend = {id(parameter) for parameter in trained}, False, "auto"
+    chosen, lazy, backend = {id(parameter) for parameter in trained}, False, "auto"
     for backbone in model.modules():
         if not isinstance(backbone, Backbone):
             continue
@@ -103,9 +103,9 @@ def make_optimizer(
         here = backbone.backend == "triton" or (weight.device.type == "cpu" and native.available())
         served = here and weight.dtype == torch.float32 and id(weight) in chosen
         backbone.sparse_embedding_grad = served
-        deferred = deferred or (served and weight.numel() >= DEFERRED_FROM)
+        lazy = lazy or (served and weight.numel() >= LAZY_FROM)
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trained)
-    return Adam([dict(group) for group in groups], lr=lr, fused=fused or None, deferred=deferred, backend=backend)
+    return Adam([dict(group) for group in groups], lr=lr, fused=fused or None, lazy=lazy, backend=backend)
 
 
 def _forward(model: FastTCN, precision: Precision) -> torch.autocast:
@@ -230,7 +230,7 @@ def loss_of_states(
     Args:
         hidden: `[B, f]`, states under the current mask. y: int64 `[B]`.
         student, pseudo: for each past task the student's and the teacher's states of its users, `[n_j, f]`.
-        rho, valid, factored: as `ops.retention_mse`, the last its `factored_gradients`.
+        rho, valid, factored: as `ops.retention_mse`, the last its `low_rank_gradients`.
     """
     found = model.class_loss(hidden, model.num_tasks - 1, y, predictions)
     heads, its_heads = ([m.head(j) for j in range(teacher.num_tasks)] for m in (model, teacher))
@@ -238,7 +238,7 @@ def loss_of_states(
     retention = ops.retention_mse(
         student, [head.weight for head in heads], [head.bias for head in heads],
         pseudo, [head.weight for head in its_heads], [head.bias for head in its_heads],
-        rho, scale=alpha or 1.0, factored_gradients=factored, valid=valid, backend=model.backend,
+        rho, scale=alpha or 1.0, low_rank_gradients=factored, valid=valid, backend=model.backend,
     )  # fmt: skip
     return found.loss + retention if alpha else found.loss, found, retention
 

@@ -26,7 +26,7 @@ from teracon_fast.files import atomic_write
 from teracon_fast.methods.teracon_graphs import StepGraphs
 from teracon_fast.model.checkpoints import load_model, load_state, save_model, save_state
 from teracon_fast.model.fast_tcn import FastTCN
-from teracon_fast.model.masks import similarity
+from teracon_fast.ops.task_masks import similarity
 from teracon_fast.train.evaluation import evaluate
 from teracon_fast.train.folder import (
     RunStopped,

@@ -11,8 +11,8 @@ from torch import Tensor
 from teracon_fast import env_report, ops
 from teracon_fast.errors import ShapeError
 from teracon_fast.ops.backends import BackendError
-from teracon_fast.ops.linear_cross_entropy.api import Reduction, _linear_cross_entropy, _linear_cross_entropy_reduced
 from teracon_fast.ops.linear_cross_entropy import cpu as _cpu_linear_cross_entropy
+from teracon_fast.ops.linear_cross_entropy.api import Reduction, _linear_cross_entropy, _linear_cross_entropy_reduced
 
 # Plain PyTorch and the compiled kernels where they are; Triton's have test_triton_backend.py and tests/kernels.
 BACKENDS = [name for name in env_report()["backends"]["linear_cross_entropy"] if name != "triton"]
