@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import report
 from teracon_fast import ops
+from teracon_fast.ops.embedding_rows import catch_up
 from teracon_fast.optim.adam import Adam
-from teracon_fast.optim.lazy_rows import catch_up
 
 
 @dataclass
@@ -75,7 +75,7 @@ def measure(items: int, channels: int, users: int, length: int, steps: int, time
     start = torch.empty(items, channels).uniform_(-(items**-0.5), items**-0.5)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start)
     heads = [nn.Parameter(torch.zeros(head, channels)) for _ in range(2)]
-    mine = Adam([ours, *heads[:1]] if head else [ours], fused=True, deferred=True)
+    mine = Adam([ours, *heads[:1]] if head else [ours], fused=True, lazy=True)
     other = torch.optim.Adam([theirs, *heads[1:]] if head else [theirs], fused=True)
     theirs.grad = torch.zeros_like(theirs)
     for parameter in heads:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from teracon_fast.packing import PackedBatch, Streams, geometry, pack
+from teracon_fast.ops import pack
+from teracon_fast.packing import PackedBatch, Streams, geometry
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.cases import REAL_LENGTHS, TTL, Shape
-from teracon_fast.packing import Streams, geometry, pack
+from teracon_fast.ops import pack
+from teracon_fast.packing import Streams, geometry
 
 ELEMENT_BYTES = 2  # bf16
 SHARED_BYTES = 227 << 10
