@@ -80,7 +80,11 @@ def _teracon_step(
 def first_task_ranks(model: FastTCN, data: TaskData, samples: NDArray[np.int64], s: float, batch_size: int) -> Tensor:
     """Ranks of the last items of some samples, as evaluation computes them: its encoder is made anew."""
     encode = model.encoder(s)
-    return target_ranks(lambda x, drop_last=0, lengths=None: encode(x, 0, drop_last, lengths), model.head(0), data, samples, batch_size, backend=model.backend)
+
+    def first_task(x: Tensor, drop_last: int = 0, lengths: Any = None) -> Tensor:
+        return encode(x, 0, drop_last, lengths)
+
+    return target_ranks(first_task, model.head(0), data, samples, batch_size, backend=model.backend)
 
 
 def method_step(
