@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors (ours), .t7 (the published program's), and the state that a run resumes from.
+"""Weights on disk: safetensors (ours), .t7 (the published program's), and train states.
 
 Every file is written whole or not at all. Nothing read from a file is executed.
 """
@@ -76,11 +76,11 @@ def load_t7(
     backend: str = "auto",
     task_embedding_range: Sequence[float] = (0.0, 2.0),
 ) -> FastTCN:
-    """Rebuild the model of a published checkpoint (of task 1 or of a later task). Sizes are read off the tensors.
+    """Rebuild the model of a published checkpoint (of task 1 or of a later task). Sizes follow from the tensors.
 
     Args:
         path: a .t7 file.
-        dilations: one per residual block; a state dict does not tell them. None: 1, 4, 1, 4, ..., the published ones.
+        dilations: one per residual block, which a state dict does not contain. None: 1, 4, 1, 4, ..., the published ones.
         task_embedding_range: used to initialise the embeddings of tasks added later.
 
     Raises:
@@ -104,7 +104,7 @@ def load_t7(
 
 
 def save_state(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write a training state: nested dicts and lists of tensors, numbers and strings."""
+    """Write a train state: nested dicts and lists of tensors, numbers and strings."""
     with atomic_write(path) as file:
         torch.save({"version": FORMAT_VERSION, **state}, file)
 
@@ -118,7 +118,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
     state = _torch_load(path)
     if not isinstance(state, dict) or state.get("version") != FORMAT_VERSION:
         got = state.get("version") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"{path}: got version {got!r}, expected a training state of version {FORMAT_VERSION}")
+        raise CheckpointError(f"{path}: got version {got!r}, expected a train state of version {FORMAT_VERSION}")
     return state
 
 
