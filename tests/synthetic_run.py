@@ -61,23 +61,25 @@ def write_run_of(method: str, folder: Path, losses: list[str], numbers: list[str
     """Write a run of three tasks as a method without masks or retention logs it.
 
     Args:
-        losses: named losses of its steps beside `loss`. numbers: what it reports of itself after each epoch.
-        phases: of each task; epochs and steps start again at 0 in each.
+        losses: named losses of its steps beside `loss`.
+        numbers: what it reports of itself after each epoch; "shares" is a list, one per task.
+        phases: of each task; epochs start again at 0 in each.
     """
     folder.mkdir(parents=True)
     metrics = ["mrr@5", "mrr@5", "accuracy"]
     events: list[dict[str, object]] = []
     for task, metric in enumerate(metrics, 1):
         for number, phase in enumerate(phases):
-            for step in range(20):
-                event = {"time": 0.0, "event": "step", "task": task, "epoch": step // 10, "batch": step % 10, "step": step}
-                named = dict.fromkeys(losses, 2.0 / (1 + step + 20 * number))
+            for step in range(20 * number, 20 * number + 20):
+                epoch, last = step // 10 - 2 * number, step == 20 * number + 19
+                event = {"time": 0.0, "event": "step", "task": task, "epoch": epoch, "batch": step % 10, "step": step}
+                named = dict.fromkeys(losses, 2.0 / (1 + step))
                 events.append(event | {"loss": sum(named.values()) or 1.0, "users_per_s": 900.0, **named})
                 if step % 10 == 9:
-                    check = {"time": 0.0, "event": "valid", "task": task, "epoch": step // 10, "step": step}
-                    check |= {"phase": phase, "metrics": {metric: 0.1 + step / 100}, "best": step == 19} | named
-                    own = {"method": dict.fromkeys(numbers, 0.25 + number / 2)} if numbers else {}
-                    events.append(check | own)
+                    check = {"time": 0.0, "event": "valid", "task": task, "epoch": epoch, "step": step}
+                    check |= {"phase": phase, "metrics": {metric: 0.1 + step / 100}, "best": last} | named
+                    shares = {"shares": [0.5] * task} if "shares" in numbers else {}
+                    events.append(check | {"method": dict.fromkeys(numbers, 0.25 + number / 2) | shares})
         test = {str(i + 1): {metrics[i]: 0.2} for i in range(task)}
         end = {"time": 0.0, "event": "task_end", "task": task, "epochs": 2 * len(phases), "seconds": 1.5, "test": test}
         events.append(end)

@@ -70,12 +70,13 @@ def doctor(
 def _software() -> list[Finding]:
     import torch
 
-    from teracon_fast import backends, native
+    import teracon_fast
+    from teracon_fast.ops import backends, native
 
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
     reason = native.missing_reason()
     findings = [
-        Finding("teracon_fast", "ok", f"{__version__} in {Path(backends.__file__).parent}"),
+        Finding("teracon_fast", "ok", f"{__version__} in {Path(teracon_fast.__file__).parent}"),
         Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
         Finding("torch", "ok", f"{torch.__version__}, CPU code for {torch.backends.cpu.get_cpu_capability()}"),
         Finding("C++ compiler", "ok", compiler)

@@ -70,7 +70,9 @@ def _logged(event: dict[str, Any]) -> str:
         parts.append("rho " + " ".join(f"{value:.3f}" for value in event["rho"]))
     if "hit@1" in event:
         parts.append(f"hit@1 {event['hit@1']:.3f}")
-    parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in (event.get("method") or {}).items()]
+    for name, value in (event.get("method") or {}).items():
+        numbers = value if isinstance(value, list) else [value]
+        parts.append(" ".join([name.replace("_", " "), *(f"{number:.3g}" for number in numbers)]))
     return "  ".join(parts)
 
 

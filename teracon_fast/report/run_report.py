@@ -87,7 +87,8 @@ def load_run(run: str | Path) -> RunRecord:
         if not (run / name).is_file():
             raise TeraconError(f"{run}: no {name}; not a run folder, or nothing has been trained in it yet")
     logs = read_log(run)
-    tasks = read_about(run).tasks[: max(logs, default=0)]
+    planned = read_about(run).tasks
+    tasks = planned[: max(logs, default=0)]
     metrics = [headline(task.num_labels) for task in tasks]
     matrix = np.full((len(tasks), len(tasks)), np.nan)
     done = [task for task in sorted(logs) if logs[task].end is not None]
@@ -103,16 +104,10 @@ def load_run(run: str | Path) -> RunRecord:
     c = {}
     if adaptive:
         config = load_config(path=run / "config.toml")
-        order = config.task_order(len(tasks) - (config.noise_at is not None))
+        order = config.task_order(len(planned) - (config.noise_at is not None))
         c = {task: float(config.task_options(order[task - 1])["c"]) for task in adaptive}
     names = [task.name for task in tasks]
     return RunRecord(run, method, names, metrics, matrix, bwt.tolist(), logs, _pairs(logs), c)
-
-
-def _over_phases(steps: Array) -> Array:
-    """Step numbers that keep counting where a further phase of the task starts again at 0."""
-    restarts = np.append(False, steps[1:] <= steps[:-1])
-    return steps + np.cumsum(np.where(restarts, np.roll(steps, 1) + 1, 0.0))
 
 
 def _loss_curves(log: TaskLog) -> plots.LossCurves:
@@ -121,8 +116,8 @@ def _loss_curves(log: TaskLog) -> plots.LossCurves:
     names = [name for name in logged if name.endswith("_loss")] or ["loss"]
     means = [name for name in names if any(check.get(name) is not None for check in log.checks)]
     return plots.LossCurves(
-        _over_phases(_column(log.steps, "step")), {name: _column(log.steps, name) for name in names},
-        _over_phases(_column(log.checks, "step")), {name: _column(log.checks, name) for name in means},
+        _column(log.steps, "step"), {name: _column(log.steps, name) for name in names},
+        _column(log.checks, "step"), {name: _column(log.checks, name) for name in means},
     )  # fmt: skip
 
 
@@ -222,13 +217,17 @@ def method_rows(record: RunRecord) -> tuple[list[str], list[list[str]]]:
     found: dict[int, dict[str, Any]] = {}
     for task, log in sorted(record.logs.items()):
         found[task] = {name: value for check in log.checks for name, value in (check.get("method") or {}).items()}
-    names = list(dict.fromkeys(name for values in found.values() for name in values))
-    rows = [
-        [f"T{task} {record.names[task - 1]}", *(shown(_number(values.get(name)), ".4g") for name in names)]
-        for task, values in found.items()
-        if values
-    ]
-    return ["task", *(name.replace("_", " ") for name in names)], rows
+    # A list has one number for each task so far.
+    names = {name: isinstance(value, list) for values in found.values() for name, value in values.items()}
+    rows = []
+    for task, values in found.items():
+        cells = [values.get(name) for name in names]
+        lists = [cell if isinstance(cell, list) else [cell] for cell in cells]
+        if values:
+            numbers = (", ".join(shown(_number(value), ".3g") for value in cell) for cell in lists)
+            rows.append([f"T{task} {record.names[task - 1]}", *numbers])
+    heading = [name.replace("_", " ") + " (T1, T2, ...)" * several for name, several in names.items()]
+    return ["task", *heading], rows
 
 
 def markdown_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

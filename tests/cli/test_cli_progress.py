@@ -92,7 +92,7 @@ def test_log_gets_few_plain_lines() -> None:
 def test_other_methods_show_what_they_log() -> None:
     clock, out = Clock(), io.StringIO()
     observer = ConsoleObserver(Console(file=out, force_terminal=False, width=200), clock)
-    own = {"class_loss": 2.0, "attention_loss": 0.5, "method": {"open_mask_share": 0.25}}
+    own = {"class_loss": 2.0, "attention_loss": 0.5, "method": {"open_mask_share": [0.25, 0.5], "free": 0.1}}
     metrics = {"accuracy": 0.75, "hit@1": 0.75}
     with observer:
         observer.on_valid({"task": 2, "epoch": 0, "phase": "train", "metrics": metrics, "best": False, "loss": 2.5, **own})
@@ -100,7 +100,7 @@ def test_other_methods_show_what_they_log() -> None:
         clock.now += LOG_SECONDS
         observer.on_step(Step(2, 0, 0, 10, 64, {"step": 0, "loss": 0.002}))
     assert out.getvalue().splitlines() == [
-        "  T2 epoch 1:  loss 2.0000  attention 0.5000  open mask share 0.25  valid accuracy 0.7500",
+        "  T2 epoch 1:  loss 2.0000  attention 0.5000  open mask share 0.25 0.5  free 0.1  valid accuracy 0.7500",
         "  T2 retrain epoch 1:  loss 2.5000  valid accuracy 0.7500",
         "T2 epoch 1  1/10    step 0: loss 2.00e-03",
     ]

@@ -123,7 +123,7 @@ def test_every_plot_fits_and_no_text_overlaps(tasks: int, tmp_path: Path) -> Non
     [
         ("sinmo", [], [], ["train"]),
         ("mtl", ["class_loss", "first_task_loss"], [], ["train"]),
-        ("hat", ["class_loss", "attention_loss"], ["open_mask_share"], ["train"]),
+        ("hat", ["class_loss", "attention_loss"], ["free_channels", "shares"], ["train"]),
         ("conure", ["class_loss"], ["free_weights", "sparsity"], ["train", "retrain"]),
     ],
 )
@@ -141,9 +141,10 @@ def test_a_run_of_any_method(method: str, losses: list[str], numbers: list[str],
     assert len(smooth) == max(1, len(losses))
     assert list(smooth[0].get_xdata()) == [*range(20 * len(phases))]  # type: ignore[arg-type]
     heading, rows = method_rows(record)
-    assert heading == ["task", *(name.replace("_", " ") for name in numbers)]
+    assert heading == ["task", *(name.replace("_", " ").replace("shares", "shares (T1, T2, ...)") for name in numbers)]
     last = "0.75" if len(phases) > 1 else "0.25"
-    assert rows == ([[f"T{i} {NAMES[i - 1]}", *[last] * len(numbers)] for i in (1, 2, 3)] if numbers else [])
+    cells = [[", ".join(["0.5"] * i) if name == "shares" else last for name in numbers] for i in (1, 2, 3)]
+    assert rows == ([[f"T{i} {NAMES[i - 1]}", *cells[i - 1]] for i in (1, 2, 3)] if numbers else [])
     page = markdown(record, [])
     assert f"Method: `{method}`." in page and "rho" not in page
     assert ("After the last epoch" in page) == bool(numbers)
