@@ -21,7 +21,7 @@ from teracon_fast.errors import ConfigError
 from teracon_fast.infer.measure import measure
 from teracon_fast.infer.open import open_run
 from teracon_fast.infer.predictor import embed, predict, recommend
-from teracon_fast.methods import METHODS, Teracon
+from teracon_fast.methods import Teracon
 from teracon_fast.train.checkpoint import RunState, read_task_header
 from teracon_fast.train.evaluation import evaluate
 from teracon_fast.train.folder import RunStopped, trained_labels
@@ -234,15 +234,18 @@ def test_a_run_grows_again(finished: Path, folders: Folders, tmp_path: Path) -> 
     assert trained_labels(tmp_path / "fitted") == {2: 24, 3: 3, 4: 2}
     assert_moved(tmp_path, first_item=35, first_label=31)
     grow(finished, folders.new, tmp_path / "none", epochs=1)  # no new item, but labels that are untrained
-    before, after, bias = weights(finished, 4), weights(tmp_path / "none", 4), "model.task_classifier.0.bias"
-    assert torch.equal(after["model.embeding.weight"], before["model.embeding.weight"]) and not torch.equal(after[bias], before[bias])
+    before, after = weights(finished, 4), weights(tmp_path / "none", 4)
+    names = "embeding.weight", "task_classifier.0.bias"
+    kept = {name: torch.equal(after[f"model.{name}"], before[f"model.{name}"]) for name in names}
+    assert kept == {"embeding.weight": True, "task_classifier.0.bias": False}
     assert trained_labels(tmp_path / "none") == {2: 24, 3: 3}
 
 
 def assert_moved(home: Path, first_item: int, first_label: int) -> None:
     """Of fitted against grown, exactly the rows from the first ones on."""
     before, after = weights(home / "grown", 4), weights(home / "fitted", 4)
-    firsts = {"model.embeding.weight": first_item} | {f"model.task_classifier.0.{kind}": first_label for kind in ("weight", "bias")}
+    head = "model.task_classifier.0"
+    firsts = {"model.embeding.weight": first_item, f"{head}.weight": first_label, f"{head}.bias": first_label}
     for name, value in before.items():
         moved = (after[name] != value).reshape(len(value), -1).any(1)
         assert moved.nonzero().flatten().tolist() == list(range(firsts.get(name, len(value)), len(value))), name
@@ -380,7 +383,7 @@ def test_from_the_command_line(folders: Folders, tmp_path: Path) -> None:
     output = tmp_path / "grown"
     result = CliRunner().invoke(app, ["grow", str(folders.run), "--data", str(folders.new), "-o", str(output)])
     assert result.exit_code == 0, result.output
-    assert "items, with the pad: 31 -> 35" in result.stdout and "labels of task 2: 24 -> 26" in result.stdout
+    assert "items, with the pad: 31 -> 35" in result.stdout and "labels of task 2 (click): 24 -> 26" in result.stdout
     line = next(line for line in result.stdout.splitlines() if "teracon train" in line)
     arguments = [*line.partition("teracon ")[2].split(), "--no-report", "--num-tasks", "3"]
     again = CliRunner().invoke(app, arguments)
