@@ -74,9 +74,9 @@ class UserOptions(RunOptions):
         with counting(work.__name__, inputs.total()) as advance:
             users = work(run, inputs, self.output, *arguments, batch_size=self.batch_size, progress=advance)
         say(f"wrote {self.output}: {users:,} users, {self.output.stat().st_size / 2**20:.1f} MiB")
-        if inputs.unseen_places:
+        if inputs.unseen_items:
             fate = {"pad": "became the pad", "drop": "were dropped", "bucket": "became buckets"}[unseen]
-            say(f"{inputs.unseen_places:,} items unknown to the run, of {inputs.unseen_users:,} users, {fate}")
+            say(f"{inputs.unseen_items:,} items unknown to the run, of {inputs.unseen_users:,} users, {fate}")
 
 
 def _flat(command: Callable[..., None]) -> Callable[..., None]:

@@ -175,8 +175,8 @@ class _Tokens:
         newline = separator == _NEWLINE
         last = np.flatnonzero(newline)
         if len(last) + np.count_nonzero(separator == _COMMA) != len(stop):
-            foreign = ~newline & (separator != _COMMA)
-            raise _unexpected_byte(path, text, int(stop[foreign.argmax()]), first_line)
+            unexpected = ~newline & (separator != _COMMA)
+            raise _unexpected_byte(path, text, int(stop[unexpected.argmax()]), first_line)
         size = np.diff(stop, prepend=-1) - 1
         first = np.concatenate([[0], last[:-1] + 1])
         tokens = cls(path, first_line, array, stop, size, first, last)

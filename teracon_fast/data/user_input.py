@@ -55,7 +55,7 @@ class Inputs:
         items_column: of a Parquet file, a list column; None: the first of ITEM_COLUMNS that it has.
 
     Attributes:
-        unseen_places: number of unseen items in the blocks read so far. unseen_users: number of users with such items.
+        unseen_items: number of unseen items in the blocks read so far. unseen_users: number of users with such items.
 
     Key columns: `line` (CSV, from 1); the user column, else `row` (Parquet, from 0); `row` and `group` (prepared folder).
 
@@ -75,7 +75,7 @@ class Inputs:
         items_column: str | None = None,
     ) -> None:
         self.path, self.length, self.unseen = Path(path), length, unseen
-        self.unseen_places = self.unseen_users = 0
+        self.unseen_items = self.unseen_users = 0
         check_unseen(unseen, items)
         if not self.path.exists():
             raise DataError(self.path, "no such file or folder")
@@ -109,11 +109,11 @@ class Inputs:
 
     def _fitted(self, found: _Found) -> NDArray[np.int32]:
         codes = found.codes[:, max(0, found.codes.shape[1] - self.length) :]
-        strange = codes < 0
-        self.unseen_places += int(strange.sum())
-        self.unseen_users += int(strange.any(1).sum())
-        if strange.any() and self.unseen == "error":
-            row, column = (int(part[0]) for part in np.nonzero(strange))
+        missing = codes < 0
+        self.unseen_items += int(missing.sum())
+        self.unseen_users += int(missing.any(1).sum())
+        if missing.any() and self.unseen == "error":
+            row, column = (int(part[0]) for part in np.nonzero(missing))
             item = found.raw(row, column + found.codes.shape[1] - codes.shape[1])
             reason = f"got item {str(item)!r}, which the run has not seen; --unseen pad, drop or bucket accepts it"
             raise DataError(self.path, reason, found.first_line + row)
@@ -138,18 +138,18 @@ def check_unseen(unseen: Unseen, items: Dictionary) -> None:
 def encode_items(items: Dictionary, unseen: Unseen, values: NDArray[Any]) -> NDArray[np.int32]:
     """Item indices of raw ids, int32 of their shape; for an unseen one `-1 - b` with b its bucket ("bucket") or 0."""
     codes = items.encode(values)
-    strange = codes < 0
-    if unseen == "bucket" and strange.any():
-        codes[strange] = -1 - items.bucket_of(values[strange])
+    missing = codes < 0
+    if unseen == "bucket" and missing.any():
+        codes[missing] = -1 - items.bucket_of(values[missing])
     return codes
 
 
 def fit(codes: NDArray[np.int32], unseen: Unseen, length: int) -> NDArray[np.int32]:
     """Rows of `encode_items` as int32 `[n, length]`, left-padded; unseen items are treated as the policy says."""
-    strange = codes < 0
-    kept = ~strange if unseen == "drop" else np.ones_like(strange)
+    missing = codes < 0
+    kept = ~missing if unseen == "drop" else np.ones_like(missing)
     offsets = np.concatenate([[0], np.cumsum(kept.sum(1))])
-    fitted: NDArray[np.int32] = pad_left(np.where(strange, -1 - codes, codes)[kept], offsets, length)
+    fitted: NDArray[np.int32] = pad_left(np.where(missing, -1 - codes, codes)[kept], offsets, length)
     return fitted
 
 

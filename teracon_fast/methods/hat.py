@@ -11,7 +11,7 @@ from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
 from teracon_fast.methods.base import Group, Method, Option, Sizes, StepContext, group
 from teracon_fast.model.backbone import Backbone, EncodeUsers
-from teracon_fast.model.masks import plain_masks
+from teracon_fast.ops.task_masks import plain_masks
 
 Protection = Literal["strict", "as_published"]
 

@@ -16,7 +16,7 @@ from teracon_fast.methods.teracon_graphs import StepGraphs
 from teracon_fast.methods.teracon_loss import loss_of_states, step_states
 from teracon_fast.model.backbone import EncodeUsers
 from teracon_fast.model.fast_tcn import FastTCN
-from teracon_fast.model.masks import MaskVariant, similarity
+from teracon_fast.ops.task_masks import MaskVariant, similarity
 from teracon_fast.packing.transfers import HostCopy
 
 FIRST_RHO = 0.9  # rate of every past task in the first step of a task, before any masks have been compared

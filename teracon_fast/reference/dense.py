@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teracon_fast.reference.model import causal_conv
 
-if TYPE_CHECKING:
-    from teracon_fast.data import Batch
-    from teracon_fast.model.backbone import Backbone
-
 Addend = Callable[[int, Tensor], Tensor]
+
+
+class Backbone(Protocol):
+    """What is read of a backbone: its parameters, under the published names."""
+
+    channels: int
+    dilations: tuple[int, ...]
+
+    @property
+    def embeding(self) -> nn.Embedding: ...
+
+    def site(self, number: int) -> tuple[nn.Conv2d, nn.LayerNorm]: ...
+
+
+class Batch(Protocol):
+    """What is read of a batch: sequences int64 `[B, L]`, labels int64 `[B]`."""
+
+    @property
+    def x(self) -> Tensor: ...
+
+    @property
+    def y(self) -> Tensor: ...
 
 
 def dense_states(

@@ -215,7 +215,7 @@ def make_optimizer(
         backbone.sparse_embedding_grad = served
         lazy = lazy or (served and weight.numel() >= LAZY_FROM)
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trained)
-    return Adam([dict(group) for group in groups], lr=lr, fused=fused or None, deferred=lazy, backend=backend)
+    return Adam([dict(group) for group in groups], lr=lr, fused=fused or None, lazy=lazy, backend=backend)
 
 
 def train_step(method: Method, optimizer: torch.optim.Optimizer, batch: Batch, context: StepContext) -> StepResult:

@@ -123,7 +123,7 @@ def test_every_policy_on_csv_parquet_and_prepared_folders(unseen: Any, run: Trai
     for source in (csv(tmp_path / "u.csv", MIXED), tmp_path / "u.parquet", tmp_path / "other"):
         inputs = Inputs(source, run.items, run.length, unseen)
         assert np.concatenate([block.x for block in inputs.blocks(3)]).tolist() == indices(unseen).tolist()
-        assert (inputs.unseen_places, inputs.unseen_users) == (4, 3)
+        assert (inputs.unseen_items, inputs.unseen_users) == (4, 3)
         embed(run, Inputs(source, run.items, run.length, unseen), tmp_path / "out.parquet", [2])
         got = np.asarray(parquet.read_table(tmp_path / "out.parquet")["task_2"].to_pylist(), dtype=np.float32)
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)

@@ -88,11 +88,11 @@ def test_steps_of_a_later_task(student_mask: str, steps: int) -> None:
 
 def test_steps_of_task_1_with_rows_left_behind_by_the_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
     """Items that a batch lacks are left behind by Adam, and brought up to date for the next batch that has them."""
-    monkeypatch.setattr(trainer, "DEFERRED_FROM", 1)
+    monkeypatch.setattr(trainer, "LAZY_FROM", 1)
     plain, replayed = network(1), network(1)
     step_graphs = StepGraphs(replayed, record=RECORD)
     optimizers = [make_optimizer(model, 1e-2) for model in (plain, replayed)]
-    assert all(optimizer.deferred for optimizer in optimizers)
+    assert all(optimizer.lazy for optimizer in optimizers)
     for step in range(3):
         x, _ = batch(2, step)
         one, other = (
@@ -108,7 +108,7 @@ def test_sparse_gradients_of_a_recording_and_rows_left_behind(monkeypatch: pytes
     """The embedding's gradient lies where the recording writes it, with repeats; the optimiser adds them up outside."""
     rows = importlib.import_module("teracon_fast.ops.embedding_rows.api")  # `ops` has a function of this name
     monkeypatch.setattr(rows, "_leaves_sums", lambda grad: True)  # as on a GPU
-    monkeypatch.setattr(trainer, "DEFERRED_FROM", 1)
+    monkeypatch.setattr(trainer, "LAZY_FROM", 1)
     plain, replayed = network(1), network(1)
     step_graphs = StepGraphs(replayed, record=RECORD)
     optimizers = [make_optimizer(model, 1e-2) for model in (plain, replayed)]
@@ -117,7 +117,7 @@ def test_sparse_gradients_of_a_recording_and_rows_left_behind(monkeypatch: pytes
         for model, optimizer, used in zip((plain, replayed), optimizers, (None, step_graphs), strict=True):
             t1_step(model, optimizer, x, 2.0, graphs=used)
             gradient = model.embeding.stored.grad
-            assert optimizer.deferred and gradient is not None and gradient.is_sparse and not gradient.is_coalesced()
+            assert optimizer.lazy and gradient is not None and gradient.is_sparse and not gradient.is_coalesced()
     behind = replayed.embeding.stored.detach().clone()
     same_weights(replayed, plain)
     assert not torch.equal(behind, replayed.embeding.weight), "no row was behind, so nothing was tested"

@@ -87,16 +87,16 @@ def read_text_table(path: Path, format: TextFormat) -> dict[str, NDArray[Any]]:
             encoding="utf8-lossy",
         )  # fmt: skip
     except polars.exceptions.PolarsError as error:
-        raise _first_offence(path, format) or DataError(
+        raise _first_bad_line(path, format) or DataError(
             path, f"not readable; expected lines of {format.describe()}: {error}"
         ) from error
     names = [name for name, _ in format.columns]
     broken = sum(table[name].null_count() for name in names) + sum(table[name].count() for name in fillers)
     broken += sum(int((~table[name].is_finite()).sum()) for name, kind in format.columns if kind == "float")
     if broken:
-        offence = _first_offence(path, format)
-        if offence is not None:
-            raise offence
+        bad_line = _first_bad_line(path, format)
+        if bad_line is not None:
+            raise bad_line
         table = table.drop_nulls(names)  # only blank lines at the end
     if table.height == 0:
         raise DataError(path, f"got no rows; expected lines of {format.describe()}")
@@ -117,7 +117,7 @@ def _check_head(path: Path, format: TextFormat) -> None:
         raise DataError(path, f"got {head[:80]!r}; expected {len(names)} fields: {format.describe()}", line=1)
 
 
-def _first_offence(path: Path, format: TextFormat) -> DataError | None:
+def _first_bad_line(path: Path, format: TextFormat) -> DataError | None:
     """The first malformed line, found by a slow second pass over a malformed file."""
     blank = None
     with open(path, encoding="utf-8-sig", errors="replace") as file:
