@@ -15,12 +15,13 @@ def grow(
     data: Annotated[Path, typer.Option(help="Data prepared with --extend RUN.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder to make.", show_default=False)],
     epochs: Annotated[
-        int, typer.Option(min=0, help="Passes over task 1's training sequences that fit the rows of new items, and nothing else.")
+        int, typer.Option(min=0, help="Epochs of task 1 that train the rows of new items and nothing else; 0: left untrained.")
     ] = 0,
 ) -> None:
-    """Give a trained run rows for the new items and labels of a larger data set, in a new run folder.
+    """Extend a trained run to the new items and labels of a larger data set, in a new run folder.
 
-    All tasks are tested again on the larger data; then `teracon train OUTPUT/config.toml` goes on with its further tasks.
+    All tasks are tested again on the larger data; `teracon train OUTPUT/config.toml` then trains its further tasks. Works for
+    every method with one item embedding for all tasks.
     """
     from teracon_fast.cli.progress import ConsoleObserver
     from teracon_fast.report.run_report import load_run, summary_rows
@@ -32,5 +33,5 @@ def grow(
     say(f"items, with the pad: {grown.items[0]:,} -> {grown.items[1]:,}")
     for number, (before, after) in grown.labels.items():
         if number > 1 and after > before:
-            say(f"labels of task {number}: {before:,} -> {after:,}")
-    say(f"wrote {output}; go on with: teracon train {output / 'config.toml'}")
+            say(f"labels of task {number} ({grown.results.tasks[number - 1]}): {before:,} -> {after:,}")
+    say(f"wrote {output}; to train further tasks: teracon train {output / 'config.toml'}")

@@ -32,7 +32,9 @@ class RunOptions:
     unseen: Unseen = "error"
     batch_size: Annotated[int, Panel(min=1, help="Users encoded at a time.")] = 1024
     device: Annotated[str, Panel(help="auto, cpu, cuda or cuda:N.")] = "auto"
-    backend: Annotated[str | None, Panel(help="Kernels: auto, torch, or one that `teracon doctor` lists; default: the run's.")] = None
+    backend: Annotated[
+        str | None, Panel(help="Kernels: auto, torch, or one that `teracon doctor` lists; default: the run's.")
+    ] = None
     threads: Annotated[int | None, Panel(min=1, help="CPU threads.")] = None
 
     def open(self) -> "TrainedRun":
@@ -115,10 +117,10 @@ def evaluate(
     with ConsoleObserver(console(stderr=True)) as observer:
         found = measure(run, data, split, options.batch_size, observer.on_evaluate, policy, partial(say, stderr=True))
     names = list(dict.fromkeys(name for metrics in found.values() for name in metrics))
-    rows = [
-        [f"T{task.number} {task.name}", *(f"{found[task.number][name]:.4f}" if name in found[task.number] else "" for name in names)]
-        for task in run.tasks
-    ]
+    rows = []
+    for task in run.tasks:
+        values = (found[task.number].get(name) for name in names)
+        rows.append([f"T{task.number} {task.name}", *("" if value is None else f"{value:.4f}" for value in values)])
     table(f"{split} metrics after {run.tasks[-1]}", ["task", *names], rows)
 
 

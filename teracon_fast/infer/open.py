@@ -81,7 +81,7 @@ def task_number(names: Sequence[str], which: int | str, where: str | Path) -> in
     if text in names:
         return names.index(text) + 1
     known = ", ".join(f"{number} ({name})" for number, name in enumerate(names, 1))
-    raise ConfigError(f"{where}: got task {text!r}, expected a name or number of {known}")
+    raise ConfigError(f"{where}: got task {text!r}, expected one of {known}")
 
 
 def finished_tasks(run: Path) -> int:

@@ -107,10 +107,10 @@ def grow(
     threads = torch.get_num_threads()
     with locked(run), _folder(output) as folder:
         state = RunState.load(run)
-        if state is None or not state.tests:
+        if state is None:
             raise ConfigError(f"{run}: no task is finished yet")
-        if state.training is not None:
-            raise ConfigError(f"{run}: task {state.begun} is in training, expected a run between two tasks: finish it first")
+        if state.training is not None or not state.tests:
+            raise ConfigError(f"{run}: task {state.begun} is in training, expected a run between two tasks; finish it first")
         done, known = len(state.tests), trained_labels(run)
         raw = open_dataset(data)
         order = _grown_order(config, run, raw, done)
@@ -147,9 +147,11 @@ def _grown_order(config: RunConfig, run: Path, raw: TaskSequence, done: int) -> 
     """What changes in the configuration so that the finished tasks stay where they are, and further ones follow.
 
     Raises:
-        ConfigError: the data set lacks a finished task.
+        ConfigError: the data set lacks a finished task, or has sequences of another length.
     """
     about = read_about(run)
+    if raw.length != about.length:
+        raise ConfigError(f"{raw.path}: got sequences of length {raw.length}, expected {about.length} as in {run}")
     order = config.task_order(len(about.tasks) - (config.noise_at is not None))
     names = {number: meta.name for number, meta in zip(order[:done], about.tasks, strict=False) if number != NOISE}
     got = {number: data.name for number, data in enumerate(raw.tasks, 1) if number in names}
@@ -186,9 +188,6 @@ def _require_extended(run: Path, dataset: TaskSequence, order: Sequence[int]) ->
     Raises:
         ConfigError: the data set does not extend that of the run.
     """
-    about = read_about(run)
-    if dataset.length != about.length:
-        raise ConfigError(f"{dataset.path}: got sequences of length {dataset.length}, expected {about.length} as in {run}")
     labels = {}
     for place, (number, data) in enumerate(zip(order, dataset.tasks, strict=False), 1):
         own, source = (f"task{index}/labels.parquet" if place > 1 else "items.parquet" for index in (place, number))

@@ -33,14 +33,14 @@ def invoke(*arguments: str) -> str:
 
 def test_evaluate_prints_every_metric(folders: tuple[str, str]) -> None:
     text = invoke("evaluate", folders[1], "--device", "cpu")
-    assert "test metrics after task 3" in text and "T3 age" in text and "ndcg@20" in text and "accuracy" in text
-    first = invoke("evaluate", folders[1], "--after", "1", "--split", "valid")
-    assert "valid metrics after task 1" in first and "T2" not in first
+    assert "test metrics after task 3 (age)" in text and "T3 age" in text and "ndcg@20" in text and "accuracy" in text
+    first = invoke("evaluate", folders[1], "--after", "next", "--split", "valid")
+    assert "valid metrics after task 1 (next)" in first and "T2" not in first
 
 
 def test_recommend(folders: tuple[str, str], tmp_path: Path) -> None:
     output = tmp_path / "out.parquet"
-    text = invoke("recommend", folders[1], "-i", users(folders), "-o", str(output), "--task", "2", "-k", "3")
+    text = invoke("recommend", folders[1], "-i", users(folders), "-o", str(output), "--task", "click", "-k", "3")
     assert f"wrote {output}: 2 users" in text
     assert [len(items) for items in parquet.read_table(output)["items"].to_pylist()] == [3, 3]
     invoke(
@@ -53,14 +53,14 @@ def test_recommend(folders: tuple[str, str], tmp_path: Path) -> None:
 
 def test_predict(folders: tuple[str, str], tmp_path: Path) -> None:
     output = tmp_path / "out.parquet"
-    invoke("predict", folders[1], "-i", folders[0], "-o", str(output), "--task", "3", "--input-task", "2")
+    invoke("predict", folders[1], "-i", folders[0], "-o", str(output), "--task", "age", "--input-task", "click")
     table = parquet.read_table(output)
     assert table.num_rows == 120 and set(table["label"].to_pylist()) <= {"old", "young", "mid"}
 
 
 def test_embed_one_some_and_all_tasks(folders: tuple[str, str], tmp_path: Path) -> None:
     output = tmp_path / "out.parquet"
-    for task, columns in (("2", ["task_2"]), ("1,3", ["task_1", "task_3"]), ("all", ["task_1", "task_2", "task_3"])):
+    for task, columns in (("2", ["task_2"]), ("next, age", ["task_1", "task_3"]), ("all", ["task_1", "task_2", "task_3"])):
         invoke("embed", folders[1], "-i", users(folders), "-o", str(output), "--task", task, "--batch-size", "1")
         assert parquet.read_table(output).column_names == ["line", *columns]
 
@@ -68,13 +68,13 @@ def test_embed_one_some_and_all_tasks(folders: tuple[str, str], tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["embed", "--task", "x"], "--task: got 'x', expected all, or task numbers"),
-        (["embed", "--task", "1,1"], "--task: got '1,1'"),
-        (["embed", "--task", "7"], "task: got 7, expected 1 to 3"),
-        (["predict", "--task", "9"], "task: got 9, expected 1 to 3"),
+        (["embed", "--task", "x"], "got task 'x', expected one of 1 (next), 2 (click), 3 (age)"),
+        (["embed", "--task", "1,next"], "got task 1 (next) twice"),
+        (["embed", "--task", "1,7"], "got task '7', expected one of 1 (next), 2 (click), 3 (age)"),
+        (["predict", "--task", "9"], "got task '9', expected one of 1 (next)"),
         (["recommend", "-k", "99"], "top-k: got 99, expected 1 to 41"),
         (["recommend", "--unseen", "hide"], "--unseen: got 'hide'; expected one of error, pad, drop"),
-        (["recommend", "--after", "5"], "got task 5, expected 1 to 3"),
+        (["recommend", "--after", "5"], "finished tasks: got task '5', expected one of 1 (next), 2 (click), 3 (age)"),
         (["recommend", "--backend", "warp"], "warp"),
         (["recommend", "--device", "tpu"], "device: got 'tpu'"),
     ],

@@ -276,7 +276,7 @@ def test_bad_parquet_is_refused(columns: dict[str, Any], reason: str, run: Train
 def test_bad_requests_are_refused(run: TrainedRun, tmp_path: Path) -> None:
     source, output = write_csv(tmp_path / "users.csv", ROWS), tmp_path / "out.parquet"
     inputs = inputs_of(run, source)
-    with pytest.raises(ConfigError, match=r"got task '4', expected a name or number of 1 \(next\), 2 \(click\), 3 \(age\)"):
+    with pytest.raises(ConfigError, match=r"got task '4', expected one of 1 \(next\), 2 \(click\), 3 \(age\)"):
         embed(run, inputs, output, [1, 4])
     with pytest.raises(ConfigError, match="top-k: got 42, expected 1 to 41"):
         recommend(run, inputs, output, 1, 42)
@@ -340,7 +340,7 @@ def test_unfinished_task_is_not_used(folders: tuple[Path, Path], tmp_path: Path)
     (run / "checkpoints" / "task3.safetensors").unlink()
     assert open_run(run).method.task == 1
     for after in (3, "age", "x"):
-        with pytest.raises(ConfigError, match=rf"got task '{after}', expected a name or number of 1 \(next\), 2 \(click\)$"):
+        with pytest.raises(ConfigError, match=rf"got task '{after}', expected one of 1 \(next\), 2 \(click\)$"):
             open_run(run, after=after)
     for task in (1, 2):
         (run / "checkpoints" / f"task{task}.safetensors").unlink()
@@ -354,7 +354,7 @@ def test_tasks_are_named_or_counted(folders: tuple[Path, Path], run: TrainedRun,
     assert [run.task(which).number for which in (1, "2", "age", " click ")] == [1, 2, 3, 2]
     assert [task.name for task in open_run(folders[1], after="click", device="cpu").tasks] == ["next", "click"]
     for wrong in (0, 4, -1, "", "Age"):
-        with pytest.raises(ConfigError, match="expected a name or number"):
+        with pytest.raises(ConfigError, match="expected one of 1"):
             run.task(wrong)
     source = write_csv(tmp_path / "users.csv", ROWS)
     for name, tasks in (("a", [2, 3]), ("b", ["click", "age"])):

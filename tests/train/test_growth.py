@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 from pyarrow import parquet
-from test_continual import Recorder, StopAt, assert_same_run, events, tiny_config, weights
+from tiny_run import Recorder, StopAt, assert_same_run, events, tiny_config, weights
 
-from teracon_fast import FastTCN
 from teracon_fast.data import DatasetWriter, Dictionary, TaskSequence, open_dataset
 from teracon_fast.data.seeds import derived_seed
 from teracon_fast.data.user_input import Inputs
 from teracon_fast.errors import ConfigError
-from teracon_fast.infer.commands import embed, measure, open_run, predict, recommend
-from teracon_fast.model.checkpoints import load_model, read_notes
-from teracon_fast.train import growth
+from teracon_fast.infer.measure import measure
+from teracon_fast.infer.open import open_run
+from teracon_fast.infer.predictor import embed, predict, recommend
+from teracon_fast.methods import Teracon
+from teracon_fast.train.checkpoint import RunState, read_task_header
 from teracon_fast.train.evaluation import evaluate
 from teracon_fast.train.folder import RunStopped, trained_labels
 from teracon_fast.train.growth import grow
@@ -102,12 +103,11 @@ def test_grown_weights_keep_old_rows_and_share_new_ones(folders: Folders) -> Non
         assert before.keys() == after.keys()
         for name, value in before.items():
             assert torch.equal(after[name][: len(value)], value), name
-            assert len(after[name]) == len(value) or name.startswith(("embeding", "task_classifier")), name
-        model = load_model(folders.grown / "checkpoints" / f"task{task}.safetensors")
-        assert model.num_items == 35 and model.labels == [35, 26, 4][:task]
-        news.append((after["embeding.weight"][31:], after["task_classifier.0.weight"][31:]))
-        name = f"checkpoints/task{task}.safetensors"
-        assert read_notes(folders.grown / name) == read_notes(folders.run / name)
+            assert len(after[name]) == len(value) or name.startswith(("model.embeding", "model.task_classifier")), name
+        method = open_run(folders.grown, task, "cpu").method
+        assert method.sizes.num_items == 35 and method.labels == [35, 26, 4][:task]
+        news.append((after["model.embeding.weight"][31:], after["model.task_classifier.0.weight"][31:]))
+        assert read_task_header(folders.grown, task).notes == read_task_header(folders.run, task).notes
     assert all(torch.equal(a, b) for pair in news[1:] for a, b in zip(pair, news[0], strict=True))
     assert folders.growth.items == (31, 35) and folders.growth.labels == {1: (31, 35), 2: (24, 26), 3: (3, 4)}
     assert trained_labels(folders.grown) == {1: 31, 2: 24, 3: 3} and trained_labels(folders.run) == {}
@@ -119,10 +119,10 @@ def test_results_are_measured_again_on_the_larger_data(folders: Folders) -> None
     ends = events(folders.grown, "task_end")
     assert results.tasks == ["next", "click", "segment"] and [len(row) for row in results.R] == [1, 2, 3]
     for j in range(3):
-        model = load_model(folders.grown / "checkpoints" / f"task{j + 1}.safetensors")
+        method = open_run(folders.grown, j + 1, "cpu").method
         for i in range(j + 1):
             test = task_split(config(folders.new, folders.grown), data.tasks[i]).test
-            metrics = evaluate(model, data.tasks[i], i, test, 50.0, 64)
+            metrics = evaluate(method, data.tasks[i], i, test, 64)
             assert results.R[j][i] == metrics[results.metric[i]]
             assert ends[j]["test"][str(i + 1)] == metrics
     assert json.loads((folders.grown / "results.json").read_text())["R"] == results.R
@@ -137,23 +137,25 @@ def test_results_are_measured_again_on_the_larger_data(folders: Folders) -> None
 def test_teacher_and_student_have_the_same_new_rows(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun: list[tuple[FastTCN, FastTCN]] = []
+    begun: list[Teracon] = []
 
-    def look(task: Any, host: Any) -> None:
-        begun.append((task.teacher, task.model))
+    def look(trainer: Any, saved: Any) -> None:
+        begun.append(trainer.method)
         raise InterruptedError
 
     shutil.copytree(folders.grown, tmp_path / "run")
-    monkeypatch.setattr("teracon_fast.train.run.train_task", look)
+    monkeypatch.setattr("teracon_fast.train.loop.Trainer.train", look)
     with pytest.raises(InterruptedError):
         train(config(folders.new, tmp_path / "run"))
-    [(teacher, student)] = begun
+    teacher, student = begun[0].teacher, begun[0].model
+    assert teacher is not None
     assert teacher.labels == [35, 26, 4] and student.labels == [35, 26, 4, 2]
     for name, value in teacher.state_dict().items():
         assert ".mlp" in name or torch.equal(student.state_dict()[name], value), name
-    fresh = load_model(folders.run / "checkpoints" / "task3.safetensors").grown(
-        35, [35, 26, 4], torch.Generator().manual_seed(derived_seed(0, 3, "grown"))
-    )
+    method = open_run(folders.run, 3, "cpu").method
+    assert isinstance(method, Teracon)
+    generator = torch.Generator().manual_seed(derived_seed(0, 3, "grown"))
+    fresh = method.model.grown(35, [35, 26, 4], generator)
     assert torch.equal(teacher.embeding.weight, fresh.embeding.weight)
 
 
@@ -166,11 +168,11 @@ def test_a_grown_run_goes_on_to_the_same_bits(folders: Folders, finished: Path, 
         train(config(folders.new, run), stops)
     seen = Recorder()
     train(config(folders.new, run), seen)
-    assert any("going on with task 4" in text for text in seen.messages) and len(stops.steps) == count
+    assert any("resuming task 4" in text for text in seen.messages) and len(stops.steps) == count
     assert_same_run(run, finished, 4)
     assert (run / "results.json").read_bytes() == (finished / "results.json").read_bytes()
     before, after = weights(folders.grown, 3), weights(run, 4)
-    assert not torch.equal(after["embeding.weight"][31:], before["embeding.weight"][31:]), "new items learn in task 4"
+    assert not torch.equal(after["model.embeding.weight"][31:], before["model.embeding.weight"][31:]), "new items learn in task 4"
     assert trained_labels(run) == {1: 31, 2: 24, 3: 3}
 
 
@@ -190,9 +192,7 @@ def test_inference_knows_new_items_and_leaves_out_untrained_labels(finished: Pat
     embed(run, inputs(), output, [1, 4])
     x = torch.zeros(3, LENGTH, dtype=torch.int64)
     x[0, -3:], x[1, -1], x[2, -2:] = torch.tensor([1, 31, 34]), 32, torch.tensor([6, 7])
-    with torch.no_grad():
-        encode = run.model.encoder(run.s)
-        expected = {task: encode(x, task - 1).numpy() for task in (1, 4)}
+    expected = {task: run.method.encode(x, task - 1).numpy() for task in (1, 4)}
     for task, value in expected.items():
         got = np.asarray(parquet.read_table(output)[f"task_{task}"].to_pylist(), dtype=np.float32)
         np.testing.assert_allclose(got, value, rtol=1e-5, atol=1e-6)
@@ -214,7 +214,7 @@ def test_inference_knows_new_items_and_leaves_out_untrained_labels(finished: Pat
 def test_a_dictionary_that_is_not_the_models_is_refused(folders: Folders, tmp_path: Path) -> None:
     shutil.copytree(folders.grown, tmp_path / "run")
     shutil.copy(folders.old / "items.parquet", tmp_path / "run" / "items.parquet")
-    with pytest.raises(ConfigError, match="the item dictionary has 31 items, the model 35"):
+    with pytest.raises(ConfigError, match=r"items\.parquet: has 31 ids, expected 35 as in the run's weights"):
         open_run(tmp_path / "run", device="cpu")
 
 
@@ -234,15 +234,18 @@ def test_a_run_grows_again(finished: Path, folders: Folders, tmp_path: Path) -> 
     assert trained_labels(tmp_path / "fitted") == {2: 24, 3: 3, 4: 2}
     assert_moved(tmp_path, first_item=35, first_label=31)
     grow(finished, folders.new, tmp_path / "none", epochs=1)  # no new item, but labels that are untrained
-    before, after, bias = weights(finished, 4), weights(tmp_path / "none", 4), "task_classifier.0.bias"
-    assert torch.equal(after["embeding.weight"], before["embeding.weight"]) and not torch.equal(after[bias], before[bias])
+    before, after = weights(finished, 4), weights(tmp_path / "none", 4)
+    names = "embeding.weight", "task_classifier.0.bias"
+    kept = {name: torch.equal(after[f"model.{name}"], before[f"model.{name}"]) for name in names}
+    assert kept == {"embeding.weight": True, "task_classifier.0.bias": False}
     assert trained_labels(tmp_path / "none") == {2: 24, 3: 3}
 
 
 def assert_moved(home: Path, first_item: int, first_label: int) -> None:
     """Of fitted against grown, exactly the rows from the first ones on."""
     before, after = weights(home / "grown", 4), weights(home / "fitted", 4)
-    firsts = {"embeding.weight": first_item} | {f"task_classifier.0.{kind}": first_label for kind in ("weight", "bias")}
+    head = "model.task_classifier.0"
+    firsts = {"model.embeding.weight": first_item, f"{head}.weight": first_label, f"{head}.bias": first_label}
     for name, value in before.items():
         moved = (after[name] != value).reshape(len(value), -1).any(1)
         assert moved.nonzero().flatten().tolist() == list(range(firsts.get(name, len(value)), len(value))), name
@@ -260,7 +263,7 @@ def test_a_run_of_one_task_split_by_sample(folders: Folders, tmp_path: Path) -> 
     grow(tmp_path / "run", folders.new, tmp_path / "grown", seen)
     assert any("may have been trained on" in text for text in seen.messages)
     after = train(tiny_config(folders.new, tmp_path / "grown", num_tasks=2, first__epochs=1))
-    assert len(after.R) == 2 and load_model(tmp_path / "grown/checkpoints/task2.safetensors").labels == [35, 26]
+    assert len(after.R) == 2 and open_run(tmp_path / "grown", 2, "cpu").method.labels == [35, 26]
 
 
 def walking(folder: Path, items: int, extend: Path | None = None) -> TaskSequence:
@@ -292,7 +295,7 @@ def test_fitting_new_rows_learns_new_items_and_changes_nothing_else(tmp_path: Pa
         before, after, initial = (weights(tmp_path / name, task) for name in ("run", "fitted", "plain"))
         for name, value in before.items():
             assert torch.equal(after[name][: len(value)], value), name
-        for name in ("embeding.weight", "task_classifier.0.weight", "task_classifier.0.bias"):
+        for name in ("model.embeding.weight", "model.task_classifier.0.weight", "model.task_classifier.0.bias"):
             assert torch.equal(after[name][25:], weights(tmp_path / "fitted", 1)[name][25:])
             assert not bool((after[name][25:] == initial[name][25:]).any()), name
     assert trained_labels(tmp_path / "plain") == {1: 25} and trained_labels(tmp_path / "fitted") == {}
@@ -334,12 +337,12 @@ def test_data_that_do_not_extend_the_run_are_refused(folders: Folders, tmp_path:
     with pytest.raises(ConfigError, match=r"item with index 1 is '150', expected '200' .* prepare the data with --extend"):
         grow(folders.run, tmp_path / "anew", tmp_path / "out")
     swapped = rewritten(folders, tmp_path / "swapped", "task3/labels.parquet", lambda ids: [*ids[:1], *ids[2:0:-1], ids[3]])
-    with pytest.raises(ConfigError, match="label of task 3, with index 1 is 'c', expected 'b'"):
+    with pytest.raises(ConfigError, match=r"label of task 3 \(segment\), with index 1 is 'c', expected 'b'"):
         grow(folders.run, swapped, tmp_path / "out")
     with pytest.raises(ConfigError, match="item with index 31 is none, expected '150'"):
         grow(folders.grown, folders.old, tmp_path / "out")
     write(tmp_path / "fewer", larger=True, extend=folders.run, tasks=2)
-    with pytest.raises(ConfigError, match=r"its first tasks are \['next', 'click'\], expected \['next', 'click', 'segment'\]"):
+    with pytest.raises(ConfigError, match=r"got the tasks \['next', 'click'\], expected \['next', 'click', 'segment'\]"):
         grow(folders.run, tmp_path / "fewer", tmp_path / "out")
     with DatasetWriter(tmp_path / "short", "x", extend=folders.run) as writer:
         writer.add_task("next", "next_item", np.array([[200, 201]]))
@@ -350,7 +353,7 @@ def test_data_that_do_not_extend_the_run_are_refused(folders: Folders, tmp_path:
     with pytest.raises(ConfigError, match=r"old: has no config\.toml"):
         grow(folders.old, folders.new, tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
-    with pytest.raises(ConfigError, match=r"(?s)data.num_items: got 35, expected 31.*after `teracon grow`"):
+    with pytest.raises(ConfigError, match=r"(?s)data.num_items: got 35, expected 31.*by way of `teracon grow`"):
         train(config(folders.new, folders.run))
 
 
@@ -366,7 +369,7 @@ def test_a_task_in_training_is_refused_and_a_failure_leaves_nothing(
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(growth, "save_state", fail)
+    monkeypatch.setattr(RunState, "save", fail)
     with pytest.raises(KeyboardInterrupt):
         grow(folders.run, folders.new, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
@@ -380,7 +383,7 @@ def test_from_the_command_line(folders: Folders, tmp_path: Path) -> None:
     output = tmp_path / "grown"
     result = CliRunner().invoke(app, ["grow", str(folders.run), "--data", str(folders.new), "-o", str(output)])
     assert result.exit_code == 0, result.output
-    assert "items, with the pad: 31 -> 35" in result.stdout and "labels of task 2: 24 -> 26" in result.stdout
+    assert "items, with the pad: 31 -> 35" in result.stdout and "labels of task 2 (click): 24 -> 26" in result.stdout
     line = next(line for line in result.stdout.splitlines() if "teracon train" in line)
     arguments = [*line.partition("teracon ")[2].split(), "--no-report", "--num-tasks", "3"]
     again = CliRunner().invoke(app, arguments)
