@@ -17,6 +17,7 @@ from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
 from teracon_fast.model.backbone import Backbone, Convolution, EncodeUsers, head_loss, init_linear, next_item_inputs
 from teracon_fast.model.masks import Parity, annealed_scale
+from teracon_fast.ops import low_rank
 
 Precision = Literal["fp32", "bf16"]
 Group = dict[str, Any]  # of parameters, as optimizers take them: "params", and "lr" where it is not the task's
@@ -286,9 +287,10 @@ class Method(nn.Module, ABC):
         return self.result
 
     def clear_gradients(self) -> None:
-        """Drop the gradients of the parameters in training."""
+        """Drop the gradients of the parameters in training, also those that were left as factors."""
         for parameter in self._in_training:
             parameter.grad = None
+            low_rank.clear(parameter)
 
     @abstractmethod
     def loss(self, batch: Batch, context: StepContext) -> Tensor:
