@@ -1,38 +1,39 @@
-"""Training steps and the loop of one task: against the golden trajectory, the reference, and scripted surroundings."""
+"""Training steps against the reference, and the loop of one task with scripted validations."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from golden_vectors import relative_error
+from steps import continual_step, t1_step
 from tiny_data import write_tiny
 from torch import Tensor, nn
 
 from teracon_fast import FastTCN, packing
-from teracon_fast.config import TaskConfig
-from teracon_fast.data import TaskData, epoch_batches, fetch, split_task
-from teracon_fast.data import device as data_device
+from teracon_fast.data import Batch, TaskSequence, epoch_batches, fetch, loader, split_task
+from teracon_fast.data.seeds import derived_seed
+from teracon_fast.errors import CheckpointError, ConfigError
+from teracon_fast.methods import HAT, MTL, Method, SinMo, Sizes, StepContext, StepResult, Teracon
+from teracon_fast.methods.teracon import FIRST_RHO, draw_users
 from teracon_fast.reference import ReferenceTCN
 from teracon_fast.reference import continual_step as reference_step
-from teracon_fast.train import loop as trainer
+from teracon_fast.train import loop
 from teracon_fast.train.loop import (
-    FIRST_RHO,
+    Callbacks,
     DivergedError,
-    Losses,
-    Position,
+    LoopSettings,
+    PendingLosses,
     StepRecord,
-    StepResult,
-    TaskTraining,
-    continual_step,
-    draw_users,
-    drawing_rates,
+    TaskCheckpoint,
+    TaskSettings,
+    Trainer,
+    TrainState,
     make_optimizer,
-    t1_step,
-    train_task,
 )
 
 
@@ -64,10 +65,9 @@ def test_variants_take_the_reference_step(variant: str, student_mask: Any) -> No
             reference, reference_teacher, optimizers[0], x, y, users, rho, 3.0, 0.8, student_mask=student_mask, c=4.0
         )
         got = continual_step(model, teacher, optimizers[1], x, y, users, rho, 3.0, 0.8, student_mask, 4.0)
-        assert got.retention_loss is not None and got.next_rho is not None
         assert got.class_loss.item() == pytest.approx(expected.class_loss, rel=1e-12)
         assert got.retention_loss.item() == pytest.approx(expected.retention_loss, rel=1e-11)
-        assert got.next_rho.tolist() == pytest.approx(expected.next_rho, rel=1e-9)
+        assert got.next_rho == pytest.approx(expected.next_rho, rel=1e-9)
         for name, value in reference.state_dict().items():
             assert relative_error(model.state_dict()[name], value) < 1e-9, name
 
@@ -84,7 +84,7 @@ def test_bf16_steps_stay_near_fp32_and_see_the_new_weights() -> None:
         optimizer, losses = make_optimizer(own, 1e-2), []
         for _ in range(6):
             step = continual_step(own, teacher, optimizer, x, y, users, [0.5, 0.5], 2.0, 0.7, precision=precision)
-            assert step.class_loss.dtype == torch.float32 and step.retention_loss is not None
+            assert step.class_loss.dtype == torch.float32
             losses += [step.class_loss.item(), step.retention_loss.item()]
         losses.append(t1_step(own, optimizer, x, 2.0, precision=precision).class_loss.item())
         assert all(parameter.dtype == torch.float32 for parameter in own.parameters())
@@ -127,160 +127,6 @@ def test_fused_adam_is_adam(dtype: torch.dtype) -> None:
         assert relative_error(fast, slow) < 10 * torch.finfo(dtype).eps
 
 
-def test_drawn_users_are_different_rows_in_the_wanted_number() -> None:
-    generator = torch.Generator().manual_seed(3)
-    users = draw_users(1024, [0.9, 0.0025, 0.0001, 1.0], generator)
-    assert [len(rows) for rows in users] == [921, 2, 1, 1024]
-    for rows in users:
-        assert rows.dtype == torch.int64 and len(rows.unique()) == len(rows)
-        assert 0 <= rows.min() and rows.max() < 1024
-    assert not torch.equal(users[0], users[3][:921]), "tasks draw independently"
-
-
-def test_every_user_is_drawn_equally_often() -> None:
-    generator = torch.Generator().manual_seed(5)
-    counts = torch.zeros(10)
-    for _ in range(2000):
-        counts[draw_users(10, [0.3], generator)[0]] += 1
-    assert counts.sum() == 6000
-    # Standard deviation of each count is sqrt(2000 * 0.3 * 0.7) = 20.5.
-    assert (counts - 600).abs().max() < 5 * 20.5
-
-
-def test_drawing_rates_of_the_sampling_variants() -> None:
-    assert drawing_rates([0.4, 0.1, 0.2], "adaptive") == [0.4, 0.1, 0.2]
-    assert drawing_rates([0.4, 0.1, 0.2], "minimum") == [0.1, 0.1, 0.1]
-    assert drawing_rates([0.4, 0.1, 0.2], "all") == [1.0, 1.0, 1.0]
-
-
-class ScriptedHost:
-    """Answers validations from a list and writes down what it is told."""
-
-    def __init__(self, scores: list[float], stop_after: int | None = None) -> None:
-        self.scores, self.stop_after = iter(scores), stop_after
-        self.events: list[dict[str, Any]] = []
-        self.valid: list[dict[str, Any]] = []
-        self.best: list[int] = []
-        self.checkpoints: list[tuple[int, int]] = []
-        self.steps = 0
-
-    def after_step(self, task: TaskTraining, users: int, event: dict[str, Any] | None) -> None:
-        self.steps += 1
-        if event is not None:
-            self.events.append(event)
-        if self.steps == self.stop_after:
-            raise KeyboardInterrupt
-
-    def validate(self, task: TaskTraining) -> dict[str, float]:
-        score = next(self.scores)
-        return {"hit@1": score, "mrr@5": 1 - score}
-
-    def keep_best(self, task: TaskTraining, metrics: dict[str, float]) -> None:
-        self.best.append(task.position.epoch)
-
-    def log(self, event: str, task: TaskTraining, **fields: Any) -> None:
-        assert event == "valid"
-        self.valid.append(fields)
-
-    def checkpoint(self, task: TaskTraining) -> None:
-        self.checkpoints.append((task.position.epoch, task.position.batch))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[TaskData]:
-    return write_tiny(tmp_path_factory.mktemp("data") / "tiny", tasks=2, rows=61, length=6, items=12).tasks
-
-
-def tiny_training(tiny: list[TaskData], number: int, **config: Any) -> TaskTraining:
-    torch.manual_seed(1)
-    labels = [data.num_labels for data in tiny[:number]]
-    sizes: dict[str, Any] = {"channels": 8, "dilations": (1, 2)}
-    model = FastTCN(num_items=labels[0], labels=labels, **sizes)
-    teacher = FastTCN(num_items=labels[0], labels=labels[:-1], **sizes).frozen() if number > 1 else None
-    data, settings = tiny[number - 1], TaskConfig.model_validate({"batch_size": 16, **config})
-    return TaskTraining(
-        number, settings, data, split_task(data), 11, model, teacher, make_optimizer(model, settings.lr),
-        torch.Generator().manual_seed(2), Position(rho=[FIRST_RHO] * (number - 1)), Losses(number), log_every=1,
-    )  # fmt: skip
-
-
-def test_patience_counts_validations_without_strict_improvement(tiny: list[TaskData]) -> None:
-    task = tiny_training(tiny, 1, epochs=50, patience=2)
-    host = ScriptedHost([0.2, 0.3, 0.3, 0.4, 0.4, 0.4, 0.9])
-    train_task(task, host)
-    assert host.best == [0, 1, 3], "an equal score is not better"
-    assert [fields["best"] for fields in host.valid] == [True, True, False, True, False, False]
-    assert task.position.best_epoch == 3 and task.position.best_score == 0.4 and task.position.epoch == 6
-    assert host.checkpoints == [(epoch, 0) for epoch in range(1, 7)]
-
-
-def test_epochs_are_limited_and_the_score_can_be_mrr(tiny: list[TaskData]) -> None:
-    task = tiny_training(tiny, 2, epochs=3, patience=5, select="mrr@5")
-    host = ScriptedHost([0.5, 0.6, 0.4])
-    train_task(task, host)
-    assert host.best == [0, 2] and task.position.best_score == pytest.approx(0.6)
-    assert task.position.epoch == 3
-
-
-def test_first_epoch_is_kept_even_with_score_zero(tiny: list[TaskData]) -> None:
-    host = ScriptedHost([0.0, 0.0])
-    train_task(tiny_training(tiny, 1, epochs=2), host)
-    assert host.best == [0]
-
-
-def test_loop_feeds_each_epoch_in_order_with_restarted_annealing(tiny: list[TaskData], monkeypatch: Any) -> None:
-    task = tiny_training(tiny, 2, epochs=2, alpha=0.25, c=3.0)
-    seen: list[tuple[Any, ...]] = []
-    real = trainer.continual_step
-
-    def spy(model: Any, teacher: Any, optimizer: Any, x: Tensor, y: Tensor, *rest: Any) -> StepResult:
-        seen.append((x, y, *rest))
-        return real(model, teacher, optimizer, x, y, *rest)
-
-    monkeypatch.setattr(trainer, "continual_step", spy)
-    host = ScriptedHost([0.1, 0.2])
-    train_task(task, host)
-    train = task.split.train
-    per_epoch = -(-len(train) // 16)
-    assert len(train) % 16 != 0, "the last batch of this test is a partial one"
-    assert len(seen) == 2 * per_epoch == host.steps
-    draws, rho = torch.Generator().manual_seed(2), [FIRST_RHO]
-    for step, (x, y, users, rates, s, alpha, student_mask, c, precision, lengths, predictions, graphs) in enumerate(seen):
-        epoch, batch = divmod(step, per_epoch)
-        expected_x, expected_y = fetch(task.data, epoch_batches(train, 16, 11, epoch)[batch])
-        assert torch.equal(x, expected_x) and torch.equal(y, expected_y)
-        assert np.array_equal(lengths, packing.real_lengths(expected_x))
-        assert s == pytest.approx((50 - 1 / 50) * batch / (len(train) / 16) + 1 / 50)
-        assert rates == rho and (alpha, student_mask, c, precision) == (0.25, "past", 3.0, "fp32")
-        assert torch.equal(users[0], draw_users(len(x), rho, draws)[0])
-        event = host.events[step]
-        assert (event["epoch"], event["batch"], event["step"], event["scale"]) == (epoch, batch, step, s)
-        assert predictions and event["rho"] == rates and graphs is None
-        rho = host.events[step + 1]["rho"] if step + 1 < len(seen) else rho
-        assert rho != [FIRST_RHO], "rho moves after every step and is not reset by an epoch"
-    valid = host.valid[0]
-    sizes = [len(part[0]) for part in seen[:per_epoch]]
-    losses = [event["class_loss"] for event in host.events[:per_epoch]]
-    assert valid["class_loss"] == pytest.approx(sum(n * v for n, v in zip(sizes, losses, strict=True)) / sum(sizes))
-    assert valid["step"] == per_epoch - 1
-
-
-def test_hits_are_counted_in_steps_that_are_logged(tiny: list[TaskData], monkeypatch: Any) -> None:
-    asked: list[bool] = []
-    real = trainer.t1_step
-
-    def spy(*arguments: Any) -> StepResult:
-        asked.append(arguments[-2])
-        return real(*arguments)
-
-    monkeypatch.setattr(trainer, "t1_step", spy)
-    task, host = tiny_training(tiny, 1, epochs=1), ScriptedHost([0.1])
-    task.log_every = 2
-    train_task(task, host)
-    assert asked == [step % 2 == 0 for step in range(len(asked))]
-    assert len(host.events) == sum(asked) and all(0 <= event["hit@1"] <= 1 for event in host.events)
-
-
 def test_hit_of_a_step_is_that_of_the_model_before_it() -> None:
     """Task 1: share of real next items that come first among all; pads are learned but not counted."""
     model = FastTCN(num_items=9, channels=6, dilations=(1,))
@@ -293,26 +139,136 @@ def test_hit_of_a_step_is_that_of_the_model_before_it() -> None:
     assert t1_step(model, make_optimizer(model, 1e-2), x, 2.0).hit is None
 
 
-def test_loop_goes_on_where_it_was_stopped(tiny: list[TaskData]) -> None:
-    whole = tiny_training(tiny, 2, epochs=2)
-    train_task(whole, ScriptedHost([0.1, 0.2]))
-    stopped, before = tiny_training(tiny, 2, epochs=2), threading.active_count()
-    with pytest.raises(KeyboardInterrupt):
-        train_task(stopped, ScriptedHost([], stop_after=2))
-    assert (stopped.position.epoch, stopped.position.batch, stopped.position.step) == (0, 2, 2)
-    assert threading.active_count() == before, "the thread that prepared batches is gone"
-    host = ScriptedHost([0.1, 0.2])
-    train_task(stopped, host)
-    assert stopped.position == whole.position
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(stopped.model.state_dict()[name], value), name
+# The loop
+
+
+class Scripted(Trainer):
+    """Validations come to given scores."""
+
+    scores: list[float]
+
+    def measure(self, samples: Any, progress: Any = None) -> dict[str, float]:
+        score = self.scores.pop(0)
+        return {"hit@1": score, "mrr@5": 1 - score}
+
+
+class Recorder(Callbacks):
+    """Writes down what it is told; stops after some steps if asked to."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        super().__init__()
+        self.stop_after, self.steps = stop_after, 0
+        self.events: list[dict[str, Any]] = []
+        self.epochs: list[dict[str, Any]] = []
+        self.best: list[int] = []
+
+    def on_step(self, trainer: Trainer, users: int, event: dict[str, Any] | None) -> None:
+        self.steps += 1
+        self.events += [] if event is None else [event]
+        if self.steps == self.stop_after:
+            raise KeyboardInterrupt
+
+    def on_epoch_end(self, trainer: Trainer, event: dict[str, Any]) -> None:
+        self.epochs.append(event)
+
+    def keep_best(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        super().keep_best(trainer, metrics)
+        self.best.append(trainer.state.epoch)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TaskSequence:
+    return write_tiny(tmp_path_factory.mktemp("data") / "tiny", tasks=3, rows=61, length=6, items=12)
+
+
+def trainer_of(
+    tiny: TaskSequence, number: int, scores: list[float], kind: type[Method] = Teracon, log_every: int = 1,
+    stop_after: int | None = None, options: Mapping[str, Any] | None = None, **settings: Any,
+) -> tuple[Scripted, Recorder]:  # fmt: skip
+    """The trainer of a task (from 1) that has just begun."""
+    method, seen = kind(Sizes(tiny.num_items, 8, (1, 2)), **(options or {})), Recorder(stop_after)
+    for task in range(number):
+        method.start(task, tiny.tasks[task].num_labels, torch.Generator().manual_seed(task))
+    splits = [split_task(data) for data in tiny.tasks]
+    chosen = TaskSettings(**{"batch_size": 16, "lr": 1e-3, **settings})
+    trainer = Scripted(method, tiny, splits, chosen, LoopSettings(seed=11, log_every=log_every), seen)
+    trainer.scores = scores
+    return trainer, seen
+
+
+def test_patience_counts_epochs_without_strict_improvement_and_the_best_weights_come_back(tiny: TaskSequence) -> None:
+    trainer, seen = trainer_of(tiny, 1, [0.2, 0.3, 0.3, 0.4, 0.4, 0.4, 0.9], epochs=50, patience=2)
+    kept: list[dict[str, Tensor]] = []
+    plain = seen.on_epoch_end
+    seen.on_epoch_end = lambda trainer, event: (  # type: ignore[method-assign]
+        kept.append({name: value.clone() for name, value in trainer.method.state_dict().items()}), plain(trainer, event))[1]
+    state = trainer.train()
+    assert seen.best == [0, 1, 3], "an equal score is not better"
+    assert [event["best"] for event in seen.epochs] == [True, True, False, True, False, False]
+    assert (state.best_epoch, state.best_score, state.epoch) == (3, 0.4, 6)
+    for name, value in trainer.method.state_dict().items():
+        assert torch.equal(value, kept[3][name]), name
+    assert not torch.equal(kept[3]["model.embeding.weight"], kept[5]["model.embeding.weight"])
+
+
+def test_epochs_are_limited_and_the_score_can_be_mrr(tiny: TaskSequence) -> None:
+    trainer, seen = trainer_of(tiny, 2, [0.5, 0.6, 0.4], epochs=3, select="mrr@5")
+    state = trainer.train()
+    assert seen.best == [0, 2] and state.best_score == pytest.approx(0.6) and state.epoch == 3
+
+
+def test_the_first_epoch_is_kept_even_with_score_zero(tiny: TaskSequence) -> None:
+    trainer, seen = trainer_of(tiny, 1, [0.0, 0.0], epochs=2)
+    trainer.train()
+    assert seen.best == [0]
+
+
+def test_each_epoch_is_in_its_order_with_the_annealing_restarted(tiny: TaskSequence, monkeypatch: Any) -> None:
+    trainer, seen = trainer_of(tiny, 2, [0.1, 0.2], epochs=2, log_every=3, options={"alpha": 0.25})
+    taken: list[tuple[Batch, StepContext, StepResult]] = []
+    real = loop.train_step
+
+    def spy(method: Method, optimizer: Any, batch: Batch, context: StepContext) -> StepResult:
+        taken.append((batch, context, real(method, optimizer, batch, context)))
+        return taken[-1][2]
+
+    monkeypatch.setattr(loop, "train_step", spy)
+    method, draws = trainer.method, torch.Generator().manual_seed(2)
+    method.draws.manual_seed(2)
+    drawn: list[list[Tensor]] = []
+    plain = Teracon.draw_users
+    monkeypatch.setattr(Teracon, "draw_users", lambda self, *rest: drawn.append(plain(self, *rest)) or drawn[-1])
+    trainer.train()
+    train = trainer.split.train
+    per_epoch = -(-len(train) // 16)
+    assert len(train) % 16 and len(taken) == 2 * per_epoch == seen.steps, "the last batch of this test is a partial one"
+    rates = [FIRST_RHO]
+    for step, (batch, context, result) in enumerate(taken):
+        epoch, number = divmod(step, per_epoch)
+        samples = epoch_batches(train, 16, derived_seed(11, 2, "order"), epoch)[number]
+        x, y = fetch(trainer.data, samples)
+        assert torch.equal(batch.x, x) and torch.equal(batch.y, y) and np.array_equal(batch.lengths, packing.real_lengths(x))
+        assert result.log["scale"] == pytest.approx((50 - 1 / 50) * number / (len(train) / 16) + 1 / 50)
+        assert (context.batch, context.precision, context.predictions) == (number, "fp32", step % 3 == 0)
+        assert ("hit@1" in result.log) == context.predictions, "hits are counted in steps that are logged"
+        assert (result.log["rho"] == [FIRST_RHO]) == (step == 0), "rho moves after every step and is not reset by an epoch"
+        assert torch.equal(drawn[step][0], draw_users(len(x), result.log["rho"], draws)[0])
+        rates = result.log["rho"]
+        if context.predictions:
+            event = seen.events[step // 3]
+            assert (event["epoch"], event["batch"], event["step"], event["rho"]) == (epoch, number, step, rates)
+            assert event["loss"] == pytest.approx(event["class_loss"] + 0.25 * event["retention_loss"])
+    assert len(seen.events) == -(-len(taken) // 3)
+    for name in ("class_loss", "retention_loss"):
+        losses = [(len(batch.x), float(result.losses[name])) for batch, _, result in taken[:per_epoch]]
+        mean = sum(n * value for n, value in losses) / len(train)
+        assert seen.epochs[0][name] == pytest.approx(mean), "the mean over samples, not over batches"
+    assert seen.epochs[0]["step"] == per_epoch - 1
 
 
 def test_batches_are_prepared_in_a_thread_and_its_error_stops_the_loop_at_its_batch(
-    tiny: list[TaskData], monkeypatch: pytest.MonkeyPatch
+    tiny: TaskSequence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = tiny_training(tiny, 2, epochs=2)
-    train_task(whole, ScriptedHost([0.1, 0.2]))
     calls, before, makers = 0, threading.active_count(), set()
 
     def failing(*arguments: Any) -> Any:
@@ -323,76 +279,132 @@ def test_batches_are_prepared_in_a_thread_and_its_error_stops_the_loop_at_its_ba
             raise OSError("the disk is gone")
         return fetch(*arguments)
 
-    stopped = tiny_training(tiny, 2, epochs=2)
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
-        patch.setattr(data_device, "fetch", failing)
-        train_task(stopped, ScriptedHost([]))
+    monkeypatch.setattr(loader, "fetch", failing)
+    trainer, _ = trainer_of(tiny, 2, [])
+    with pytest.raises(OSError, match="the disk is gone"):
+        trainer.train()
     assert makers == {False} and threading.active_count() == before
-    assert (stopped.position.batch, stopped.position.step) == (2, 2), "the batches before it have been trained on"
-    train_task(stopped, ScriptedHost([0.1, 0.2]))
-    assert stopped.position == whole.position
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(stopped.model.state_dict()[name], value), name
+    assert (trainer.state.batch, trainer.state.step) == (2, 2), "the batches before it have been trained on"
 
 
-@pytest.mark.parametrize(
-    ("number", "broken", "part"), [(1, "embeding", "class"), (2, "task_classifier.0", "retention")]
-)
-def test_a_loss_that_is_not_finite_stops_with_the_place(
-    tiny: list[TaskData], number: int, broken: str, part: str
-) -> None:
-    task = tiny_training(tiny, number)
+@pytest.mark.parametrize(("number", "broken", "part"), [(1, "embeding", "class"), (2, "task_classifier.0", "retention")])
+def test_a_loss_that_is_not_finite_stops_and_says_where(tiny: TaskSequence, number: int, broken: str, part: str) -> None:
+    trainer, _ = trainer_of(tiny, number, [])
     with torch.no_grad():
-        task.model.get_submodule(broken).weight[:] = float("nan")
+        trainer.method.get_submodule(f"model.{broken}").weight[:] = float("nan")
     with pytest.raises(DivergedError) as error:
-        train_task(task, ScriptedHost([]))
+        trainer.train()
     text = str(error.value)
-    assert f"task {number}, epoch 0, batch 0 (step 0): the {part} loss is not finite" in text
-    assert "s = 0.02" in text and ("rho = [0.9]" in text) == (number == 2)
+    name = tiny.tasks[number - 1].name
+    assert f"task {number} ({name}), epoch 1, batch 1 (step 1): the {part} loss is not finite" in text
+    assert "scale = 0.02" in text and ("rho = [0.9]" in text) == (number == 2)
 
 
 def record(step: int, class_loss: float, retention: float) -> StepRecord:
-    losses = torch.tensor(class_loss), torch.tensor(retention)
-    return StepRecord(3, 0, step, step, 1.0, [0.5], StepResult(*losses))
+    losses = {"class_loss": torch.tensor(class_loss), "retention_loss": torch.tensor(retention)}
+    return StepRecord(3, 0, step, step, StepResult(losses, {"retention_loss": 0.5}))
 
 
 def test_losses_are_summed_alike_however_often_they_are_read() -> None:
     values = [(0.1 * k + 0.3, 0.01 * k) for k in range(7)]
     sums = []
     for every in (1, 3, 7):
-        losses, position = Losses(2), Position(rho=[0.5])
+        losses, state = PendingLosses("task"), TrainState()
         for step, (class_loss, retention) in enumerate(values):
             losses.add(record(step, class_loss, retention))
             if step % every == 0:
-                event = losses.read(position)
-                assert event is not None and event["step"] == step and event["class_loss"] == pytest.approx(class_loss)
-        losses.read(position)
-        assert losses.read(position) is None
-        sums.append((position.samples, position.class_sum, position.retention_sum))
+                event = losses.read(state)
+                assert event is not None and event["step"] == step
+                assert event["loss"] == pytest.approx(class_loss + 0.5 * retention)
+        losses.read(state)
+        assert losses.read(state) is None
+        sums.append((state.samples, state.sums))
     assert sums[0] == sums[1] == sums[2] and sums[0][0] == 21
 
 
 def test_a_loss_read_late_names_the_step_that_broke() -> None:
-    losses = Losses(2)
+    losses = PendingLosses("task 2 (clicks)")
     for step, value in enumerate((1.0, float("inf"), float("nan"))):
         losses.add(record(step, value, 0.0))
-    with pytest.raises(DivergedError, match=r"batch 1 \(step 1\): the class loss is not finite: got class loss inf"):
-        losses.read(Position(rho=[0.5]))
+    with pytest.raises(DivergedError, match=r"clicks.*batch 2 \(step 2\): the class loss is not finite: got class loss inf"):
+        losses.read(TrainState())
 
 
-def test_no_step_reads_a_loss_unless_it_is_logged(tiny: list[TaskData], monkeypatch: Any) -> None:
-    """On a device where reading means waiting: only every log_every-th step and the end of an epoch read."""
-    task = tiny_training(tiny, 1, epochs=1, batch_size=4)
-    task.log_every = 5
+def test_on_a_gpu_no_step_reads_a_loss_unless_it_is_logged(tiny: TaskSequence, monkeypatch: Any) -> None:
+    """Where reading means waiting: only every log_every-th step and the end of an epoch read."""
+    trainer, seen = trainer_of(tiny, 1, [0.5], epochs=1, batch_size=4, log_every=5)
     reads: list[int] = []
-    real = Losses.read
+    real = PendingLosses.read
 
-    def counted(losses: Losses, position: Position) -> Any:
-        reads.append(position.step)
-        return real(losses, position)
+    def counted(losses: PendingLosses, state: TrainState) -> Any:
+        reads.append(state.step)
+        return real(losses, state)
 
-    monkeypatch.setattr(Losses, "read", counted)
-    monkeypatch.setattr(trainer, "waits_for_device", lambda model: True)
-    host = ScriptedHost([0.5])
-    train_task(task, host)
-    assert reads == [0, 5, 10, task.position.step] and [event["step"] for event in host.events] == [0, 5, 10]
+    monkeypatch.setattr(PendingLosses, "read", counted)
+    monkeypatch.setattr(loop, "train_step", lambda *_: StepResult({"class_loss": torch.ones(())}))
+    monkeypatch.setattr(Method, "device", property(lambda self: torch.device("meta")))  # anything but the CPU
+    trainer.train()
+    assert reads == [0, 5, 10, trainer.state.step] and [event["step"] for event in seen.events] == [0, 5, 10]
+
+
+def test_companions_come_from_their_own_training_samples(tiny: TaskSequence, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epoch after epoch, all of them, in another order in each."""
+    trainer, _ = trainer_of(tiny, 2, [0.1] * 3, MTL, epochs=3, batch_size=20)
+    seen: list[Batch] = []
+    plain = MTL.loss
+
+    def watched(self: MTL, batch: Batch, context: StepContext) -> Tensor:
+        assert set(context.companions) == {0}
+        seen.append(context.companions[0])
+        return plain(self, batch, context)
+
+    monkeypatch.setattr(MTL, "loss", watched)
+    trainer.train()
+    first = tiny.tasks[0]
+    train = first.samples[trainer.splits[0].train][:, 0]
+    assert {tuple(row) for batch in seen for row in batch.x.tolist()} == {tuple(row) for row in first.sequences[train].tolist()}
+    per_epoch = -(-len(train) // 20)
+    assert [len(batch.x) for batch in seen[: per_epoch + 1]] == [20] * (per_epoch - 1) + [len(train) % 20 or 20, 20]
+    assert len(seen) >= 2 * per_epoch and not torch.equal(seen[0].x, seen[per_epoch].x)
+
+
+# Checkpoints, see also test_resume.py
+
+
+def test_the_loop_resumes_from_a_checkpoint_in_another_method(tiny: TaskSequence) -> None:
+    whole, _ = trainer_of(tiny, 2, [0.1, 0.2], epochs=2)
+    whole.train()
+    stopped, _ = trainer_of(tiny, 2, [], epochs=2, stop_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    assert (stopped.state.epoch, stopped.state.batch, stopped.state.step) == (0, 2, 2)
+    resumed, seen = trainer_of(tiny, 2, [0.1, 0.2], epochs=2)
+    state = resumed.train(TaskCheckpoint.of_plain(stopped.checkpoint().plain()))
+    assert seen.steps == whole.state.step - 2
+    assert {**vars(state), "seconds": 0} == {**vars(whole.state), "seconds": 0}
+    for name, value in whole.method.state_dict().items():
+        assert torch.equal(resumed.method.state_dict()[name], value), name
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tiny: TaskSequence) -> None:
+    stopped, _ = trainer_of(tiny, 2, [], HAT, stop_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    saved = stopped.checkpoint().plain()
+    more = {**saved["weights"], "heads.7.bias": torch.zeros(1)}
+    other = {**saved["weights"], "heads.1.bias": torch.zeros(1)}
+    for changes, message in (
+        ({"state": {**saved["state"], "phase": "prune"}}, "got phase 'prune', expected one of"),
+        ({"weights": more}, "does not fit hat: it has 'heads.7.bias'"),
+        ({"weights": other}, "(?s)does not fit hat: .*heads.1.bias"),
+        ({"method": {}}, "does not fit hat: 'draws'"),
+    ):
+        trainer, _ = trainer_of(tiny, 2, [], HAT)
+        with pytest.raises(CheckpointError, match=message):
+            trainer.train(TaskCheckpoint.of_plain({**saved, **changes}))
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    for settings in ({"epochs": 0}, {"batch_size": 0}, {"patience": 0}, {"lr": 0.0}):
+        with pytest.raises(ConfigError, match=next(iter(settings))):
+            TaskSettings(**settings)  # type: ignore[arg-type]
