@@ -228,20 +228,6 @@ def test_pruned_weights_stay_as_they_were_where_asked_for() -> None:
     assert torch.equal(found["zero"], found["as-is"]), "only later tasks differ"
 
 
-# State
-
-
-def test_a_state_dict_is_enough_to_continue() -> None:
-    method, other = learned(2, pruning=0.5), Conure(SIZES, pruning=0.5).double()
-    other.restore(LABELS[:2], copy.deepcopy(method.state_dict()))
-    x = a_batch(0).x
-    for task in range(2):
-        assert torch.equal(other.encode(x, task), method.encode(x, task))
-    learn(method, 2)
-    learn(other, 2)
-    assert not changed(snapshot(method), other)
-
-
 def test_a_task_in_training_is_encoded_by_its_present_weights() -> None:
     """PyTorch's fused Adam does not count up the versions of what it writes to."""
     method = learned(1, torch.float32, pruning=0.5)

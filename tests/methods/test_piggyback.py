@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from parameters import changed, gradients, snapshot
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods import METHODS, Piggyback, Sizes, StepContext
+from teracon_fast.methods import Piggyback, Sizes, StepContext
 from teracon_fast.methods.piggyback import pack_bits, unpack_bits
 from teracon_fast.reference import dense_loss, dense_states
 from teracon_fast.train.loop import train_step
@@ -148,18 +146,6 @@ def test_bits_are_counted_from_the_lowest() -> None:
     assert pack_bits(torch.tensor([True, False, True] + [False] * 5 + [True])).tolist() == [5, 1]
 
 
-def test_a_state_dict_is_enough_to_continue() -> None:
-    method, other = learned(2), Piggyback(SIZES, mask_lr=3e-3).double()
-    other.restore(LABELS[:2], copy.deepcopy(method.state_dict()))
-    x = a_batch(0).x
-    for task in range(2):
-        assert torch.equal(other.encode(x, task), method.encode(x, task))
-    for one in (method, other):
-        one.start(2, LABELS[2], torch.Generator().manual_seed(2))
-        run(one)
-    assert not changed(snapshot(method), other)
-
-
 def test_invalid_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="mask_lr is 0"):
         Piggyback(SIZES, mask_lr=0)
@@ -167,4 +153,3 @@ def test_invalid_settings_are_refused() -> None:
         Piggyback(SIZES, init=float("nan"))
     with pytest.raises(ConfigError, match="task 0 has no masks"):
         learned(1).masks(0)
-    assert METHODS["piggyback"] is Piggyback
