@@ -11,7 +11,7 @@ from teracon_fast.data import TaskSequence, split_task
 from teracon_fast.data.seeds import derived_seed
 from teracon_fast.methods import Method, StepResult
 from teracon_fast.train.evaluation import evaluate
-from teracon_fast.train.loop import Callbacks, LoopSettings, Trainer, TaskSettings
+from teracon_fast.train.loop import Callbacks, LoopSettings, TaskSettings, Trainer
 
 
 class Epochs(Callbacks):

@@ -14,7 +14,18 @@ from some_batches import some_batch
 from teracon_fast import FastTCN
 from teracon_fast.data import TaskSequence, split_task
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods import HAT, METHODS, Conure, Method, PeterRec, Piggyback, SinMo, Sizes, StepContext, options_of
+from teracon_fast.methods import (
+    HAT,
+    METHODS,
+    Conure,
+    Method,
+    PeterRec,
+    Piggyback,
+    SinMo,
+    Sizes,
+    StepContext,
+    options_of,
+)
 from teracon_fast.train.evaluation import evaluate
 from teracon_fast.train.loop import LoopSettings, TaskSettings, make_optimizer, train_step
 

@@ -18,7 +18,7 @@ from teracon_fast import FastTCN, packing
 from teracon_fast.data import Batch, TaskSequence, epoch_batches, fetch, loader, split_task
 from teracon_fast.data.seeds import derived_seed
 from teracon_fast.errors import CheckpointError, ConfigError
-from teracon_fast.methods import HAT, MTL, Method, SinMo, Sizes, StepContext, StepResult, Teracon
+from teracon_fast.methods import HAT, MTL, Method, Sizes, StepContext, StepResult, Teracon
 from teracon_fast.methods.teracon import FIRST_RHO, draw_users
 from teracon_fast.reference import ReferenceTCN
 from teracon_fast.reference import continual_step as reference_step
