@@ -1,83 +1,314 @@
 """Measures launch configurations on this GPU and rewrites its architecture's row of `kernels/configs.json`.
 
-    python bench/tune.py [--operation NAME] [--kind half|single] [--dry-run]
+    python -m bench.tune [--operation NAME] [--kind half|single] [--dry-run]
 
-Each operation in each size bucket (`bench.tune_problems`) is called with the present configuration and with each candidate, one
-compilation each; candidates that fail to compile or launch, or give other results than the present configuration, are passed
-over. The fastest ones and the present one then take turns, and the present one stays unless another is at least 2 % faster:
-so a second run changes nothing. Times are of a graph of the call's launches, without the host's part, where it can
-be captured. Other architectures' rows stay as they are. Everything is about 700 candidates of some seconds each: half an hour
-or more.
+Each operation in each size bucket is called with the present configuration and with each candidate, one compilation each;
+candidates that fail to compile or launch, or give other results than the present one, are passed over. The fastest ones and the
+present one then take turns, and the present one stays unless another is at least 2 % faster: so a second run changes nothing. Times
+are of a CUDA graph of the call where it can be captured. Everything takes half an hour or more.
 
-`--device cpu --quick --architecture NAME --table FILE` is a self-test without a GPU: with TRITON_INTERPRET=1 the heads' kernels
-run in Triton's interpreter, convolutions by plain PyTorch operations, all at tiny sizes; the times mean nothing.
+The calls are those of a training step of the TTL shape and of its evaluation. Rows are what such a step has: they choose no
+configuration (a batch of another size must not compile again), so one number of them stands for all.
+
+`--device cpu --quick --architecture NAME --table FILE` is a self-test without a GPU: with TRITON_INTERPRET=1 the heads' kernels run
+in Triton's interpreter, convolutions by plain PyTorch operations, all at tiny sizes.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import datetime
-import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-# As a script: its own folder would be the only place to look.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench import report
-from bench.cases import TINY, NotMeasured
-from bench.gpu_measure import Meter, first_line
-from bench.gpu_report import refusal, triton_version
-from bench.large_catalogues import duration
-from bench.tune_problems import KINDS, OPERATIONS, Answer, Call, Kind, Problem, Sizes, candidates, problems
+from bench import record
+from bench.device import NotMeasured, replayed
+from bench.gpu import refusal, triton_version
+from bench.harness import Call, Case, first_line, measure
+from bench.shapes import TINY, TTL, Shape
+from teracon_fast import ops
+from teracon_fast.errors import TeraconError
 from teracon_fast.files import atomic_write
 from teracon_fast.kernels import configs
 from teracon_fast.kernels.configs import Config, Operation
 
-QUICK = Sizes(
-    labels=((64, 40), (None, 150)), channels=((16, 16), (None, 32)), head_channels=16, rows=20, ranked=8, retained=3, users=6,
-    places=5, shape=TINY,
-)  # fmt: skip
-# The present configuration stays unless another takes at most this share of its time.
-FASTER = 0.98
-FINALISTS, TURNS = 3, 5
-# Relative, of each tensor as a whole: sums are taken in another order.
-ERRORS = {"half": 2e-2, "single": 1e-4}
+Kind = Literal["half", "single"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+DTYPES = {"half": torch.bfloat16, "single": torch.float32}
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+CONVOLUTIONS: tuple[Operation, ...] = ("conv", "conv_input", "conv_weight")
+# Their tiles have all channels; columns are a share of them that is finished at once, 0 for all.
+WHOLE_ROWS: tuple[Operation, ...] = ("conv", "conv_input")
 
-Clock = Callable[[Call], float]
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the representative calls.
+
+    Attributes:
+        labels: of heads, each bucket's upper bound and the number that stands for it. channels: of convolutions, the same.
+        head_channels: f of the heads' hidden states.
+        rows: distinct states of a step of task 1 with 32 users. ranked, retained: users in evaluation and in retention.
+        users: whose rows a convolution reads.
+        top: k of top-k.
+    """
+
+    labels: tuple[tuple[int | None, int], ...] = ((4096, 2_000), (65_536, 17_880), (None, 646_000))
+    channels: tuple[tuple[int | None, int], ...] = ((128, 128), (256, 256), (None, 512))
+    head_channels: int = 256
+    rows: int = 1_600
+    ranked: int = 1_024
+    retained: int = 20
+    users: int = 1_024
+    top: int = 20
+    shape: Shape = TTL
+
+
+FULL = Sizes()
+QUICK = Sizes(((64, 40), (None, 150)), ((16, 16), (None, 32)), 16, rows=20, ranked=8, retained=3, users=6, top=5, shape=TINY)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An operation in one size bucket: `size` labels or channels stand for all up to `up_to`."""
+
+    operation: Operation
+    kind: Kind
+    up_to: int | None
+    size: int
+    sizes: Sizes
+
+    @property
+    def title(self) -> str:
+        sizes, of = self.sizes, "channels" if self.operation in CONVOLUTIONS else "labels"
+        rows = {"retention": sizes.retained, "topk": sizes.ranked}.get(self.operation, sizes.rows)
+        many = f"{sizes.users:,} users" if self.operation in CONVOLUTIONS else f"{rows:,} rows"
+        return f"{self.operation}, {self.kind}, {self.size:,} {of}, {many}"
+
+    @property
+    def channels(self) -> int:
+        return self.size if self.operation in CONVOLUTIONS else self.sizes.head_channels
+
+    def call(self, device: torch.device, backend: str) -> Callable[[], Sequence[Tensor]]:
+        """The call, with inputs of its own. `backend` is that of convolutions.
+
+        Raises:
+            BackendError: the backend has no such operation here.
+        """
+        torch.manual_seed(self.size)
+        if self.operation in CONVOLUTIONS:
+            return self._convolution(device, backend)
+        with device:
+            return self._head()
+
+    def _head(self) -> Callable[[], Sequence[Tensor]]:
+        # Here, not above: it needs Triton.
+        from teracon_fast.kernels import linear_cross_entropy, linear_rank, retention_mse
+
+        sizes, dtype, labels, f = self.sizes, DTYPES[self.kind], self.size, self.sizes.head_channels
+        weight, bias = torch.randn(labels, f) * 0.01, torch.full((labels,), 0.1)
+        if self.operation == "retention":
+            student = torch.randn(sizes.retained, f).to(dtype)
+            teacher = (student.float() + 0.1 * torch.randn(sizes.retained, f)).to(dtype)
+            pseudo, scale = (teacher, weight + 0.002 * torch.randn(labels, f), bias), torch.full((), 1.0 / (sizes.retained * labels))
+            return lambda: retention_mse.forward_backward(student, weight, bias, *pseudo, scale, True)
+        if self.operation == "topk":
+            hidden, none = torch.randn(sizes.ranked, f).to(dtype), torch.zeros(0, dtype=torch.int64)
+            starts, k = torch.zeros(sizes.ranked + 1, dtype=torch.int64), min(sizes.top, labels)
+            # Of equal scores rounding decides which label comes first, so only scores are an answer.
+            return lambda: linear_rank.topk(hidden, weight, bias, k, none, starts)[:1]
+        hidden = torch.randn(sizes.rows, f).to(dtype)
+        targets, rows = torch.randint(labels, (2 * sizes.rows,)), torch.arange(2 * sizes.rows) // 2
+        if self.operation == "scan":
+            return lambda: linear_cross_entropy.forward(hidden, weight, bias, targets, rows, False)[:2]
+        statistics = linear_cross_entropy.forward(hidden, weight, bias, targets, rows, False)[1]
+        grad, by_labels = torch.full((len(targets),), 1.0 / len(targets)), self.operation == "weight"
+        return lambda: linear_cross_entropy.backward(
+            grad, hidden, weight, bias, targets, rows, statistics, not by_labels, by_labels, need_bias=by_labels
+        )
+
+    def _convolution(self, device: torch.device, backend: str) -> Callable[[], Sequence[Tensor]]:
+        shape, f, dtype = self.sizes.shape, self.size, DTYPES[self.kind]
+        packed = shape.pack(shape.lengths(self.sizes.users)).to(device)
+        # The second convolution of the middle block: it has a residual.
+        block = len(packed.residuals) // 2
+        table, residual_table = packed.convolutions[2 * block + 1], packed.residuals[block]
+        with device:
+            x, residual = (torch.randn(rows, f).to(dtype) for rows in (table.rows_in, len(residual_table.readers)))
+            weight = torch.randn(f, f, shape.kernel_size) * (shape.kernel_size * f) ** -0.5
+            bias, scale, shift, mask = torch.zeros(f), torch.ones(f), torch.zeros(f), torch.rand(1, f)
+        inputs = {"conv": [], "conv_input": [x], "conv_weight": [weight]}[self.operation]
+        for tensor in inputs:
+            tensor.requires_grad_()
+
+        def forward() -> Tensor:
+            norm = scale, shift, mask, table
+            return ops.masked_conv(x, weight, bias, *norm, residual=residual, residual_table=residual_table, backend=backend)
+
+        if not inputs:
+            return lambda: (forward(),)
+        grad = torch.randn_like(forward())
+        # With its forward pass, whose time is the same for every candidate: a graph holds both or neither.
+        return lambda: torch.autograd.grad(forward(), inputs, grad)
+
+
+def problems(sizes: Sizes, operations: Sequence[Operation], kinds: Sequence[Kind]) -> Iterator[Problem]:
+    """All that is to be measured."""
+    for operation in operations:
+        for kind in kinds:
+            for up_to, size in sizes.channels if operation in CONVOLUTIONS else sizes.labels:
+                yield Problem(operation, kind, up_to, size, sizes)
+
+
+# Rows, columns, depth, warps; then features. Small on purpose: each candidate compiles for seconds.
+_TILES: dict[Kind, dict[Operation, list[tuple[int, int, int, int]]]] = {
+    "half": {
+        "scan": [
+            (64, 64, 32, 4), (64, 64, 64, 4), (64, 128, 64, 4), (128, 64, 32, 8), (128, 64, 64, 4), (128, 128, 32, 8),
+            (128, 128, 64, 8),
+        ],
+        "weight": [(32, 64, 32, 4), (64, 64, 32, 8), (64, 64, 64, 8), (64, 128, 64, 8), (128, 64, 64, 8)],
+        "hidden": [(64, 32, 32, 4), (64, 64, 32, 8), (64, 64, 64, 8), (64, 128, 64, 8), (128, 64, 64, 8)],
+        "retention": [(32, 32, 32, 4), (32, 64, 32, 4), (32, 64, 64, 8), (64, 32, 32, 8), (64, 64, 64, 8)],
+        "topk": [(16, 128, 32, 4), (16, 128, 64, 8), (32, 128, 32, 8), (32, 128, 64, 8), (64, 128, 32, 8), (64, 128, 64, 8)],
+        "conv": [
+            *((r, c, d, 8) for r in (64, 128) for c in (0, 64) for d in (32, 64)), (32, 0, 16, 8), (32, 0, 32, 4),
+            (32, 128, 32, 8), (64, 0, 32, 4),
+        ],
+        "conv_input": [*((r, 0, d, 8) for r in (64, 128) for d in (32, 64)), (32, 0, 16, 8), (32, 0, 32, 4), (64, 0, 32, 4)],
+        "conv_weight": [
+            (64, 64, 32, 4), (64, 64, 64, 4), (64, 128, 32, 4), (128, 64, 64, 4), (128, 128, 32, 8), (128, 128, 64, 8),
+            (128, 256, 64, 8),
+        ],
+    },
+    "single": {
+        "scan": [(32, 64, 32, 4), (64, 64, 16, 4), (64, 64, 32, 8), (64, 128, 16, 8), (128, 64, 16, 8)],
+        "weight": [(32, 32, 32, 4), (32, 32, 32, 8), (32, 64, 16, 8), (64, 32, 16, 8)],
+        "hidden": [(32, 32, 32, 4), (32, 32, 32, 8), (32, 64, 16, 8), (64, 32, 16, 8)],
+        "retention": [(32, 32, 32, 8), (16, 64, 32, 8), (32, 64, 16, 8)],
+        "topk": [(16, 128, 16, 4), (16, 128, 32, 4), (16, 128, 32, 8), (32, 128, 16, 8)],
+        "conv": [(r, 0, 16, w) for r in (16, 32, 64) for w in (4, 8)],
+        "conv_input": [(r, 0, 16, w) for r in (16, 32, 64) for w in (4, 8)],
+        "conv_weight": [(32, 32, 32, 4), (32, 64, 32, 4), (64, 64, 16, 4), (64, 64, 32, 8)],
+    },
+}  # fmt: skip
+_FEATURES: dict[Kind, tuple[int, ...]] = {"half": (128, 256), "single": (64, 128)}
+_STAGES, _STAGES_OF_CONVOLUTIONS = (2, 3), (2, 3, 4)
+# Sums of products that a thread may hold in its at most 255 registers: heads need more for other things, and spill from here on.
+_SUMS_OF_HEADS, _SUMS_OF_CONVOLUTIONS = 90, 128
+
+
+def candidates(problem: Problem, architecture: str) -> list[Config]:
+    """Configurations to try: those of a small grid that should fit the architecture's registers and shared memory."""
+    convolution, lanes = problem.operation in CONVOLUTIONS, 64 if architecture.startswith("gfx") else 32
+    features = _FEATURES[problem.kind] if problem.operation in ("weight", "hidden", "retention") else (0,)
+    most = _SUMS_OF_CONVOLUTIONS if convolution else _SUMS_OF_HEADS
+    grid = [
+        Config(rows, columns, depth, owned, warps, stages)
+        for rows, columns, depth, warps in _TILES[problem.kind][problem.operation] for owned in features
+        for stages in (_STAGES_OF_CONVOLUTIONS if convolution else _STAGES)
+        if problem.operation not in WHOLE_ROWS or columns < problem.channels
+    ]  # fmt: skip
+    fitting = [tried for tried in grid if shared_kib(problem, tried, architecture) <= configs.SHARED[architecture]]
+    return [tried for tried in fitting if sums(problem, tried) <= most * tried.warps * lanes]
+
+
+def shared_kib(problem: Problem, tried: Config, architecture: str) -> float:
+    """KiB of shared memory that a program should take: each waiting stage's operands.
+
+    An estimate, which agrees with what the compiler takes for products without a second one: what does not fit after all fails
+    to launch, and is passed over.
+    """
+    columns, bytes_of = width(problem, tried), DTYPES[problem.kind].itemsize
+    # A head's weight is float32 until it is in registers; those of convolutions are rounded before.
+    across = bytes_of if problem.operation in CONVOLUTIONS else 4
+    taken = (tried.stages - 1) * (tried.rows * bytes_of + columns * across) * tried.depth
+    if problem.kind == "half" and architecture in ("sm_90", "sm_100"):
+        taken += (tried.rows + columns) * tried.depth * bytes_of  # what their products read
+    if tried.features:  # one product after the other
+        second = tried.rows * columns + max(tried.rows, columns) * min(tried.features, problem.channels)
+        taken = max(taken, second * bytes_of)
+    return taken / 1024
+
+
+def width(problem: Problem, tried: Config) -> int:
+    """Columns of a tile's sums."""
+    return problem.channels if problem.operation in WHOLE_ROWS else tried.columns
+
+
+def sums(problem: Problem, tried: Config) -> int:
+    """Sums of products that a program holds: a tile of the result, and its part of a gradient."""
+    columns = width(problem, tried)
+    owned = {"weight": columns, "hidden": tried.rows, "retention": tried.rows}.get(problem.operation, 0)
+    return tried.rows * columns + owned * min(tried.features, problem.channels)
+
+
+FASTER = 0.98  # the present configuration stays unless another takes at most this share of its time
+FINALISTS, TURNS = 3, 5
+LOST = ("CUDA error", "HIP error", "illegal memory access")  # what says that every later call on the device would fail too
+
 Table = dict[str, dict[str, Any]]
+
+
+class Configurations(Case):
+    """One call with several configurations, as sides; the first is the present one."""
+
+    def __init__(self, problem: Problem, call: Any, tried: Sequence[Config], device: torch.device) -> None:
+        self.problem, self.call, self.device = problem, call, device
+        self.of = {written(config) + (", bf16" if problem.kind == "half" else ""): config for config in tried}
+        self.name, self.sides = problem.operation, tuple(self.of)
+        # Sums are taken in another order.
+        self.limits = {"": (1e-4, 2e-2)}  # type: ignore[misc]
+
+    @property
+    def title(self) -> str:
+        return self.problem.title
+
+    def side(self, name: str) -> Call:
+        def run() -> dict[str, Tensor]:
+            with configs.using(self.problem.operation, self.of[name]):
+                return {str(number): tensor for number, tensor in enumerate(self.call()) if tensor.numel()}
+
+        try:
+            answer = run()
+        except Exception as error:
+            raise NotMeasured(first_line(error)) from error
+        try:
+            replay = replayed(lambda: answer.update(run()), self.device)
+        except NotMeasured:
+            return Call(run, kernels_only=True)
+
+        def kernels() -> dict[str, Tensor]:
+            replay()
+            return answer
+
+        return Call(kernels, kernels_only=True)
 
 
 @dataclass
 class Outcome:
-    """What came of one problem. `seconds` of the winner and of the present configuration, medians of their turns."""
+    """What came of one problem: seconds of the winner and of the present configuration, and what was passed over and why."""
 
     problem: Problem
     present: Config
     winner: Config
     seconds: float
     present_seconds: float
-    tried: int
-    failed: dict[Config, str] = field(default_factory=dict)  # does not compile, launch, or give the same results; and why
+    passed_over: dict[str, str]
 
-    def line(self) -> str:
+    def lines(self) -> list[str]:
         """For the terminal."""
-        told = f"{self.problem.title}: "
-        if self.winner == self.present:
-            told += f"stays {written(self.present)}, {duration(self.present_seconds)}"
-        else:
-            saved = 1 - self.seconds / self.present_seconds
-            told += f"{written(self.winner)}, {duration(self.seconds)}, {saved:.0%} less than {written(self.present)}"
-        passed_over = f", {len(self.failed)} passed over" if self.failed else ""
-        return f"{told}; {self.tried} tried{passed_over}"
+        told = f"{self.problem.title}: {written(self.winner)}, {record.duration(self.seconds)}"
+        if self.winner != self.present:
+            told += f", {1 - self.seconds / self.present_seconds:.0%} less than {written(self.present)}"
+        return [told, *(f"    passed over {name}: {why}" for name, why in self.passed_over.items())]
 
 
 def written(config: Config) -> str:
@@ -85,136 +316,62 @@ def written(config: Config) -> str:
     return " ".join(f"{name} {value}" for name, value in asdict(config).items() if value)
 
 
-def graph_clock(meter: Meter) -> Clock:
-    """Seconds of a call: of a graph of its launches, where it can be captured."""
-
-    def seconds(call: Call) -> float:
-        run: Callable[[], object] = call
-        with contextlib.suppress(NotMeasured):
-            run = meter.replayed(lambda: call()[0])
-        calls = meter.calls(run)
-        return statistics.median(meter.seconds(run, calls) for _ in range(3))
-
-    return seconds
-
-
-def tune(problem: Problem, present: Config, tried: Sequence[Config], call: Call, clock: Clock) -> Outcome:
+def tune(problem: Problem, present: Config, tried: Sequence[Config], call: Any, device: torch.device) -> Outcome:
     """Find the fastest configuration of a call, `present` unless another is clearly faster.
 
     Raises:
-        Exception: the present configuration fails, or the device is lost.
+        NotMeasured: the present configuration fails. RuntimeError: the device is lost.
     """
-    found = Outcome(problem, present, present, 0.0, 0.0, len(tried))
-    with configs.using(problem.operation, present):
-        expected = detached(call())
-        times = {present: clock(call)}
-    for candidate in tried:
-        if candidate == present:
-            continue
-        try:
-            with configs.using(problem.operation, candidate):
-                check(call(), expected, problem.kind)
-                times[candidate] = clock(call)
-        except Exception as error:
-            if lost(error):
-                raise
-            found.failed[candidate] = first_line(error)
-    finalists = [present, *sorted((c for c in times if c != present), key=times.__getitem__)[:FINALISTS]]
-    turns: dict[Config, list[float]] = {config: [] for config in finalists}
-    for _ in range(TURNS if len(finalists) > 1 else 1):
-        for config in finalists:
-            with configs.using(problem.operation, config):
-                turns[config].append(clock(call))
-    medians = {config: statistics.median(seconds) for config, seconds in turns.items()}
-    best = min(finalists, key=medians.__getitem__)
-    found.winner = best if medians[best] <= FASTER * medians[present] else present
-    found.seconds, found.present_seconds = medians[found.winner], medians[present]
-    return found
-
-
-def lost(error: Exception) -> bool:
-    """Whether every later call on the device would fail too."""
-    return any(name in str(error) for name in ("CUDA error", "HIP error", "illegal memory access"))
-
-
-class DifferentResults(AssertionError):
-    """A candidate's results are not those of the present configuration."""
-
-
-def detached(answer: Answer) -> Answer:
-    """The answer to compare with, whatever later calls do with memory."""
-    return tuple(tensor.detach().float().clone() for tensor in answer if tensor.numel())
-
-
-def check(answer: Answer, expected: Answer, kind: Kind) -> None:
-    """Compare with the present configuration's answer.
-
-    Raises:
-        DifferentResults: they differ by more than the order of sums explains.
-    """
-    for number, (one, other) in enumerate(zip(detached(answer), expected, strict=True)):
-        # Scores of -inf or ranks of nothing would make a norm meaningless.
-        error = float(_norm(one - other) / _norm(other).clamp_min(1e-30))
-        if not error <= ERRORS[kind]:
-            raise DifferentResults(f"result {number} is off by {error:.3g}, expected at most {ERRORS[kind]:g}")
-
-
-def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor)
+    case = Configurations(problem, call, list(dict.fromkeys([present, *tried])), device)
+    first, *others = case.sides
+    found = measure(case, rounds=1, one_by_one=True, peaks={}).sides
+    passed_over = {name: side.problem for name, side in found.items() if side.problem is not None}
+    if any(word in problem for problem in passed_over.values() for word in LOST):
+        raise RuntimeError(f"the device is lost: {passed_over}")
+    if first in passed_over:
+        raise NotMeasured(passed_over[first])
+    fastest = sorted((name for name in others if found[name].seconds), key=lambda name: found[name].median)
+    finalists = Configurations(problem, call, [present, *(case.of[name] for name in fastest[:FINALISTS])], device)
+    times = measure(finalists, TURNS, peaks={}).sides
+    best = min((name for name in times if times[name].seconds), key=lambda name: times[name].median)
+    best = best if times[best].median <= FASTER * times[first].median else first
+    return Outcome(problem, present, case.of[best], times[best].median, times[first].median, passed_over)
 
 
 def with_winners(table: Mapping[str, Mapping[str, Any]], architecture: str, outcomes: Sequence[Outcome]) -> Table:
     """The table with the winners in an architecture's row; neighbouring buckets with one winner become one."""
     new: Table = copy.deepcopy({name: dict(row) for name, row in table.items()})
-    row = new[architecture]
-    for kind in KINDS:
-        for operation in OPERATIONS:
-            own = [found for found in outcomes if (found.problem.kind, found.problem.operation) == (kind, operation)]
-            if not own:
-                continue
-            entries: list[dict[str, int]] = []
-            for found in sorted(own, key=lambda found: found.problem.up_to or 2**62):
-                bound = {} if found.problem.up_to is None else {"up_to": found.problem.up_to}
-                if entries and _config(entries[-1]) == found.winner:
-                    entries.pop()
-                entries.append({**bound, **_entry(found.winner)})
-            row.setdefault(kind, {})[operation] = entries
+    found = dict[tuple[str, str], list[tuple[int | None, Config]]]()
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.problem.up_to or 2**62):
+        buckets = found.setdefault((outcome.problem.kind, outcome.problem.operation), [])
+        if buckets and buckets[-1][1] == outcome.winner:
+            buckets.pop()
+        buckets.append((outcome.problem.up_to, outcome.winner))
+    for kind, operation in sorted(found, key=lambda key: (KINDS.index(key[0]), OPERATIONS.index(key[1]))):  # type: ignore
+        new[architecture].setdefault(kind, {})[operation] = [
+            {**({} if up_to is None else {"up_to": up_to}), **{k: v for k, v in asdict(config).items() if k != "features" or v}}
+            for up_to, config in found[kind, operation]
+        ]
     return new
 
 
-def _entry(config: Config) -> dict[str, int]:
-    """A configuration as the table has it: features only where there is a second product."""
-    return {name: value for name, value in asdict(config).items() if name != "features" or value}
-
-
-def _config(entry: Mapping[str, int]) -> Config:
-    return Config(**{name: value for name, value in entry.items() if name != "up_to"})
-
-
-def measured(before: Mapping[str, Any], facts: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """What "measured" says after a run: where, when, with what, and which operations, with those of earlier runs like it."""
-    same = {name: value for name, value in before.items() if name in facts and name != "date"}
-    if same != {name: value for name, value in facts.items() if name != "date"}:
-        return {**facts, "operations": list(names)}
-    every = [name for name in before["operations"] if name not in names]
-    return {**facts, "operations": sorted([*every, *names])}
-
-
-def rewritten(table: Table, architecture: str, outcomes: Sequence[Outcome], facts: dict[str, Any]) -> Table:
-    """The table after a run; the same where nothing is new, whatever the date."""
-    names = sorted({f"{found.problem.kind} {found.problem.operation}" for found in outcomes})
-    new = with_winners(table, architecture, outcomes)
-    before = table[architecture]["measured"] or {}
-    new[architecture]["measured"] = now = measured(before, facts, names)
-    old_row = {**table[architecture], "measured": {**before, "date": ""}}
-    return table if {**new[architecture], "measured": {**now, "date": ""}} == old_row else new
+def rewritten(table: Table, architecture: str, outcomes: Sequence[Outcome], facts: Mapping[str, Any]) -> Table:
+    """The table after a run, the same where nothing but the date is new. "measured" says where, when, with what, and which
+    operations, with those of earlier runs on the same device and versions."""
+    names = {f"{outcome.problem.kind} {outcome.problem.operation}" for outcome in outcomes}
+    new, before = with_winners(table, architecture, outcomes), table[architecture]["measured"] or {}
+    if all(before.get(name) == value for name, value in facts.items() if name != "date"):
+        names |= set(before["operations"])
+    new[architecture]["measured"] = {**facts, "operations": sorted(names)}
+    dated = {**new[architecture], "measured": {**new[architecture]["measured"], "date": before.get("date")}}
+    return table if dated == table[architecture] else new
 
 
 def run_all(
-    table: Table, architecture: str, wanted: Sequence[Problem], device: torch.device, backend: str, clock: Clock
+    table: Table, architecture: str, wanted: Sequence[Problem], device: torch.device, backend: str
 ) -> list[Outcome]:
-    """Tune every problem, telling of each. One whose operation has no such backend here, or whose present configuration fails,
-    is left out with the other buckets of its operation."""
+    """Tune every problem. One whose operation has no such backend here, or whose present configuration fails, is left out with the
+    other buckets of its operation."""
     outcomes, broken = list[Outcome](), set[tuple[str, str]]()
     for problem in wanted:
         key = (problem.kind, problem.operation)
@@ -223,63 +380,57 @@ def run_all(
         present = configs.of_size(configs.buckets(table, architecture, *key), problem.size)
         try:
             call = problem.call(device, backend)
-            outcomes.append(tune(problem, present, candidates(problem, architecture), call, clock))
-        except Exception as error:
-            if lost(error):
-                raise
+            outcomes.append(tune(problem, present, candidates(problem, architecture), call, device))
+            print("\n".join(outcomes[-1].lines()), flush=True)
+        except (NotMeasured, TeraconError) as error:
             print(f"{problem.title}: left as it is, {first_line(error)}", flush=True)
             broken.add(key)
-            continue
-        print(outcomes[-1].line(), flush=True)
-        for candidate, why in outcomes[-1].failed.items():
-            print(f"    passed over {written(candidate)}: {why}")
-    return [found for found in outcomes if (found.problem.kind, found.problem.operation) not in broken]
+    return [outcome for outcome in outcomes if (outcome.problem.kind, outcome.problem.operation) not in broken]
 
 
-def main(arguments: Sequence[str] | None = None, clock: Clock | None = None) -> int:
-    """Tune as the command line says; returns 2 where there is nothing to tune. `clock`: instead of the device's."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Tune as the command line says; returns 2 where there is nothing to tune."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--operation", choices=OPERATIONS, action="append", help="may be given again (all)")
     parser.add_argument("--kind", choices=KINDS, action="append", help="of operands; may be given again (both)")
-    parser.add_argument("--dry-run", action="store_true", help="measure and tell, but leave the table as it is")
+    parser.add_argument("--dry-run", action="store_true", help="measure, but leave the table as it is")
     parser.add_argument("--table", type=Path, default=configs.TABLE, help="the table to rewrite (kernels/configs.json)")
     parser.add_argument("--device", default="cuda", help="cpu: a self-test, with --quick; cuda:1: another GPU (cuda)")
     parser.add_argument("--architecture", help="row to rewrite, in a self-test")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does the script work?")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, in a self-test")
     given = parser.parse_args(arguments)
-    device = torch.device(given.device)
-    on_cpu = device.type == "cpu"
+    device, on_cpu = torch.device(given.device), given.device == "cpu"
     if on_cpu and not (given.quick and given.architecture and given.table != configs.TABLE):
         parser.error("--device cpu is a self-test of this script: it needs --quick, --architecture and a --table of its own")
     if not on_cpu:
         if given.quick or given.architecture:
             parser.error("--quick and --architecture are for a self-test, with --device cpu")
-        refused = refusal()
-        if refused is not None:
-            print(refused, file=sys.stderr)
+        reason = refusal()
+        if reason is not None:
+            print(reason, file=sys.stderr)
             return 2
         torch.cuda.set_device(device)
     table = configs.read(given.table)
     architecture = given.architecture or configs.architecture(device)
+    name = "self-test on the CPU" if on_cpu else torch.cuda.get_device_name(device)
     if architecture == "other" or architecture not in table:
-        print(f"{unlisted(architecture, device)}: {sorted(set(table) - {'other'})} are listed", file=sys.stderr)
+        print(
+            f"{name}: no row of its own serves this device, got {architecture!r}, expected one of {sorted(set(table) - {'other'})}. "
+            "Put its shared memory into `SHARED` of kernels/configs.py and a copy of the row \"other\" into the table", file=sys.stderr
+        )  # fmt: skip
         return 2
-    name = "self-test on the CPU: no GPU was measured" if on_cpu else torch.cuda.get_device_name(device)
-    print(f"{name}; row {architecture} of {given.table}", flush=True)
-    operations: Sequence[Operation] = given.operation or OPERATIONS
-    wanted = list(problems(QUICK if given.quick else Sizes(), operations, given.kind or KINDS))
+    wanted = list(problems(QUICK if given.quick else FULL, given.operation or OPERATIONS, given.kind or KINDS))
     count = sum(len(candidates(problem, architecture)) for problem in wanted)
-    print(f"{len(wanted)} calls, {count} candidates, each compiled once", flush=True)
-    meter = Meter(device, block=0.001 if given.quick else 0.02)
+    print(f"{name}; row {architecture} of {given.table}; {len(wanted)} calls, {count} candidates", flush=True)
     backend = "torch" if on_cpu else "triton"
-    outcomes = run_all(table, architecture, wanted, device, backend, clock or graph_clock(meter))
-    versions = report.provenance()["versions"]
+    outcomes = run_all(table, architecture, wanted, device, backend)
+    versions = record.provenance()["versions"]
     facts = {
         "device": name, "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "teracon_fast": versions["teracon_fast"], "torch": versions["torch"], "triton": triton_version(),
     }  # fmt: skip
     new = rewritten(table, architecture, outcomes, facts)
-    changed = sum(found.winner != found.present for found in outcomes)
+    changed = sum(outcome.winner != outcome.present for outcome in outcomes)
     print(f"{changed} of {len(outcomes)} configurations are new")
     if given.dry_run or new is table:
         print(f"{given.table} stays as it is")
@@ -288,18 +439,6 @@ def main(arguments: Sequence[str] | None = None, clock: Clock | None = None) -> 
         file.write(configs.written(new))
     print(f"{given.table} rewritten; the tests in tests/kernels say whether the kernels still agree")
     return 0
-
-
-def unlisted(architecture: str, device: torch.device) -> str:
-    """What to do about a GPU without a row."""
-    found = architecture
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found = f"{properties.name}, {getattr(properties, 'gcnArchName', f'sm_{properties.major}{properties.minor}')}"
-    return (
-        f"no row of its own serves this device ({found}): it gets \"other\", which `make tune` leaves alone. Put its shared "
-        f"memory into `SHARED` of kernels/configs.py and a copy of the row \"other\" into the table, and run again"
-    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from teracon_fast.config import RunConfig, load_config
 from teracon_fast.data import Batch, fetch, open_dataset
 from teracon_fast.infer.open import open_run
 from teracon_fast.methods import StepContext, Teracon
-from teracon_fast.model.masks import rho
+from teracon_fast.ops.task_masks import rho
 from teracon_fast.packing import real_lengths
 from teracon_fast.reference import ReferenceTCN, continual_step, draw_users
 from teracon_fast.train.loop import make_optimizer, train_step

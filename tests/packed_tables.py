@@ -17,7 +17,7 @@ Pass = tuple[np.ndarray, list[Streams], packing.Geometry]
 
 @st.composite
 def passes(draw: st.DrawFn, longest: int = 40, blocks: int = 4) -> Pass:
-    """Arguments of `packing.pack`."""
+    """Arguments of `ops.pack`."""
     length, batch = draw(st.integers(1, longest)), draw(st.integers(0, 8))
     dilations = draw(st.lists(st.integers(1, 9), max_size=blocks))
     geometry = packing.geometry(length, tuple(dilations), draw(st.integers(2, 5)), draw(st.booleans()))

@@ -1,4 +1,4 @@
-"""A run folder filled with made-up but plausible numbers, for tests of the report and the command line."""
+"""Run folders filled with made-up but plausible numbers, for tests of the report and the command line."""
 
 from __future__ import annotations
 
@@ -50,15 +50,51 @@ def write_run(folder: Path, tasks: int, epochs: int = 6, steps: int = 120, lowes
         end = {"time": 0.0, "event": "task_end", "task": task, "epochs": epochs, "seconds": 61.5, "test": test}
         events.append(end | {"similarity": cosines.tolist()})
     (folder / "config.toml").write_text('data = "data"\nrun = "run"\n[later]\nc = 5.0\n')
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    kinds = ["next_item"] + ["label"] * (tasks - 1)
-    sizes = {"num_rows": 9, "num_samples": 9}
-    labels = [50 if metric == "mrr@5" else 5 for metric in metrics]
-    facts = zip(names, kinds, labels, strict=True)
-    meta = [{"name": name, "kind": kind, "num_labels": count, **sizes} for name, kind, count in facts]
-    dataset = {"format_version": 1, "name": "made up", "length": 20, "num_items": 50, "tasks": meta}
-    (folder / "dataset.json").write_text(json.dumps(dataset))
+    write_log_and_sizes(folder, names, metrics, events)
     bwt = [100 * (matrix[-1][i] - matrix[i][i]) / matrix[i][i] for i in range(tasks)]
     results = {"metric": metrics, "tasks": names, "R": matrix, "bwt": bwt, "final": {}}
     (folder / "results.json").write_text(json.dumps(results))
     return folder
+
+
+def write_run_of(method: str, folder: Path, losses: list[str], numbers: list[str], phases: list[str]) -> Path:
+    """Write a run of three tasks as a method without masks or retention logs it.
+
+    Args:
+        losses: named losses of its steps beside `loss`.
+        numbers: what it reports of itself after each epoch; "shares" is a list, one per task.
+        phases: of each task; epochs start again at 0 in each.
+    """
+    folder.mkdir(parents=True)
+    metrics = ["mrr@5", "mrr@5", "accuracy"]
+    events: list[dict[str, object]] = []
+    for task, metric in enumerate(metrics, 1):
+        for number, phase in enumerate(phases):
+            for step in range(20 * number, 20 * number + 20):
+                epoch, last = step // 10 - 2 * number, step == 20 * number + 19
+                event = {"time": 0.0, "event": "step", "task": task, "epoch": epoch, "batch": step % 10, "step": step}
+                named = dict.fromkeys(losses, 2.0 / (1 + step))
+                events.append(event | {"loss": sum(named.values()) or 1.0, "users_per_s": 900.0, **named})
+                if step % 10 == 9:
+                    check = {"time": 0.0, "event": "valid", "task": task, "epoch": epoch, "step": step}
+                    check |= {"phase": phase, "metrics": {metric: 0.1 + step / 100}, "best": last} | named
+                    shares = {"shares": [0.5] * task} if "shares" in numbers else {}
+                    events.append(check | {"method": dict.fromkeys(numbers, 0.25 + number / 2) | shares})
+        test = {str(i + 1): {metrics[i]: 0.2} for i in range(task)}
+        end = {"time": 0.0, "event": "task_end", "task": task, "epochs": 2 * len(phases), "seconds": 1.5, "test": test}
+        events.append(end)
+    (folder / "config.toml").write_text(f'data = "data"\nrun = "run"\nmethod = "{method}"\n')
+    write_log_and_sizes(folder, NAMES[:3], metrics, events)
+    return folder
+
+
+def write_log_and_sizes(folder: Path, names: list[str], metrics: list[str], events: list[dict[str, object]]) -> None:
+    """Write metrics.jsonl and dataset.json."""
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    kinds = ["next_item"] + ["label"] * (len(names) - 1)
+    sizes = {"num_rows": 9, "num_samples": 9}
+    labels = [50 if metric == "mrr@5" else 5 for metric in metrics]
+    facts = zip(names, kinds, labels, strict=True)
+    meta = [{"name": name, "kind": kind, "num_labels": count, **sizes} for name, kind, count in facts]
+    dataset = {"format_version": 1, "name": "made up", "length": 20, "num_items": 50, "source": {}, "tasks": meta}
+    (folder / "dataset.json").write_text(json.dumps(dataset))

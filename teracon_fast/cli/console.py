@@ -1,4 +1,4 @@
-"""What the commands print: consoles, tables, and errors as one line."""
+"""Output of the commands: consoles, tables, one-line errors."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from teracon_fast.cli.extras import advice
 from teracon_fast.errors import TeraconError
 
 ORDER = ("prepare", "train", "grow", "evaluate", "recommend", "predict", "embed", "reproduce", "report", "doctor")
-_WIDE = 200  # columns of output that is not a terminal: a log must not break the rows of a table
+_WIDE = 200  # columns if the output is not a terminal, so that rows of tables stay on one line in a log
 
 
 def console(stderr: bool = False) -> Console:
-    """A console on the present stdout or stderr; wide, and without colours or control codes, when that is not a terminal."""
+    """A console on the current stdout or stderr; if that is not a terminal, wide and without colours and control codes."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDE
     return Console(file=stream, width=width, highlight=False, soft_wrap=not stream.isatty())
 
 
 def say(message: str, stderr: bool = False) -> None:
-    """Print a line as it is: brackets are not markup."""
+    """Print a line verbatim: brackets are not markup."""
     console(stderr).print(escape(message))
 
 
 def table(title: str, heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; all but the first column are aligned to the right."""
+    """Print a table, all columns but the first right-aligned."""
     grid = Table(title=escape(title), title_justify="left", header_style="bold", title_style="bold")
     for index, name in enumerate(heading):
         grid.add_column(escape(name), justify="left" if index == 0 else "right", overflow="fold")
@@ -43,18 +43,17 @@ def table(title: str, heading: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 class ErrorGroup(TyperGroup):
-    """The top-level command: turns errors of bad input into one line on stderr and exit code 2.
-
-    `--traceback`, anywhere in the command line, lets them through.
+    """The top-level command. Bad input ends in one line on stderr and exit code 2, or with `--traceback`, anywhere on the
+    command line, in the traceback.
     """
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """The commands in the order of use."""
+        """The commands in the order in which they are used."""
         known = super().list_commands(ctx)
         return sorted(known, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take --traceback out of the arguments, wherever it stands."""
+        """Parse the arguments without --traceback, wherever it is."""
         ctx.meta["traceback"] = "--traceback" in args
         return super().parse_args(ctx, [arg for arg in args if arg != "--traceback"])
 
@@ -76,7 +75,7 @@ class ErrorGroup(TyperGroup):
 
 
 def _one_line(error: Exception) -> str | None:
-    """The message for an error of bad input; None for an error that is a defect and needs its traceback."""
+    """The message of an error caused by bad input; None for a bug, which needs its traceback."""
     if isinstance(error, ImportError):
         return advice(error) or (str(error) if "pip install" in str(error) else None)
     if isinstance(error, OSError):

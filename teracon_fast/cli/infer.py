@@ -1,8 +1,10 @@
 """`teracon evaluate`, `recommend`, `predict` and `embed`: use a trained run."""
 
-from __future__ import annotations
+# No postponed annotations: the fields of the option classes become parameters, whose types Typer reads.
 
+import inspect
 from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,159 +13,147 @@ import typer
 
 from teracon_fast.cli.console import console, say, table
 from teracon_fast.cli.progress import ConsoleObserver, counting
-from teracon_fast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from teracon_fast.data.user_input import Inputs
-    from teracon_fast.infer.commands import TrainedRun
+    from teracon_fast.infer.open import TrainedRun
 
-RunFolder = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
-After = Annotated[int | None, typer.Option("--after", help="Use the weights after this task; default: the newest.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Backend = Annotated[str, typer.Option(help="Kernels: auto, torch, or one that `teracon doctor` lists.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
-Batch = Annotated[int, typer.Option(min=1, help="Users encoded at a time.")]
-Input = Annotated[
-    Path, typer.Option("--input", "-i", help="Users: .csv, .parquet or a prepared folder.", show_default=False)
-]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.", show_default=False)]
-Unseen = Annotated[str, typer.Option(help="Items that the run has not seen: error, pad, drop or bucket.")]
-InputTask = Annotated[int, typer.Option(min=1, help="Of a prepared folder: the task whose sequences to read.")]
-UserColumn = Annotated[str | None, typer.Option(help="Of a Parquet file: the column that names the user.")]
-ItemsColumn = Annotated[str | None, typer.Option(help="Of a Parquet file: the column of item lists.")]
+Panel = partial(typer.Option, rich_help_panel="Machine")
+Unseen = Annotated[str, typer.Option(help="Items unknown to the run: error, pad, drop or bucket.")]
 
 
+@dataclass(kw_only=True)
+class RunOptions:
+    """What every command on a trained run takes."""
+
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
+    after: Annotated[
+        str | None, typer.Option(help="Use the weights after this task, by name or number; default: the last one trained.")
+    ] = None
+    unseen: Unseen = "error"
+    batch_size: Annotated[int, Panel(min=1, help="Users encoded at a time.")] = 1024
+    device: Annotated[str, Panel(help="auto, cpu, cuda or cuda:N.")] = "auto"
+    backend: Annotated[str | None, Panel(help="Kernels: auto, torch, or one that `teracon doctor` lists; default: the run's.")] = None
+    threads: Annotated[int | None, Panel(min=1, help="CPU threads.")] = None
+
+    def open(self) -> "TrainedRun":
+        """The run."""
+        from teracon_fast.infer.open import open_run
+
+        return open_run(self.run, self.after, self.device, self.backend, self.threads)
+
+
+@dataclass(kw_only=True)
+class UserOptions(RunOptions):
+    """What every command takes that reads users and writes a Parquet file."""
+
+    input: Annotated[
+        Path, typer.Option("--input", "-i", help="Users: .csv, .parquet or a prepared folder.", show_default=False)
+    ]
+    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.", show_default=False)]
+    input_task: Annotated[str, typer.Option(help="Prepared folder: the task to read sequences of, by name or number.")] = "1"
+    user_column: Annotated[str | None, typer.Option(help="Parquet: column with the user.")] = None
+    items_column: Annotated[str | None, typer.Option(help="Parquet: column with the lists of items.")] = None
+    opened: "TrainedRun" = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.opened = self.open()
+
+    def write(self, work: Callable[..., int], *arguments: Any) -> None:
+        """Run one of the functions of `infer.predictor` and say what it wrote."""
+        from teracon_fast.data.layout import read_about
+        from teracon_fast.data.user_input import Inputs
+        from teracon_fast.infer.open import task_number
+
+        run, unseen, task = self.opened, self.unseen, 1
+        if self.input.is_dir():
+            task = task_number([meta.name for meta in read_about(self.input).tasks], self.input_task, self.input)
+        policy: Any = unseen
+        inputs = Inputs(self.input, run.items, run.length, policy, task, self.user_column, self.items_column)
+        with counting(work.__name__, inputs.total()) as advance:
+            users = work(run, inputs, self.output, *arguments, batch_size=self.batch_size, progress=advance)
+        say(f"wrote {self.output}: {users:,} users, {self.output.stat().st_size / 2**20:.1f} MiB")
+        if inputs.unseen_items:
+            fate = {"pad": "became the pad", "drop": "were dropped", "bucket": "became buckets"}[unseen]
+            say(f"{inputs.unseen_items:,} items unknown to the run, of {inputs.unseen_users:,} users, {fate}")
+
+
+def _flat(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the fields of its first parameter, a class of options, in place of that parameter."""
+    first, *own = inspect.signature(command).parameters.values()
+    kind = first.annotation
+    shared = [
+        inspect.Parameter(
+            entry.name, inspect.Parameter.KEYWORD_ONLY, annotation=entry.type,
+            default=inspect.Parameter.empty if entry.default is MISSING else entry.default,
+        )
+        for entry in fields(kind) if entry.init
+    ]  # fmt: skip
+
+    def flat(**given: Any) -> None:
+        options = kind(**{entry.name: given.pop(entry.name) for entry in shared})
+        command(options, **given)
+
+    parameters = [entry.replace(kind=inspect.Parameter.KEYWORD_ONLY) for entry in own]
+    required = [entry for entry in shared if entry.default is inspect.Parameter.empty]
+    flat.__doc__ = command.__doc__
+    flat.__signature__ = inspect.Signature([*required, *parameters, *(entry for entry in shared if entry not in required)])  # type: ignore[attr-defined]
+    flat.__annotations__ = {entry.name: entry.annotation for entry in [*shared, *parameters]}
+    return flat
+
+
+@_flat
 def evaluate(
-    run: RunFolder,
-    data: Annotated[Path | None, typer.Option(help="Prepared data; default: where the run was trained from.")] = None,
+    options: RunOptions,
+    data: Annotated[Path | None, typer.Option(help="Prepared data; default: the data that the run was trained on.")] = None,
     split: Annotated[str, typer.Option(help="Samples to use: test, valid or train.")] = "test",
-    unseen: Unseen = "error",
-    after: After = None,
-    batch_size: Batch = 1024,
-    device: Device = "auto",
-    backend: Backend = "auto",
-    threads: Threads = None,
 ) -> None:
-    """Measure every task of a trained model: the last row of R, with all metrics."""
-    from teracon_fast.infer.commands import measure, open_run
+    """Measure every task of a trained run: the last row of R, with all metrics."""
+    from teracon_fast.infer.measure import measure
 
-    opened = open_run(run, after, device, backend, threads)
+    run = options.open()
+    policy: Any = options.unseen
     with ConsoleObserver(console(stderr=True)) as observer:
-        unseen_policy: Any = unseen
-        found = measure(opened, data, split, batch_size, observer.on_evaluate, unseen_policy, partial(say, stderr=True))
+        found = measure(run, data, split, options.batch_size, observer.on_evaluate, policy, partial(say, stderr=True))
     names = list(dict.fromkeys(name for metrics in found.values() for name in metrics))
-    rows = []
-    for number, metrics in found.items():
-        values = [f"{metrics[name]:.4f}" if name in metrics else "" for name in names]
-        rows.append([f"T{number} {opened.task(number).name}", *values])
-    table(f"{split} metrics after task {len(opened.tasks)}", ["task", *names], rows)
+    rows = [
+        [f"T{task.number} {task.name}", *(f"{found[task.number][name]:.4f}" if name in found[task.number] else "" for name in names)]
+        for task in run.tasks
+    ]
+    table(f"{split} metrics after {run.tasks[-1]}", ["task", *names], rows)
 
 
+@_flat
 def recommend(
-    run: RunFolder,
-    input_path: Input,
-    output: Output,
-    task: Annotated[int, typer.Option(min=1, help="Task whose labels to recommend, from 1.")] = 1,
-    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many for each user.")] = 10,
-    exclude_seen: Annotated[
-        bool, typer.Option("--exclude-seen", help="Leave out items of the user's sequence.")
-    ] = False,
-    long: Annotated[bool, typer.Option("--long", help="One row a recommendation, not one a user.")] = False,
-    unseen: Unseen = "error",
-    input_task: InputTask = 1,
-    user_column: UserColumn = None,
-    items_column: ItemsColumn = None,
-    after: After = None,
-    batch_size: Batch = 1024,
-    device: Device = "auto",
-    backend: Backend = "auto",
-    threads: Threads = None,
+    options: UserOptions,
+    task: Annotated[str, typer.Option(help="Task to recommend labels of, by name or number.")] = "1",
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Labels per user.")] = 10,
+    exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave out items of the user's sequence.")] = False,
+    long: Annotated[bool, typer.Option("--long", help="One row per recommendation instead of one per user.")] = False,
 ) -> None:
-    """Write the best items of a task for each user, with scores, by raw id."""
-    from teracon_fast.infer import commands as inference
+    """Write the best items (or other labels) of a task for each user, with scores."""
+    from teracon_fast.infer import predictor
 
-    opened = inference.open_run(run, after, device, backend, threads)
-    inputs = _inputs(opened, input_path, unseen, input_task, user_column, items_column)
-    _write(
-        "recommend", inputs, output,
-        lambda progress: inference.recommend(opened, inputs, output, task, top_k, exclude_seen, long, batch_size, progress),
-    )  # fmt: skip
+    options.write(predictor.recommend, task, top_k, exclude_seen, long)
 
 
+@_flat
 def predict(
-    run: RunFolder,
-    input_path: Input,
-    output: Output,
-    task: Annotated[int, typer.Option(min=1, help="Task whose label to predict, from 1.", show_default=False)],
-    unseen: Unseen = "error",
-    input_task: InputTask = 1,
-    user_column: UserColumn = None,
-    items_column: ItemsColumn = None,
-    after: After = None,
-    batch_size: Batch = 1024,
-    device: Device = "auto",
-    backend: Backend = "auto",
-    threads: Threads = None,
+    options: UserOptions,
+    task: Annotated[str, typer.Option(help="Task to predict the label of, by name or number.", show_default=False)],
 ) -> None:
     """Write the probability of each label of a task with few labels, for each user."""
-    from teracon_fast.infer import commands as inference
+    from teracon_fast.infer import predictor
 
-    opened = inference.open_run(run, after, device, backend, threads)
-    inputs = _inputs(opened, input_path, unseen, input_task, user_column, items_column)
-    _write(
-        "predict",
-        inputs,
-        output,
-        lambda progress: inference.predict(opened, inputs, output, task, batch_size, progress),
-    )
+    options.write(predictor.predict, task)
 
 
+@_flat
 def embed(
-    run: RunFolder,
-    input_path: Input,
-    output: Output,
-    task: Annotated[str, typer.Option(help="Task numbers from 1, separated by commas, or all.")] = "all",
-    unseen: Unseen = "error",
-    input_task: InputTask = 1,
-    user_column: UserColumn = None,
-    items_column: ItemsColumn = None,
-    after: After = None,
-    batch_size: Batch = 1024,
-    device: Device = "auto",
-    backend: Backend = "auto",
-    threads: Threads = None,
+    options: UserOptions,
+    task: Annotated[str, typer.Option(help="Tasks by name or number, separated by commas, or all.")] = "all",
 ) -> None:
-    """Write user representations, one fixed-size float32 list a task."""
-    from teracon_fast.infer import commands as inference
+    """Write user representations: a list of float32 per task."""
+    from teracon_fast.infer import predictor
 
-    opened = inference.open_run(run, after, device, backend, threads)
-    numbers = list(range(1, len(opened.tasks) + 1)) if task == "all" else _numbers(task)
-    inputs = _inputs(opened, input_path, unseen, input_task, user_column, items_column)
-    _write(
-        "embed", inputs, output, lambda progress: inference.embed(opened, inputs, output, numbers, batch_size, progress)
-    )
-
-
-def _numbers(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts) or len(set(parts)) < len(parts):
-        raise ConfigError(f"--task: got {text!r}, expected all, or task numbers such as 2 or 1,3")
-    return [int(part) for part in parts]
-
-
-def _inputs(
-    run: TrainedRun, path: Path, unseen: Any, task: int, user_column: str | None, items_column: str | None
-) -> Inputs:
-    from teracon_fast.data.user_input import Inputs
-
-    return Inputs(path, run.items, run.length, unseen, task, user_column, items_column)
-
-
-def _write(name: str, inputs: Inputs, output: Path, work: Callable[[Callable[[int], None]], int]) -> None:
-    with counting(name, inputs.total()) as advance:
-        users = work(advance)
-    say(f"wrote {output}: {users:,} users, {output.stat().st_size / 2**20:.1f} MiB")
-    if inputs.unseen_places:
-        fate = {"pad": "became the pad", "drop": "were dropped", "bucket": "became buckets"}[inputs.unseen]
-        places, strangers = inputs.unseen_places, inputs.unseen_users
-        say(f"{places:,} items that the run has not seen, of {strangers:,} users, {fate}")
+    everything = [str(entry.number) for entry in options.opened.tasks]
+    options.write(predictor.embed, everything if task == "all" else task.split(","))

@@ -20,23 +20,26 @@ from teracon_fast.cli.console import console, say, table
 
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
-    file_format: Annotated[str, typer.Option("--format", help="Format of the pictures: png, pdf or svg.")] = "png",
-    pictures: Annotated[bool, typer.Option(help="Draw the pictures; without, only print the tables.")] = True,
+    file_format: Annotated[str, typer.Option("--format", help="Format of the plots: png, pdf or svg.")] = "png",
+    draw: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the plots, or only print the tables.")] = True,
 ) -> None:
-    """Print the results of a run and draw its pictures into RUN/report (works while the run is going on)."""
-    from teracon_fast.report.run_report import load_run, summary_rows, task_rows, write_report
+    """Print the results of a run and write its plots to RUN/report; works while the run is still training."""
+    from teracon_fast.report.run_report import load_run, method_rows, summary_rows, task_rows, write_report
 
     record = load_run(run)
-    table(f"Test metrics of {record.path.resolve().name}", *summary_rows(record))
+    table(f"Test metrics of {record.path.resolve().name} ({record.method})", *summary_rows(record))
     table("Training", *task_rows(record))
-    if pictures:
+    heading, rows = method_rows(record)
+    if rows:
+        table(f"After the last epoch of each task, by {record.method}", heading, rows)
+    if draw:
         page, *images = write_report(run, file_format)
-        say(f"wrote {page} and {len(images)} pictures: {', '.join(image.name for image in images)}")
+        say(f"wrote {page} and {len(images)} plots: {', '.join(image.name for image in images)}")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor: status is "ok", "none" (optional and absent) or "broken"; advice says what to do about it."""
+    """One line of `teracon doctor`: status is "ok", "none" (optional, missing) or "broken"; `advice` says what to do."""
 
     name: str
     status: str
@@ -45,9 +48,9 @@ class Finding:
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for a bug report or a script.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for bug reports and scripts.")] = False,
 ) -> None:
-    """Show what this machine and installation offer, and what to do about each thing that is missing."""
+    """Check this installation and this machine, and say what to do about anything missing."""
     findings = [*_software(), *_hardware(), *_packages(), _self_check()]
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
@@ -67,24 +70,25 @@ def doctor(
 def _software() -> list[Finding]:
     import torch
 
+    import teracon_fast
     from teracon_fast.ops import backends, native
 
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
     reason = native.missing_reason()
     findings = [
-        Finding("teracon_fast", "ok", f"{__version__} in {Path(backends.__file__).parent}"),
+        Finding("teracon_fast", "ok", f"{__version__} in {Path(teracon_fast.__file__).parent}"),
         Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
         Finding("torch", "ok", f"{torch.__version__}, CPU code for {torch.backends.cpu.get_cpu_capability()}"),
         Finding("C++ compiler", "ok", compiler)
         if compiler
-        else Finding("C++ compiler", "none", "not found", "only needed to build the CPU kernels: apt install g++"),
+        else Finding("C++ compiler", "none", "not found", "only needed to build the CPU kernels; apt install g++"),
         Finding("compiled extension", "ok", str(native.library()))
         if reason is None
         else Finding(
             "compiled extension",
             "none",
             reason.split(";")[0],
-            "the torch backend is used; reinstall where there is a compiler",
+            "the torch backend is used instead; reinstall with a C++ compiler",
         ),
     ]
     triton = _version("triton")
@@ -92,7 +96,7 @@ def _software() -> list[Finding]:
         findings.append(Finding("Triton", "ok", triton))
     else:
         needed = torch.cuda.is_available()
-        advice = "pip install triton" if needed else "only useful with a GPU; nothing to do here"
+        advice = "pip install triton" if needed else "only useful with a GPU"
         findings.append(Finding("Triton", "none", "not installed", advice))
     state = backends.env_report()
     for operation, names in state["backends"].items():
@@ -107,8 +111,8 @@ def _hardware() -> list[Finding]:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
-    few = "set OMP_NUM_THREADS, or give --threads, to use all cores" if threads < cores else ""
-    many = "more threads than cores slow training down: set OMP_NUM_THREADS" if threads > cores else ""
+    few = "set OMP_NUM_THREADS or --threads to use all cores" if threads < cores else ""
+    many = "more threads than cores slow training down; set OMP_NUM_THREADS" if threads > cores else ""
     findings = [Finding("CPU", "ok", f"{cores} cores usable, {threads} threads in use", few or many)]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -118,10 +122,10 @@ def _hardware() -> list[Finding]:
             findings.append(Finding(f"GPU cuda:{index}", "ok", found))
     elif torch.version.cuda or getattr(torch.version, "hip", None):
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
-        findings.append(Finding("GPU", "none", f"none usable, though torch is built for {built}", "check the driver"))
+        findings.append(Finding("GPU", "none", f"not usable, although torch is built for {built}", "check the driver"))
     else:
         findings.append(
-            Finding("GPU", "none", "none: this torch is a CPU build", "with a GPU, install a CUDA build of torch")
+            Finding("GPU", "none", "not usable: torch is a CPU build", "if there is a GPU, install a CUDA build of torch")
         )
     return findings
 
@@ -137,7 +141,7 @@ def _packages() -> list[Finding]:
 
 
 def _self_check() -> Finding:
-    """Runs the encoder in its two modes, which must agree: finds a broken kernel or a miscompiled torch."""
+    """Compare the two modes of the encoder: finds broken kernels and a miscompiled torch."""
     import torch
 
     from teracon_fast import FastTCN, Request
@@ -151,13 +155,13 @@ def _self_check() -> Finding:
             last = model.encode(x, [Request(1)])[0]
             everything = model.encode_all(x, task=1)
             error = float((last - everything.hidden[everything.row_of[:, -1]]).abs().max() / last.abs().max())
-    except Exception as failure:  # whatever it is, the doctor's task is to report it
+    except Exception as failure:  # whatever it is, report it
         return Finding("self-check", "broken", f"{type(failure).__name__}: {failure}", "please report this as a bug")
     if not error < 1e-4:
         return Finding(
-            "self-check", "broken", f"two ways to encode differ by {error:.1e}", "please report this as a bug"
+            "self-check", "broken", f"two ways of encoding differ by {error:.1e}", "please report this as a bug"
         )
-    return Finding("self-check", "ok", f"two ways to encode agree to {error:.0e} (relative)")
+    return Finding("self-check", "ok", f"two ways of encoding agree to {error:.0e} (relative)")
 
 
 def _version(package: str) -> str | None:

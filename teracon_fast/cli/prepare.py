@@ -1,12 +1,11 @@
-"""`teracon prepare NAME ...`: one command a preparer, its options made from the preparer's own."""
+"""`teracon prepare NAME ...`: one command per preparer, with the options that the preparer declares."""
 
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from typer.core import TyperGroup
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class PreparerGroup(TyperGroup):
-    """Makes a preparer's command when it is asked for: importing the data code takes seconds, and `teracon --help` none."""
+    """Builds the command of a preparer on demand: importing the data code takes seconds, which `teracon --help` must not."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of the preparers."""
@@ -27,7 +26,7 @@ class PreparerGroup(TyperGroup):
         return list(PREPARERS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of a preparer; None when there is no such."""
+        """The command of a preparer; None for an unknown name."""
         from teracon_fast.data.prepare import PREPARERS
 
         if cmd_name not in PREPARERS:
@@ -42,23 +41,19 @@ app = typer.Typer(cls=PreparerGroup, no_args_is_help=True)
 
 @app.callback()
 def _prepare() -> None:
-    """Turn raw behaviour logs into a prepared sequence of tasks."""
+    """Convert raw behaviour logs into a prepared task sequence."""
 
 
 def _option(option: Option) -> inspect.Parameter:
-    """The command-line option of a preparer's option: numbers, paths and switches typed, anything else as its text."""
-    union = get_origin(option.annotation) in (Union, types.UnionType)
-    kinds = [
-        kind for kind in (get_args(option.annotation) if union else (option.annotation,)) if kind is not type(None)
-    ]
-    kind = kinds[0] if len(kinds) == 1 and kinds[0] in (int, float, bool, Path) else str
+    """A preparer's option as a command-line option: typed if a number, path or switch, else a string."""
+    kind: Any = option.kind if option.kind in (int, float, bool, Path) else str
     text, default = option.help, option.default
-    if get_origin(kinds[0]) is Literal:
-        text = f"{text} ({', '.join(map(str, get_args(kinds[0])))})"
+    if get_origin(option.kind) is Literal:
+        text = f"{text} ({', '.join(get_args(option.kind))})"
     shown: Any = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
     if default is None or default in ((), "", False):
         shown = False
-    # A preparer's own default is used when the option is not given, so that it is written down once.
+    # None when not given: the preparer's own default applies, which is thus stated once.
     flag = "--" + option.name.replace("_", "-")
     info = typer.Option(flag, help=text.replace("[", "\\["), show_default=shown)
     return inspect.Parameter(
@@ -67,8 +62,8 @@ def _option(option: Option) -> inspect.Parameter:
 
 
 def _command(preparer: Preparer) -> Callable[..., None]:
-    source = Annotated[Path | None, typer.Argument(help="Raw file or folder.", show_default=False)]
-    output = Annotated[Path, typer.Option("--output", "-o", help="Prepared folder to make.", show_default=False)]
+    source = Annotated[Path | None, typer.Argument(help="Raw data: file or folder.", show_default=False)]
+    output = Annotated[Path, typer.Option("--output", "-o", help="Prepared folder to create.", show_default=False)]
     parsers = {option.name: option for option in preparer.options}
 
     def prepare(source: Path | None, output: Path, **given: Any) -> None:

@@ -1,4 +1,4 @@
-"""Progress on a terminal (rich bars with rate and time left) and in logs (a plain line now and then)."""
+"""Progress of training and inference: live bars on a terminal, an occasional plain line in a log."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from rich.progress import (
 from teracon_fast.cli.console import console
 from teracon_fast.train.log import Observer, Step, TaskStart
 
-LOG_SECONDS = 30.0  # between two plain progress lines
+LOG_SECONDS = 30.0  # between two progress lines in a log
 DRAW_SECONDS = 0.1  # between two updates of a bar
 
 
 class Rate:
-    """Things per second over the last few seconds, forgetting exponentially; the clock runs from the first `add` on."""
+    """Items per second, an exponentially decaying average (`half_life` in seconds); the clock starts at the first `add`."""
 
     def __init__(self, half_life: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._half_life, self._clock = half_life, clock
@@ -36,7 +36,7 @@ class Rate:
         self._last: float | None = None
 
     def add(self, count: float) -> None:
-        """`count` things are done since the last call. The first call only starts the clock."""
+        """Count `count` items done since the last call. The first call only starts the clock."""
         now = self._clock()
         if self._last is not None:
             seconds = now - self._last
@@ -45,12 +45,12 @@ class Rate:
         self._last = now
 
     def pause(self) -> None:
-        """Something else is done until the next `add`."""
+        """Stop the clock until the next `add`."""
         self._last = None
 
     @property
     def per_second(self) -> float:
-        """The rate; 0 while it is not known."""
+        """The rate; 0 while unknown."""
         return self._count / self._seconds if self._seconds > 0 else 0.0
 
 
@@ -59,22 +59,28 @@ def _metrics(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {metrics[name]:.4f}" for name in first)
 
 
-def _losses(event: dict[str, Any]) -> str:
-    parts = [f"loss {event['class_loss']:.4f}"] if "class_loss" in event else []
-    if event.get("retention_loss") is not None:
-        parts.append(f"retention {event['retention_loss']:.2e}")
+def _logged(event: dict[str, Any]) -> str:
+    """The losses of a step or valid event of any method, and rho, hit@1 and the method's own numbers where it has them."""
+    parts = []
+    for name in [name for name in event if name.endswith("_loss")] or ["loss"]:
+        value, label = event.get(name), "loss" if name == "class_loss" else name.removesuffix("_loss").replace("_", " ")
+        if value is not None:
+            parts.append(f"{label} {value:.4f}" if value >= 0.01 else f"{label} {value:.2e}")
     if event.get("rho"):
         parts.append("rho " + " ".join(f"{value:.3f}" for value in event["rho"]))
     if "hit@1" in event:
         parts.append(f"hit@1 {event['hit@1']:.3f}")
+    for name, value in (event.get("method") or {}).items():
+        numbers = value if isinstance(value, list) else [value]
+        parts.append(" ".join([name.replace("_", " "), *(f"{number:.3g}" for number in numbers)]))
     return "  ".join(parts)
 
 
 class ConsoleObserver(Observer):
-    """Shows a training run: use it as a context manager around the training.
+    """Shows the progress of a training run; used as a context manager around it.
 
     Args:
-        out: where to; a terminal gets live bars, anything else plain lines.
+        out: a terminal gets live bars, anything else plain lines.
         clock: seconds, for the rate.
     """
 
@@ -92,7 +98,7 @@ class ConsoleObserver(Observer):
             TextColumn("[dim]{task.fields[note]}"),
             console=self._out,
             transient=True,
-            auto_refresh=False,  # drawn at every update of ours: no second thread beside the training
+            auto_refresh=False,  # refreshed by `_show`: no second thread beside training
             disable=not self._live,
         )
         self._rate = Rate(clock=clock)
@@ -112,19 +118,19 @@ class ConsoleObserver(Observer):
         self._progress.stop()
 
     def on_task_start(self, start: TaskStart) -> None:
-        """A line that names the task."""
+        """Print a line that names the task."""
         self._start, self._note, self._evaluating = start, "", None
-        where = f", going on at epoch {start.epoch + 1}, batch {start.batch}" if start.epoch or start.batch else ""
+        where = f", resuming at epoch {start.epoch + 1}, batch {start.batch + 1}" if start.epoch or start.batch else ""
         size = f"{start.batches_per_epoch} batches of {start.batch_size}, at most {start.epochs} epochs"
         self._print(f"T{start.task} of {start.num_tasks}: {start.name} ({size}{where})", "bold")
         self._rate = Rate(clock=self._clock)
         self._drawn = self._clock()
 
     def on_step(self, step: Step) -> None:
-        """Moves the bar; in a log, a line every LOG_SECONDS."""
+        """Advance the bar; in a log, print a line every LOG_SECONDS."""
         self._rate.add(step.users)
         if step.event is not None:
-            self._note = f"step {step.event['step']}: {_losses(step.event)}"
+            self._note = f"step {step.event['step']}: {_logged(step.event)}"
         now, last = self._clock(), step.batch + 1 == step.num_batches
         if now - self._drawn < (DRAW_SECONDS if self._live else LOG_SECONDS) and not (last and self._live):
             return
@@ -140,34 +146,31 @@ class ConsoleObserver(Observer):
             self._out.print(escape(f"{name}  {step.batch + 1}/{step.num_batches}  {rate}{eta}  {self._note}"))
 
     def on_evaluate(self, task: int, split: str, done: int, total: int) -> None:
-        """Moves the bar of an evaluation (only on a terminal: it is short)."""
+        """Advance the bar of an evaluation; only on a terminal, since evaluations are short."""
         self._rate.pause()
         if self._live and (self._clock() - self._drawn >= DRAW_SECONDS or done >= total):
             self._drawn = self._clock()
             self._show(f"T{task} {split}", done, total, "")
 
     def on_valid(self, event: dict[str, Any]) -> None:
-        """A line with the validation metrics of the epoch."""
+        """Print a line with the validation metrics of the epoch."""
         self._rate.pause()
         self._hide()
         best = "  *best so far" if event.get("best") else ""
         rate = f"  {self._rate.per_second:,.0f} users/s" if self._rate.per_second else ""
-        losses = _losses(
-            {name: event.get(name) for name in ("class_loss", "retention_loss") if event.get(name) is not None}
-        )
-        self._print(
-            f"  T{event['task']} epoch {event['epoch'] + 1}:  {losses}  valid {_metrics(event['metrics'])}{rate}{best}"
-        )
+        phase = "" if event.get("phase", "train") == "train" else f" {event['phase']}"
+        valid = f"valid {_metrics(event['metrics'])}"
+        self._print(f"  T{event['task']}{phase} epoch {event['epoch'] + 1}:  {_logged(event)}  {valid}{rate}{best}")
 
     def on_task_end(self, event: dict[str, Any]) -> None:
-        """Lines with the test metrics of every task so far."""
+        """Print the test metrics of every task so far."""
         self._hide()
-        self._print(f"  T{event['task']} done: {event['epochs']} epochs, {event['seconds']:.1f} s")
+        self._print(f"  T{event['task']} finished: {event['epochs']} epochs, {event['seconds']:.1f} s")
         for task, metrics in event["test"].items():
             self._print(f"    test T{task}:  {_metrics(metrics)}")
 
     def on_message(self, text: str) -> None:
-        """A line."""
+        """Print a line."""
         self._print(text)
 
     def _print(self, line: str, style: str | None = None) -> None:
@@ -188,7 +191,7 @@ class ConsoleObserver(Observer):
 
 @contextmanager
 def counting(name: str, total: int, unit: str = "users") -> Iterator[Callable[[int], None]]:
-    """A bar (or plain lines) for a loop; yields the function to call with the number done so far."""
+    """A bar (in a log: plain lines) for a loop; yields a function to call with the number done so far."""
     out = console(stderr=True)
     live = out.is_terminal
     rate = Rate()

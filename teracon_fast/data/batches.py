@@ -1,4 +1,4 @@
-"""Batches of an epoch, the same for the same (seed, epoch), and the tensors of a batch."""
+"""Batches of an epoch, determined by (seed, epoch), and the tensors of a batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class EpochBatches(Sequence[Indices]):
     """The batches of one epoch: `batches[k]` is the array of sample indices of batch k, `batches[k:]` resumes at batch k.
 
     Args:
-        order: int64 [n] sample indices in the order they are used.
+        order: int64 [n] sample indices in order of use.
         batch_size: samples per batch; the last batch may be smaller.
     """
 
@@ -54,14 +54,14 @@ def epoch_batches(
 ) -> EpochBatches:
     """The batches of one epoch over `indices`, each index once.
 
-    Depends on nothing but the arguments, so a run that stopped at batch k goes on with `epoch_batches(...)[k:]`.
+    Depends on the arguments only, so a run that stopped at batch k resumes with `epoch_batches(...)[k:]`.
 
     Args:
         indices: [n] sample indices (a part of a `Split`).
         batch_size: at least 1.
         seed, epoch: non-negative; choose the order.
         shuffle: False keeps the order of `indices`.
-        drop_last: leave out a last batch that is not full. By default it is kept.
+        drop_last: leave out an incomplete last batch.
 
     Raises:
         ConfigError: batch size below 1, negative seed or epoch.
@@ -79,14 +79,14 @@ def epoch_batches(
 
 
 def fetch(task: TaskData, sample_indices: npt.NDArray[np.integer]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences and labels of some samples.
+    """Sequences and labels of some samples, copied into memory.
 
     Args:
         task: the task.
         sample_indices: [B] integers in [0, S), in any order, repeats allowed.
 
     Returns:
-        x int64 [B, L] item indices, left-padded with 0, and y int64 [B] label indices; in memory, not mapped.
+        x int64 [B, L] item indices, left-padded with 0, and y int64 [B] label indices.
 
     Raises:
         IndexError: an index outside [0, S).

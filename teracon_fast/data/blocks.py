@@ -1,4 +1,4 @@
-"""What readers yield and the writer consumes: consecutive rows of a task with raw ids, and where they came from."""
+"""What readers yield and the writer consumes: consecutive rows of a task, with raw ids and their source."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Block:
 
     Attributes:
         items: [n, L] raw item ids, oldest first, left-padded with 0 (or "0").
-        label_rows: [m] integers, the row of this block that each label belongs to; None when the source has no labels.
+        label_rows: [m] integers, the row of this block of each label; None if the source has no labels.
         label_values: [m] raw labels, integers or strings.
-        groups: [n] int64 user ids for the split by user; None: every row is a group of its own.
-        path, first_line: source of the rows, for error messages. Row r of the block is line (CSV, from 1) or row (Parquet, from
+        groups: [n] int64 user ids for the split by user; None: each row is its own user.
+        path, first_line: source of the rows, for error messages: row r of the block is line (CSV, from 1) or row (Parquet, from
             0) `first_line + r` of `path`.
     """
 
@@ -40,21 +40,21 @@ class Block:
     first_line: int = 0
 
     def error(self, row: int, reason: str) -> DataError:
-        """The error to raise for an offence in row `row` of this block."""
+        """The error to raise for row `row` of this block."""
         if self.path is None:
             return DataError("sequences", reason, self.first_line + row)
         return DataError(self.path, reason, self.first_line + row)
 
 
 def pad_left(values: RawIds, offsets: npt.NDArray[Any], length: int, pad: Any = 0) -> RawIds:
-    """Ragged sequences to a left-padded array; a sequence longer than `length` keeps its newest (last) items.
+    """Ragged sequences as a left-padded array; sequences longer than `length` keep their newest (last) items.
 
     Args:
-        values: 1-D, all sequences one after the other.
-        offsets: integers, [n+1]: sequence r is `values[offsets[r]:offsets[r+1]]`; or [2, n]: begins and ends, sequence r is
+        values: 1-D, the concatenated sequences.
+        offsets: integers, [n+1]: sequence r is `values[offsets[r]:offsets[r+1]]`; or [2, n]: sequence r is
             `values[offsets[0, r]:offsets[1, r]]`.
         length: L.
-        pad: value of the pad: 0, or "0" where `values` are strings.
+        pad: 0, or "0" if `values` are strings.
 
     Returns:
         [n, L] array of the dtype of `values`.
@@ -74,7 +74,7 @@ def as_blocks(
     groups: npt.NDArray[Any] | None = None,
     rows_per_block: int = 65536,
 ) -> Iterator[Block]:
-    """Any form that `DatasetWriter.add_task` accepts, as blocks; labels and groups of the whole task are cut to them."""
+    """Sequences, labels and groups in any form that `DatasetWriter.add_task` accepts, as blocks."""
     chunks: Iterable[Rows]
     if isinstance(sequences, np.ndarray):
         whole = sequences
@@ -96,13 +96,13 @@ def as_blocks(
             block.groups = np.asarray(groups[done : done + n])
             if len(block.groups) != n:
                 raise DataError(
-                    "groups", f"got {len(groups)} groups for more rows than that; expected one group per row"
+                    "groups", f"got {len(groups)} groups for more rows; expected one group per row"
                 )
         done += n
         yield block
     if label_rows is not None and len(label_rows) and not 0 <= label_rows[0] <= label_rows[-1] < done:
         raise DataError(
-            "labels", f"label rows run from {label_rows[0]} to {label_rows[-1]}; expected rows 0 to {done - 1}"
+            "labels", f"got label rows {label_rows[0]} to {label_rows[-1]}; expected 0 to {done - 1}"
         )
     if groups is not None and len(groups) != done:
         raise DataError("groups", f"got {len(groups)} groups for {done} rows; expected one group per row")
@@ -115,7 +115,7 @@ def _label_arrays(labels: RawIds | LabelArrays) -> LabelArrays:
         return np.arange(len(values), dtype=np.int64), values
     rows, values = np.asarray(labels[0]), np.asarray(labels[1])
     if rows.shape != values.shape or rows.ndim != 1 or rows.dtype.kind not in "iu":
-        raise DataError("labels", f"got rows {rows.dtype}{rows.shape} and values {values.shape}; expected two 1-D arrays of one "
-                        "length, the rows integer")  # fmt: skip
+        raise DataError("labels", f"got rows {rows.dtype}{rows.shape} and values {values.shape}; expected 1-D arrays of equal "
+                        "length, the rows integers")  # fmt: skip
     order = np.argsort(rows, kind="stable")
     return rows[order].astype(np.int64), values[order]

@@ -1,10 +1,10 @@
-"""Dictionaries: raw id <-> dense index, kept as Parquet (columns id: string, index: int64), never as evaluated code.
+"""Dictionaries: raw id <-> dense index, stored as Parquet (columns id: string, index: int64); nothing is evaluated on loading.
 
-Order: ascending numerically when every id is a whole number, else as strings. In an item dictionary index 0 is always the pad
-"0", whether or not "0" occurs; the published program gives index 0 to the smallest item as well when "0" never occurs.
+Ids are in ascending order: numeric if every id is a whole number, else lexicographic. In an item dictionary index 0 is always
+the pad "0", whether or not "0" occurs; the published program also gives index 0 to the smallest item if "0" never occurs.
 
-A dictionary that extends another keeps its ids where they are; new ones follow, ascending among themselves. An item dictionary
-may hold K buckets, at indices 1 to K: rare items share them, each item the one that a hash of its raw id names.
+A dictionary that extends another keeps its indices; new ids follow in ascending order. An item dictionary may have K buckets, at
+indices 1 to K, that rare items share by a hash of their raw ids.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from teracon_fast.errors import DataError
 from teracon_fast.files import atomic_write
 
 PAD = "0"
-_TABLE_IDS = 1 << 26  # ids below this are looked up in a table of at most 256 MiB; others are hashed, block by block
+_TABLE_IDS = 1 << 26  # ids below this are looked up in a table of at most 256 MiB, larger ones are hashed block by block
 _BUCKET = re.compile(r"<bucket 1 of ([1-9][0-9]{0,8})>")
 _PUBLISHED = re.compile(r"\{'[0-9]+': [0-9]+(, '[0-9]+': [0-9]+)*\}")
 
 
 def bucket_names(buckets: int) -> list[str]:
-    """The ids that an item dictionary gives its buckets. The number of them is in each name: it decides what a bucket means."""
+    """Ids of K buckets. Each names K, on which the items of a bucket depend."""
     return [f"<bucket {number} of {buckets}>" for number in range(1, buckets + 1)]
 
 
 def bucket_number(raw: str, buckets: int) -> int:
-    """Bucket of a raw item id, 1 to `buckets`: BLAKE2b of its UTF-8 text, the same on every machine and in every version."""
+    """Bucket of a raw item id, 1 to `buckets`: BLAKE2b of its UTF-8 text, so the same on every machine."""
     digest = hashlib.blake2b(raw.encode(), digest_size=8).digest()
     return 1 + int.from_bytes(digest, "little") % buckets
 
 
 def pyarrow() -> ModuleType:
-    """pyarrow, imported at first use: `import teracon_fast` must not need it."""
+    """pyarrow, imported on first use: `import teracon_fast` must not need it."""
     try:
         import pyarrow
     except ImportError as error:
@@ -55,10 +55,10 @@ def as_int64(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Integers of any dtype as contiguous int64.
 
     Raises:
-        TypeError: an unsigned number that does not fit.
+        TypeError: an unsigned number too large for int64.
     """
     if values.dtype == np.uint64 and values.size and values.max() > np.iinfo(np.int64).max:
-        raise TypeError(f"id {values.max()} does not fit a signed 64-bit integer")
+        raise TypeError(f"got id {values.max()}; expected a signed 64-bit integer")
     return np.ascontiguousarray(values, dtype=np.int64)
 
 
@@ -82,7 +82,7 @@ def factorize(values: RawIds) -> tuple[npt.NDArray[np.int32], RawIds]:
         try:
             column = pa.array(flat.tolist(), pa.string())
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise TypeError(f"got ids that are not all strings ({error}); expected integers or strings") from error
+            raise TypeError(f"got mixed ids ({error}); expected only integers or only strings") from error
         if column.null_count:
             raise TypeError("got an empty (null) id; expected integers or strings")
     else:
@@ -93,7 +93,7 @@ def factorize(values: RawIds) -> tuple[npt.NDArray[np.int32], RawIds]:
 
 
 def as_numbers(ids: list[str]) -> npt.NDArray[np.int64] | None:
-    """The ids as int64 when each one is a whole number written in its only way ("7", not "07" or "+7"), else None."""
+    """The ids as int64 if each is a whole number in canonical form ("7", not "07" or "+7"), else None."""
     pa = pyarrow()
     column = pa.array(ids, pa.string())
     try:
@@ -104,9 +104,7 @@ def as_numbers(ids: list[str]) -> npt.NDArray[np.int64] | None:
 
 
 class _Codes:
-    """int64 ids -> int32 codes, -1 for ids without a code: a table for small ids, else sorted keys.
-
-    The table needs one read per value and no hashing, and covers nearly all real data.
+    """int64 ids -> int32 codes, -1 for unknown ids: a lookup table for small ids (nearly all real data), else sorted keys.
     """
 
     def __init__(self) -> None:
@@ -115,7 +113,7 @@ class _Codes:
         self.codes: npt.NDArray[np.int32] = np.zeros(0, dtype=np.int32)
 
     def add(self, keys: npt.NDArray[np.int64], first: int | None = None) -> None:
-        """Give new, distinct ids consecutive codes, in the order given, from `first` (None: the number of ids so far)."""
+        """Give new, distinct ids consecutive codes from `first` (None: the number of ids so far)."""
         first = len(self.keys) if first is None else first
         codes = np.arange(first, first + len(keys), dtype=np.int32)
         order = np.argsort(keys)
@@ -134,7 +132,7 @@ class _Codes:
     def find(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """Codes of the shape of `values`."""
         if self.table is not None:
-            # As unsigned numbers negative ids are large, too.
+            # As unsigned numbers, negative ids are large too.
             known = values.view(np.uint64) < len(self.table)
             if known.all():
                 return self.table[values]
@@ -151,11 +149,11 @@ class Dictionary:
     """Raw ids and their dense indices.
 
     Args:
-        ids: raw ids in the order of their indices, each once.
+        ids: distinct raw ids in the order of their indices.
 
     Attributes:
         ids: [n] array of str (dtype object); `ids[index]` is the raw id.
-        buckets: K, how many of the ids are buckets (indices 1 to K); usually 0.
+        buckets: K, the number of ids that are buckets (indices 1 to K); usually 0.
 
     Raises:
         ValueError: an id occurs twice.
@@ -167,14 +165,14 @@ class Dictionary:
         self.buckets = _count_buckets(listed)
         self._numbers: _Codes | None = None
         head, tail = listed[: 1 if self.buckets else 0], listed[1 + self.buckets if self.buckets else 0 :]
-        numbers = as_numbers([*head, *tail])  # buckets aside, which no number stands for
+        numbers = as_numbers([*head, *tail])  # without the buckets, whose ids are no numbers
         if numbers is not None:
             self._numbers = _Codes()
             self._numbers.add(numbers[: len(head)])
             self._numbers.add(numbers[len(head) :], first=len(head) + self.buckets)
         distinct = len(self._lookup) if self._numbers is None else len(np.unique(self._numbers.keys)) + self.buckets
         if distinct != len(listed):
-            raise ValueError("an id occurs twice in a dictionary; expected each id once")
+            raise ValueError("got an id twice; expected distinct ids")
 
     @cached_property
     def _lookup(self) -> dict[str, int]:
@@ -184,7 +182,7 @@ class Dictionary:
         return len(self.ids)
 
     def encode(self, values: RawIds) -> npt.NDArray[np.int32]:
-        """Dense indices, int32 of the shape of `values` (integers or strings); -1 where the id is not in the dictionary.
+        """Dense indices, int32 of the shape of `values` (integers or strings); -1 for unknown ids.
 
         Raises:
             TypeError: the values are neither integers nor strings.
@@ -195,20 +193,20 @@ class Dictionary:
         return np.array([self._lookup.get(str(raw), -1) for raw in uniques.tolist()], dtype=np.int32)[codes]
 
     def bucket_of(self, values: RawIds) -> npt.NDArray[np.int32]:
-        """Index of the bucket of each raw id, int32 of the shape of `values`, whether or not the id has an index of its own.
+        """Index of the bucket of each raw id, known or not, int32 of the shape of `values`.
 
         Raises:
             TypeError: the values are neither integers nor strings.
             ValueError: the dictionary has no buckets.
         """
         if not self.buckets:
-            raise ValueError("the item dictionary has no buckets; expected one prepared with buckets")
+            raise ValueError("the item dictionary has no buckets")
         codes, uniques = factorize(values)
         found = [bucket_number(str(raw), self.buckets) for raw in uniques.tolist()]
         return np.array(found, dtype=np.int32)[codes]
 
     def save(self, path: str | Path) -> None:
-        """Write as Parquet, whole or not at all."""
+        """Write as Parquet, atomically."""
         pa = pyarrow()
         from pyarrow import parquet
 
@@ -223,7 +221,7 @@ class Dictionary:
         """Read what `save` wrote.
 
         Raises:
-            DataError: not a Parquet file, other columns, indices other than 0 to n-1 in order, an id twice.
+            DataError: not a Parquet file, wrong columns, indices other than 0 to n-1 in order, an id twice.
         """
         pa = pyarrow()
         from pyarrow import parquet
@@ -246,35 +244,35 @@ class Dictionary:
 
 
 def _count_buckets(ids: list[str]) -> int:
-    """K where the ids after the pad are the names of K buckets, else 0."""
+    """K if the ids after the pad are the names of K buckets, else 0."""
     match = _BUCKET.fullmatch(ids[1]) if len(ids) > 1 else None
     buckets = int(match[1]) if match else 0
     return buckets if match and ids[1 : 1 + buckets] == bucket_names(buckets) else 0
 
 
 def read_published_index(path: str | Path) -> Dictionary:
-    """The item dictionary that the published program writes beside its checkpoints (`index.csv`: one printed Python dict).
+    """The item dictionary that the published program writes with its checkpoints (`index.csv`: one printed Python dict).
 
     The text must have exactly the printed form `{'0': 0, '17': 1, ...}`; nothing is evaluated.
 
     Raises:
-        DataError: another form, an index missing or given to two ids (the published program does that when no pad occurs in its
-            file: such a dictionary cannot be inverted), or index 0 not the pad.
+        DataError: another form, an index missing or shared by two ids (as the published program writes when no pad occurs in its
+            file; such a dictionary cannot be inverted), or index 0 is not the pad.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(path, f"cannot be read as text: {error}") from error
+        raise DataError(path, f"not readable as text: {error}") from error
     if not _PUBLISHED.fullmatch(text):
-        raise DataError(path, f"got {text[:40]!r}...; expected a printed dictionary such as {{'0': 0, '17': 1}}")
+        raise DataError(path, f"got {text[:40]!r}...; expected a dictionary such as {{'0': 0, '17': 1}}")
     pairs = sorted(json.loads(text.replace("'", '"'), object_pairs_hook=list), key=lambda pair: pair[1])
     for expected, (raw, index) in enumerate(pairs):
         if index < expected:
             raise DataError(
-                path, f"ids {pairs[expected - 1][0]!r} and {raw!r} share index {index}; expected one id each"
+                path, f"ids {pairs[expected - 1][0]!r} and {raw!r} share index {index}; expected distinct indices"
             )
         if index > expected:
-            raise DataError(path, f"no id has index {expected}; expected indices from 0 without gap")
+            raise DataError(path, f"no id has index {expected}; expected consecutive indices from 0")
     if pairs[0][0] != PAD:
         raise DataError(path, f"index 0 is id {pairs[0][0]!r}; expected the pad '0'")
     try:
@@ -284,25 +282,25 @@ def read_published_index(path: str | Path) -> Dictionary:
 
 
 class DictionaryBuilder:
-    """Collects distinct ids block by block, and numbers them at the end.
+    """Collects distinct ids block by block and numbers them at the end.
 
-    `add` gives provisional codes in order of first occurrence; `finish` gives the dictionary and the table from provisional
-    code to dense index.
+    `add` returns provisional codes in order of first occurrence; `finish` returns the dictionary and the table from provisional
+    codes to dense indices.
 
     Args:
         pad: the id "0" takes code and index 0, whether or not it occurs.
-        known: a dictionary to extend: its ids keep their indices, new ones follow them. With `pad` its id 0 must be the pad.
+        known: a dictionary to extend: its ids keep their indices, new ones follow. With `pad`, its index 0 must be the pad.
         min_count: new ids that occur less often share the buckets of `known`, which must have some if this is above 1.
 
     Attributes:
-        rare: after `finish`, how many ids share the buckets, and how many places they have.
+        rare: after `finish`, the number of ids that share the buckets, and how often they occur in total.
     """
 
     def __init__(self, pad: bool, known: Dictionary | None = None, min_count: int = 1) -> None:
         if pad and known is not None and (not len(known) or known.ids[0] != PAD):
             raise ValueError("index 0 of the dictionary to extend is not the pad '0'")
         if min_count > 1 and (known is None or not known.buckets):
-            raise ValueError(f"got min_count {min_count} and no buckets; expected a dictionary with buckets")
+            raise ValueError(f"got min_count {min_count} without buckets")
         self._known, self._min_count = known, min_count
         self.rare = (0, 0)
         self._pad = pad and known is None
@@ -317,11 +315,11 @@ class DictionaryBuilder:
         """Provisional codes, int32 of the shape of `values`.
 
         Raises:
-            TypeError: neither integers nor strings, or integers in one block and strings in another.
+            TypeError: neither integers nor strings, or both in different blocks.
         """
         kind = "integers" if values.dtype.kind in "iu" else "strings"
         if self._kind not in ("", kind):
-            raise TypeError(f"got ids that are {kind} after {self._kind}; expected one kind for the whole task")
+            raise TypeError(f"got {kind} after {self._kind}; expected ids of one type in the whole task")
         self._kind = kind
         if self._known is None:
             return self._add_new(values)
@@ -337,7 +335,7 @@ class DictionaryBuilder:
         return codes
 
     def _add_new(self, values: RawIds) -> npt.NDArray[np.int32]:
-        """Codes of ids that are not in `known`, counted from 0."""
+        """Codes from 0 of ids that are not in `known`."""
         if self._kind == "strings":
             codes, uniques = factorize(values)
             known = self._strings
@@ -352,7 +350,7 @@ class DictionaryBuilder:
         return codes
 
     def finish(self) -> tuple[Dictionary, npt.NDArray[np.int32]]:
-        """The dictionary, and int32 `index_of_code` with the dense index of every provisional code."""
+        """The dictionary, and int32 `index_of_code`, the dense index of each provisional code."""
         ids, codes = self._ascending()
         known = [] if self._known is None else self._known.ids.tolist()
         index_of_new = np.empty(len(codes), dtype=np.int32)
@@ -367,7 +365,7 @@ class DictionaryBuilder:
         return Dictionary([*known, *ids]), np.append(np.arange(len(known), dtype=np.int32), index_of_new)
 
     def _ascending(self) -> tuple[list[str], npt.NDArray[np.int32]]:
-        """The new ids in the order of their indices, and their codes, counted from 0."""
+        """The new ids in the order of their indices, and their codes from 0."""
         if self._kind == "strings":
             raw = list(self._strings)
             numbers = as_numbers(raw)

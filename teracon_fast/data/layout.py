@@ -1,4 +1,4 @@
-"""What lies in a prepared folder: dataset.json and the checks of its arrays. The layout is described in store.py."""
+"""Reading a prepared folder: dataset.json, and checks of its arrays. The layout is described in store.py."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Kind: TypeAlias = Literal["next_item", "label"]
 
 @dataclass(frozen=True)
 class TaskMeta:
-    """What `dataset.json` says of one task.
+    """What `dataset.json` records of one task.
 
     Attributes:
         name: "watch", "age", ...
-        kind: "next_item" for the first task (one sample a row, its label the last item), "label" for all later ones.
+        kind: "next_item" for the first task (one sample per row, whose label is the last item), "label" for later ones.
         num_rows, num_samples: N and S.
-        num_labels: C; of a next_item task, V.
-        notes: oddities that were accepted while preparing (rows of only pads, repeated labels, ...), in words.
+        num_labels: C (V for a next_item task).
+        notes: oddities accepted during preparation (rows of only pads, repeated labels, ...), one sentence each.
     """
 
     name: str
@@ -53,7 +53,7 @@ def read_about(folder: Path) -> About:
     """Read dataset.json.
 
     Raises:
-        DataError: missing, not JSON, another format version, or fields missing or of other types.
+        DataError: missing, not JSON, another format version, or fields missing or of the wrong type.
     """
     path = folder / "dataset.json"
     try:
@@ -72,7 +72,7 @@ def read_about(folder: Path) -> About:
         _check_fields(path, task, kinds)
         expected = "next_item" if number == 1 else "label"
         if task["kind"] != expected:
-            raise DataError(path, f"task {number} is of kind {task['kind']!r}; expected {expected!r}")
+            raise DataError(path, f"task {number}: got kind {task['kind']!r}; expected {expected!r}")
         tasks.append(TaskMeta(**{key: task[key] for key in kinds}, notes=list(task.get("notes", []))))
     if not tasks:
         raise DataError(path, "no tasks; expected at least one")
@@ -92,28 +92,28 @@ def open_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.
     """A .npy file, memory-mapped read-only.
 
     Raises:
-        DataError: missing, not .npy, truncated or too long, another dtype, shape or memory order.
+        DataError: missing, not .npy, truncated or too long, wrong dtype, shape or memory order.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(path, f"missing, truncated or not a .npy file: {error}") from error
     if not isinstance(array, np.memmap):
-        raise DataError(path, "an archive of arrays; expected one array")
+        raise DataError(path, "got an archive of arrays; expected one array")
     if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
         order = "" if array.flags.c_contiguous else " in Fortran order"
         raise DataError(path, f"got {array.dtype} {array.shape}{order}; expected {np.dtype(dtype)} {shape}")
     expected = array.offset + array.nbytes
     if path.stat().st_size != expected:
-        raise DataError(path, f"the file has {path.stat().st_size} bytes; expected {expected}")
+        raise DataError(path, f"got {path.stat().st_size} bytes; expected {expected}")
     return array
 
 
 def check_dictionary(path: Path, size: int) -> None:
-    """Check that a dictionary file is whole and has `size` ids.
+    """Check that a dictionary file is complete and has `size` ids.
 
     Raises:
-        DataError: missing, truncated, not Parquet, or another number of rows.
+        DataError: missing, truncated, not Parquet, or the wrong number of rows.
     """
     pa = pyarrow()
     from pyarrow import parquet
@@ -127,23 +127,23 @@ def check_dictionary(path: Path, size: int) -> None:
 
 
 def check_values(folder: Path, meta: TaskMeta, length: int, num_items: int, values_per_block: int = 1 << 22) -> None:
-    """Read the arrays of a task once, in blocks, and check every value; they have been opened by `open_array` before.
+    """Check every value of the arrays of a task, block by block. `open_array` must have accepted them.
 
     Raises:
-        DataError: naming the file and the first offending row.
+        DataError: names the file and the first bad row.
     """
     lengths, samples = np.load(folder / "lengths.npy"), np.load(folder / "samples.npy")
     path = folder / "samples.npy"
     _check_range(path, samples[:, 0], meta.num_rows, "row")
     _check_range(path, samples[:, 1], meta.num_labels, "label")
     if meta.kind == "next_item" and not np.array_equal(samples[:, 0], np.arange(meta.num_rows)):
-        raise DataError(path, "the samples of a next_item task are its rows in order; got others")
+        raise DataError(path, "got other samples; expected one per row, in order, in a next_item task")
     path = folder / "sequences.npy"
     offset = np.load(path, mmap_mode="r").offset
     step = max(values_per_block // length, 1)
     for start in range(0, meta.num_rows, step):
         rows = min(step, meta.num_rows - start)
-        # Read, not mapped: mapped pages would count as memory of this process.
+        # Read instead of mapped: mapped pages would count towards the memory of this process.
         block = np.fromfile(path, np.int32, rows * length, offset=offset + 4 * start * length).reshape(rows, length)
         _check_range(path, block, num_items, "item", start)
         counted = leading_to_lengths(block)
@@ -154,11 +154,11 @@ def check_values(folder: Path, meta: TaskMeta, length: int, num_items: int, valu
             raise DataError(folder / "lengths.npy", f"got length {got}; the row has {counted[row]} items", start + row)
         if meta.kind == "next_item" and not np.array_equal(block[:, -1], samples[start : start + rows, 1]):
             row = int((block[:, -1] != samples[start : start + rows, 1]).argmax())
-            raise DataError(folder / "samples.npy", "the label is not the last item of its row", start + row)
+            raise DataError(folder / "samples.npy", "got a label other than the last item of its row", start + row)
 
 
 def leading_to_lengths(block: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """[n] L minus the number of leading zeros of each row of [n, L]."""
+    """int32 [n]: L minus the number of leading zeros of each row of int32 [n, L]."""
     real = block != 0
     width = block.shape[1]
     return np.where(real.any(axis=1), width - real.argmax(axis=1), 0).astype(np.int32)

@@ -1,7 +1,8 @@
-"""Batches of a task where a model is: out of the device's own memory where the sequences fit, else by way of pinned memory.
+"""Batches of a task on the device of a model: gathered from sequences resident there if they fit, else copied from pinned
+memory.
 
-A batch is made in two parts: `prepare` reads and pins, and may run in a thread ahead of the training; `load` only queues what
-the device has to do, and waits for nothing.
+A batch is made in two steps: `prepare` reads and pins, usually in a prefetch thread; `load` only queues work on the device and
+never waits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from teracon_fast.data.batches import fetch
 from teracon_fast.data.store import TaskData
 from teracon_fast.packing import real_lengths
 
-# Of the memory that is free on a device, the share that a task's sequences may take.
+# Share of a device's free memory that a task's sequences may take.
 RESIDENT_SHARE = 0.25
 
 
@@ -27,7 +28,7 @@ class Batch(NamedTuple):
 
     Attributes:
         x: int64 `[B, L]` item ids, left-padded with 0. y: int64 `[B]`. Both on the model's device.
-        lengths: int64 `[B]` on the host: `packing.real_lengths(x)`.
+        lengths: int64 `[B]` on the CPU: `packing.real_lengths(x)`.
     """
 
     x: Tensor
@@ -37,7 +38,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch on its way. `rows`: int64 `[B]`, rows of the resident sequences; else `x` has the sequences, int32 or int64."""
+    """A batch before `load`: `rows` int64 `[B]` of resident sequences, or `x` int32 or int64 `[B, L]`, the sequences."""
 
     x: Tensor | None
     rows: Tensor | None
@@ -50,9 +51,9 @@ class BatchSource:
 
     Args:
         data: the task.
-        device: where batches are wanted.
-        resident: whether the device keeps all sequences, `4 * N * L` bytes; None: if they take at most a quarter of the memory
-            that is free there now. Never on the CPU, unless asked for: the files are mapped into its memory already.
+        device: device of the batches.
+        resident: whether all sequences, `4 * N * L` bytes, stay in the device's memory; None: if they take at most a quarter of
+            what is free there now, and never on the CPU, where the files are memory-mapped already.
     """
 
     def __init__(self, data: TaskData, device: torch.device, resident: bool | None = None) -> None:
@@ -66,7 +67,7 @@ class BatchSource:
         return self._sequences is not None
 
     def prepare(self, samples: npt.NDArray[np.int64]) -> Prepared:
-        """The batch of samples `[B]`, as far as the host can make it.
+        """The batch of samples `[B]`, as far as the CPU can prepare it.
 
         Raises:
             IndexError: a sample outside [0, S).
@@ -74,7 +75,7 @@ class BatchSource:
         if self._sequences is None:
             x, y = fetch(self._data, samples)
             lengths = real_lengths(x)
-            # Half the bytes to carry; on the CPU nothing is carried.
+            # Half the bytes to copy; on the CPU nothing is copied.
             x = x if self._device.type == "cpu" else x.to(torch.int32)
             return Prepared(self._pinned(x), None, self._pinned(y), lengths)
         if len(samples) and samples.min() < 0:
@@ -85,7 +86,7 @@ class BatchSource:
         return Prepared(None, self._pinned(rows), self._pinned(y), lengths)
 
     def load(self, prepared: Prepared) -> Batch:
-        """The batch on the device, queued there."""
+        """The batch on the device; the copy is queued, not awaited."""
         y = self._moved(prepared.y)
         if self._sequences is not None and prepared.rows is not None:
             x = self._sequences.index_select(0, self._moved(prepared.rows))

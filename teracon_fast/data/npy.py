@@ -1,4 +1,4 @@
-"""Appending to a .npy file, so that arrays larger than memory are written block by block."""
+"""Appending to .npy files, for arrays larger than memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class NpyWriter:
     """A C-ordered .npy file that grows along its first axis.
 
     Args:
-        path: file to make.
+        path: file to create.
         dtype: dtype of the array.
         row_shape: shape of one row; () for a 1-D array.
     """
@@ -27,13 +27,13 @@ class NpyWriter:
         self.file.write(self._header())
 
     def _header(self) -> bytes:
-        # The header has a fixed size, so that the final number of rows can be written over the first guess.
+        # Of fixed size, so that `close` can overwrite it with the final number of rows.
         about = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.rows, *self.row_shape)}
         size = _HEADER_BYTES - 10
         return b"\x93NUMPY\x01\x00" + size.to_bytes(2, "little") + repr(about).encode().ljust(size - 1) + b"\n"
 
     def append(self, values: npt.NDArray[Any]) -> None:
-        """Add rows [n, *row_shape]."""
+        """Append rows [n, *row_shape]."""
         assert values.shape[1:] == self.row_shape
         self.file.write(np.ascontiguousarray(values, dtype=self.dtype).data)
         self.rows += len(values)

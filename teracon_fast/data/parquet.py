@@ -1,4 +1,4 @@
-"""Reader of Parquet files: one row a user (or a window of a user's history), with a list column of item ids."""
+"""Reader of Parquet files: one row per user (or per window of a user's history), with a list column of item ids."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ def read_parquet(
 ) -> Iterator[Block]:
     """Read a Parquet file in blocks of rows, ready for `DatasetWriter.add_task`.
 
-    Ids may be integers or strings; the pad is 0 or "0", so a real item must not have that id. Sequences may have any length:
-    shorter ones are padded on the left, of longer ones the newest `length` items are kept.
+    Ids may be integers or strings; 0 or "0" is the pad, so no real item may have that id. Shorter sequences are padded on the
+    left, longer ones truncated to their newest `length` items.
 
     Args:
         path: the file.
         items: column of lists of item ids (list, large list or fixed-size list of integers or strings), oldest first.
-        user: column of user ids (integers or strings) for the split by user; None: every row is a user of its own. String ids
-            become 63-bit hashes.
+        user: column of user ids (integers or strings; strings become 63-bit hashes) for the split by user; None: each row is its
+            own user.
         labels: column of labels, integers, strings or booleans, or lists of them; None: no labels.
-        length: L; None: the longest list of the file (one more pass over the item column).
-        empty_labels: "error" refuses a null label or an empty list of labels; "skip" makes no sample of it.
+        length: L; None: that of the longest list (one more pass over the item column).
+        empty_labels: "error" refuses a null label or an empty list of labels; "skip" makes no sample from it.
         rows_per_block: rows read at once.
 
     Yields:
         `Block`s with items [n, L] (int64, or objects of type str), groups int64 [n] and labels.
 
     Raises:
-        DataError: file and row (from 0): no such file, not Parquet, a column missing or of another type, nulls, no rows.
+        DataError: names file and row (from 0): no such file, not Parquet, a column missing or of the wrong type, nulls, no rows.
     """
     path = Path(path)
     if empty_labels not in ("error", "skip"):
-        raise DataError(path, f"got empty_labels={empty_labels!r}; expected 'error' or 'skip'")
+        raise DataError(path, f"empty labels: got {empty_labels!r}; expected 'error' or 'skip'")
     if length is not None and length < 1:
         raise DataError(path, f"got length {length}; expected at least 1")
     if not path.is_file():
@@ -71,7 +71,7 @@ def _blocks(
         )
         length = max((int(np.diff(offsets).max(initial=0)) for _, offsets in lists), default=0)
         if length == 0:
-            raise DataError(path, f"no row of column {items!r} has an item")
+            raise DataError(path, f"column {items!r} has no items")
     columns = [items, *([user] if user else []), *([labels] if labels else [])]
     rows = 0
     for first, batch in _batches(path, columns, rows_per_block):
@@ -87,11 +87,11 @@ def _blocks(
         rows += len(block.items)
         yield block
     if not rows:
-        raise DataError(path, "the file has no rows")
+        raise DataError(path, "got no rows")
 
 
 def _batches(path: Path, columns: list[str], rows_per_block: int) -> Iterator[tuple[int, Any]]:
-    """Record batches with exactly these columns in this order, each with the number of its first row."""
+    """Record batches of these columns in this order, each with the number of its first row."""
     pa = pyarrow()
     from pyarrow import parquet
 
@@ -103,14 +103,14 @@ def _batches(path: Path, columns: list[str], rows_per_block: int) -> Iterator[tu
         names = file.schema_arrow.names
         for column in columns:
             if column not in names:
-                raise DataError(path, f"no column {column!r}; the file has {names}")
+                raise DataError(path, f"no column {column!r}; the file has {', '.join(names)}")
         first = 0
         batches = file.iter_batches(rows_per_block, columns=columns)
         while True:
             try:
                 batch = next(batches, None)
             except (pa.ArrowException, OSError) as error:
-                raise DataError(path, f"cannot be read: {error}", first) from error
+                raise DataError(path, f"not readable: {error}", first) from error
             if batch is None:
                 return
             if batch.num_rows:
@@ -121,15 +121,15 @@ def _batches(path: Path, columns: list[str], rows_per_block: int) -> Iterator[tu
 def _lists(path: Path, column: Any, name: str, first: int) -> tuple[RawIds, npt.NDArray[np.int64]]:
     """Flat values and offsets [n+1] of a list column."""
     if not _is_list(column.type):
-        raise DataError(path, f"column {name!r} is {column.type}; expected lists of integers or strings")
+        raise DataError(path, f"column {name!r}: got {column.type}; expected lists of integers or strings")
     if column.null_count:
-        raise DataError(path, f"column {name!r} is null; expected a list", first + _first_null(column))
+        raise DataError(path, f"column {name!r}: got null; expected a list", first + _first_null(column))
     sizes = _list_sizes(column)
     offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     flat = column.flatten()
     if flat.null_count:
         row = int(np.searchsorted(offsets, _first_null(flat), side="right")) - 1
-        raise DataError(path, f"column {name!r} has an empty (null) id", first + row)
+        raise DataError(path, f"column {name!r}: got a null id", first + row)
     return _ids(path, flat, name), offsets
 
 
@@ -149,12 +149,12 @@ def _ids(path: Path, column: Any, name: str) -> RawIds:
             raise DataError(path, f"column {name!r}: {error}") from error
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
         return np.array(column.to_pylist(), dtype=object)
-    raise DataError(path, f"column {name!r} has ids of type {kind}; expected integers or strings")
+    raise DataError(path, f"column {name!r}: got ids of type {kind}; expected integers or strings")
 
 
 def _groups(path: Path, column: Any, name: str, first: int) -> npt.NDArray[np.int64]:
     if column.null_count:
-        raise DataError(path, f"column {name!r} is null; expected a user id", first + _first_null(column))
+        raise DataError(path, f"column {name!r}: got null; expected a user id", first + _first_null(column))
     ids = _ids(path, column, name)
     if ids.dtype != object:
         return ids
@@ -163,17 +163,17 @@ def _groups(path: Path, column: Any, name: str, first: int) -> npt.NDArray[np.in
 
 
 def _labels(path: Path, column: Any, name: str, first: int, empty_labels: str) -> tuple[npt.NDArray[np.int64], RawIds]:
-    """Row of the block and value of every label."""
+    """Row in the block and value of each label."""
     rows = np.arange(len(column))
     if _is_list(column.type):
         sizes = _list_sizes(column)
         if empty_labels == "error" and (sizes == 0).any():
-            raise DataError(path, f"column {name!r} has no label", first + int((sizes == 0).argmax()))
+            raise DataError(path, f"column {name!r}: got no label; expected at least one", first + int((sizes == 0).argmax()))
         rows, column = np.repeat(rows, sizes), column.flatten()
     if column.null_count:
         null = column.is_null().to_numpy(zero_copy_only=False)
         if empty_labels == "error":
-            raise DataError(path, f"column {name!r} has an empty (null) label", first + int(rows[null.argmax()]))
+            raise DataError(path, f"column {name!r}: got a null label", first + int(rows[null.argmax()]))
         rows, column = rows[~null], column.drop_null()
     return rows, _ids(path, column, name)
 
@@ -184,7 +184,7 @@ def _is_list(kind: Any) -> bool:
 
 
 def _list_sizes(column: Any) -> npt.NDArray[np.int64]:
-    """[n] number of values of each list, 0 for a null one."""
+    """int64 [n] length of each list, 0 for null."""
     from pyarrow import compute
 
     sizes = compute.list_value_length(column).fill_null(0)

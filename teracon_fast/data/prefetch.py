@@ -1,4 +1,4 @@
-"""Items of an iterable, made in a thread before they are asked for."""
+"""Prefetching: the items of an iterable, computed ahead of time in a thread."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ T = TypeVar("T")
 
 
 def prefetch(source: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
-    """The items of `source`, the same in the same order, while a thread already makes the next ones.
+    """The items of `source`, in order, while a thread computes the next ones.
 
-    What making an item raises is raised here, after the items before it, with the traceback of the thread. The thread ends
-    with the iteration; a loop that may be left earlier is put in `contextlib.closing(prefetch(...))`, which stops the thread
-    after the item that it is making and waits for it.
+    An exception raised by `source` is raised here, after the items before it, with the thread's traceback. The thread ends with
+    the iteration; wrap a loop that may be left early in `contextlib.closing(prefetch(...))`, which stops the thread after its
+    current item and joins it.
 
     Args:
         source: iterated in the thread only. A generator is closed at the end.
-        depth: most items that wait at any time, at least 1.
+        depth: maximum number of items that wait, at least 1.
 
     Raises:
         ConfigError: depth below 1, at the first item.
@@ -29,7 +29,7 @@ def prefetch(source: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     if depth < 1:
         raise ConfigError(f"prefetch: got depth {depth}, expected at least 1")
     work = _Work(source, depth)
-    # A daemon: a process that is told to exit does not wait for a disk that hangs.
+    # A daemon: the process can exit even if a disk hangs.
     thread = threading.Thread(target=work.run, name="teracon-prefetch", daemon=True)
     try:
         thread.start()
@@ -41,7 +41,7 @@ def prefetch(source: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
 
 
 class _Work(Generic[T]):
-    """What the two threads share. Everything that both touch is touched under `changed`."""
+    """State shared by the two threads, guarded by `_changed`."""
 
     def __init__(self, source: Iterable[T], depth: int) -> None:
         self._source, self._depth = source, depth
@@ -51,11 +51,11 @@ class _Work(Generic[T]):
         self._ended = self._stopped = False
 
     def run(self) -> None:
-        """The thread: make items while there is room for them."""
+        """Producer thread: compute items while there is room for them."""
         try:
             iterator = iter(self._source)
             try:
-                # Room first: an item made without it would be one more than `depth`.
+                # Wait for room first: otherwise `depth` + 1 items would exist.
                 while self._room():
                     try:
                         item = next(iterator)
@@ -81,7 +81,7 @@ class _Work(Generic[T]):
             return not self._stopped
 
     def items(self) -> Generator[T, None, None]:
-        """The consumer's side."""
+        """Consumer: yield the items, then raise the producer's exception, if any."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._ready or self._ended)
@@ -94,9 +94,9 @@ class _Work(Generic[T]):
             raise self._error
 
     def stop(self) -> None:
-        """Make nothing more, and let go of what is left."""
+        """Stop the producer and drop the waiting items."""
         with self._changed:
             self._stopped = True
             self._ready.clear()
-            self._error = None  # its traceback leads here: a circle that would keep batches alive
+            self._error = None  # its traceback refers to this object: a cycle that would keep batches alive
             self._changed.notify_all()

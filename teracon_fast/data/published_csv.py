@@ -1,10 +1,10 @@
-"""The published CSV: one line a user, `id,id,...,id` (task 1) or `id,id,...,id,,label[,label...]` (later tasks).
+"""The published CSV: one line per user, `id,id,...,id` (task 1) or `id,id,...,id,,label[,label...]` (later tasks).
 
-Ids are whole numbers, oldest item first, left-padded with 0 to one length. The file is streamed in blocks of bytes and parsed by
-numpy over a whole block at once; only when a check fails is the offending line looked for.
+Ids are whole numbers, oldest item first, left-padded with 0 to equal length. The file is streamed in blocks, each parsed at once
+by numpy; the offending line is located only if a check fails.
 
-What differs from the published reader: a last line without newline keeps its last character; CRLF and a UTF-8 byte order mark
-are accepted; everything else that is not exactly the format is refused with file, line and reason.
+Unlike the published reader, this one keeps the last character of a last line without newline, accepts CRLF and a UTF-8 byte
+order mark, and refuses anything else outside the format, naming file, line and reason.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MAX_LINE_BYTES = 64 << 20
 _FOREIGN = {
     b"\x1f\x8b": "gzip-compressed",
     b"PK\x03\x04": "a zip archive",
-    b"PAR1": "Parquet (read it with read_parquet)",
+    b"PAR1": "Parquet",
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
 }
@@ -46,31 +46,30 @@ def read_sequences_csv(
     """Read a published CSV in blocks of rows, ready for `DatasetWriter.add_task`.
 
     Accepted: CRLF, a byte order mark, a last line without newline, blank lines at the end of the file; rows of only pads, the
-    pad 0 anywhere in a row, a label repeated in a row (the writer notes these three).
+    pad 0 anywhere in a row, a label repeated in a row (the writer reports the last three).
 
     Args:
         path: the file.
-        labels: whether lines have labels after `,,`. A file of the other kind is refused.
-        length: items per row L. None: the first row's (pad="none"), or the longest row's (pad="left", costs one more pass).
-        pad: "none" refuses a row that has not exactly `length` items; "left" fills a shorter row with 0 on the left and keeps the
-            newest `length` items of a longer one.
-        empty_labels: "error" refuses a row without label, or with an empty one among others; "skip" ignores the empty ones
-            (the row itself is kept).
+        labels: whether lines have labels after `,,`; if they do not match, the file is refused.
+        length: L, items per row. None: that of the first row (pad="none") or of the longest (pad="left", one more pass).
+        pad: "none" refuses rows that do not have exactly `length` items; "left" pads shorter rows with 0 on the left and
+            truncates longer ones to their newest `length` items.
+        empty_labels: "error" refuses a row with no label or an empty one; "skip" ignores empty labels but keeps the row.
         block_bytes: bytes parsed at once.
 
     Yields:
         `Block`s with items int64 [n, L] and, with labels, label_rows and label_values int64 [m].
 
     Raises:
-        DataError: file and line of the first offence: no such file, empty file, another file format, an id that is not a whole
-            number of at most 18 digits without sign and leading zero, NUL bytes, an empty id, a blank line between rows, a ragged
-            row, missing or unexpected labels.
+        DataError: names file and line: no such file, empty file, another file format, an id that is not a whole number of at
+            most 18 digits without sign and leading zero, NUL bytes, an empty id, a blank line between rows, rows of unequal
+            length, missing or unexpected labels.
     """
     path = Path(path)
     if pad not in ("none", "left"):
-        raise DataError(path, f"got pad={pad!r}; expected 'none' or 'left'")
+        raise DataError(path, f"padding: got {pad!r}; expected 'none' or 'left'")
     if empty_labels not in ("error", "skip"):
-        raise DataError(path, f"got empty_labels={empty_labels!r}; expected 'error' or 'skip'")
+        raise DataError(path, f"empty labels: got {empty_labels!r}; expected 'error' or 'skip'")
     if length is not None and length < 1:
         raise DataError(path, f"got length {length}; expected at least 1")
     if not path.is_file():
@@ -85,7 +84,7 @@ def _blocks(
         tables = (_Tokens.of(path, *part) for part in _text_blocks(path, block_bytes))
         length = max(int(_item_counts(table, labels).max(initial=0)) for table in tables)
         if length == 0:
-            raise DataError(path, "no row has an item")
+            raise DataError(path, "got no items")
     for text, first_line in _text_blocks(path, block_bytes):
         tokens = _Tokens.of(path, text, first_line)
         counts = _item_counts(tokens, labels)
@@ -99,7 +98,7 @@ def _blocks(
         else:
             if (counts != length).any():
                 row = int((counts != length).argmax())
-                raise tokens.error(row, f"got {counts[row]} items; expected {length}{_HOW_TO_PAD}")
+                raise tokens.error(row, f"got {counts[row]} items; expected {length} in every row (--length pads and truncates)")
             flat = len(values) == len(counts) * length
             items = values.reshape(-1, length) if flat else values[starts[:, None] + np.arange(length)]
         block = Block(items, path=path, first_line=first_line)
@@ -108,17 +107,14 @@ def _blocks(
         yield block
 
 
-_HOW_TO_PAD = " in every row (pad='left' pads and truncates rows)"
-
-
 def _text_blocks(path: Path, block_bytes: int) -> Iterator[tuple[bytes, int]]:
-    """Whole lines as (bytes ending in a newline, number of the first line); blank lines at the end of the file taken away."""
+    """Whole lines as (bytes ending in a newline, number of the first line), without blank lines at the end of the file."""
     line, blank_line, rows, rest = 1, 0, 0, b""
     with open(path, "rb") as file:
         head = file.read(4)
         for magic, what in _FOREIGN.items():
             if head.startswith(magic):
-                raise DataError(path, f"the file is {what}; expected plain text")
+                raise DataError(path, f"got {what}; expected plain text")
         file.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
         while True:
             chunk = file.read(block_bytes)
@@ -126,7 +122,7 @@ def _text_blocks(path: Path, block_bytes: int) -> Iterator[tuple[bytes, int]]:
             if chunk and not end:
                 rest += chunk
                 if len(rest) > _MAX_LINE_BYTES:
-                    raise DataError(path, f"a line longer than {_MAX_LINE_BYTES >> 20} MiB; expected text lines", line)
+                    raise DataError(path, f"got a line of over {_MAX_LINE_BYTES >> 20} MiB; expected text", line)
                 continue
             text, rest = rest + chunk[:end], chunk[end:]
             if not chunk and text:
@@ -137,7 +133,7 @@ def _text_blocks(path: Path, block_bytes: int) -> Iterator[tuple[bytes, int]]:
             kept = text.rstrip(b"\n")
             kept += b"\n" if kept else b""
             if kept and blank_line:
-                raise DataError(path, "blank line between rows", blank_line)
+                raise DataError(path, "got a blank line between rows", blank_line)
             if len(kept) < len(text):
                 blank_line = blank_line or line + kept.count(b"\n")
             if kept:
@@ -147,18 +143,18 @@ def _text_blocks(path: Path, block_bytes: int) -> Iterator[tuple[bytes, int]]:
             if not chunk:
                 break
     if not rows:
-        raise DataError(path, "the file has no rows")
+        raise DataError(path, "got no rows")
 
 
 @dataclass
 class _Tokens:
-    """The fields of some whole lines.
+    """The fields of a block of lines.
 
     Attributes:
-        text: bytes of the lines, uint8.
-        stop: [t] position of the separator after each field.
-        size: [t] number of characters of each field, 0 for an empty one.
-        first, last: [n] the first and the last field of each line.
+        text: uint8, bytes of the lines.
+        stop: [t] index of the separator after each field.
+        size: [t] characters in each field, 0 if empty.
+        first, last: [n] first and last field of each line.
     """
 
     path: Path
@@ -171,26 +167,26 @@ class _Tokens:
 
     @classmethod
     def of(cls, path: Path, text: bytes, first_line: int) -> _Tokens:
-        """Cut lines into fields; refuses any byte but digits, commas and newlines, and blank lines."""
+        """Split lines into fields; refuses blank lines and any byte other than digits, commas and newlines."""
         array = np.frombuffer(text, dtype=np.uint8)
-        # uint8 wraps below "0", so that one comparison finds all that is not a digit.
+        # uint8 wraps around below "0", so one comparison finds everything that is not a digit.
         stop = np.flatnonzero(array - np.uint8(_ZERO) > 9)
         separator = array[stop]
         newline = separator == _NEWLINE
         last = np.flatnonzero(newline)
         if len(last) + np.count_nonzero(separator == _COMMA) != len(stop):
-            foreign = ~newline & (separator != _COMMA)
-            raise _foreign_byte(path, text, int(stop[foreign.argmax()]), first_line)
+            unexpected = ~newline & (separator != _COMMA)
+            raise _unexpected_byte(path, text, int(stop[unexpected.argmax()]), first_line)
         size = np.diff(stop, prepend=-1) - 1
         first = np.concatenate([[0], last[:-1] + 1])
         tokens = cls(path, first_line, array, stop, size, first, last)
         blank = (first == last) & (size[first] == 0)
         if blank.any():
-            raise tokens.error(int(blank.argmax()), "blank line between rows")
+            raise tokens.error(int(blank.argmax()), "got a blank line between rows")
         return tokens
 
     def values(self) -> Ints:
-        """[t] the number in each field; undefined where the field is empty."""
+        """[t] the number in each field; undefined for empty fields."""
         text, size = self.text, self.size
         longest = int(size.max())
         if longest > _MAX_DIGITS:
@@ -201,7 +197,7 @@ class _Tokens:
             position = self.stop[fields] - digits
             number = (text[position] - np.uint8(_ZERO)).astype(np.int64)
             if len(number) and number.min() == 0:
-                raise self._bad_number(int(fields[number.argmin()]), "no leading zero, which the id would lose")
+                raise self._bad_number(int(fields[number.argmin()]), "no leading zero")
             for _ in range(digits - 1):
                 position += 1
                 number *= 10
@@ -222,31 +218,31 @@ class _Tokens:
 
 
 def _item_counts(tokens: _Tokens, labels: bool) -> Ints:
-    """[n] number of items of each line; refuses empty ids, and labels missing or unexpected."""
+    """[n] number of items in each line; refuses empty ids, and missing or unexpected labels."""
     empty = np.flatnonzero(tokens.size == 0)
     if not labels:
         if len(empty):
             row = tokens.row_of(int(empty[0]))
             if empty[0] == tokens.last[row]:
-                raise tokens.error(row, "the line ends with ','; expected an item id after it")
-            raise tokens.error(row, "empty item id; a file with labels after ',,' is read with labels=True")
+                raise tokens.error(row, "got a comma at the end of the line; expected an item id after it")
+            raise tokens.error(row, "got an empty item id; expected ids only, without labels after ',,'")
         return tokens.last - tokens.first + 1
     rows = np.searchsorted(tokens.last, empty)
     counts = np.full(len(tokens.first), -1)
-    # Written from the last empty field to the first, so that the first one of each line stays.
+    # Assigned from the last empty field to the first, so that the first of each line wins.
     counts[rows[::-1]] = empty[::-1] - tokens.first[rows[::-1]]
-    # In ",,label" the first field is the (empty) sequence and the second the gap between the commas.
+    # In ",,label" the first field is the (empty) sequence, the second the gap between the commas.
     gap = tokens.first + np.maximum(counts, 1)
     bad = (counts < 0) | (gap >= tokens.last) | (tokens.size[np.minimum(gap, tokens.last)] > 0)
     if bad.any():
         row = int(bad.argmax())
-        what = "empty item id" if counts[row] == 0 else "no ',,' between items and labels"
-        raise tokens.error(row, f"{what}; expected 'id,id,...,id,,label', or labels=False for a file without labels")
+        got = "an empty item id" if counts[row] == 0 else "no ',,' between items and labels"
+        raise tokens.error(row, f"got {got}; expected 'id,id,...,id,,label'")
     return counts
 
 
 def _labels(tokens: _Tokens, counts: Ints, values: Ints, empty_labels: str) -> tuple[Ints, Ints]:
-    """Row and value of every label of the lines."""
+    """Row and value of each label."""
     begin = tokens.first + np.maximum(counts, 1) + 1
     many = tokens.last - begin + 1
     rows = np.repeat(np.arange(len(begin)), many)
@@ -254,25 +250,25 @@ def _labels(tokens: _Tokens, counts: Ints, values: Ints, empty_labels: str) -> t
     empty = tokens.size[fields] == 0
     if empty.any():
         if empty_labels == "error":
-            raise tokens.error(int(rows[empty.argmax()]), "empty label after ',,' (empty_labels='skip' ignores it)")
+            raise tokens.error(int(rows[empty.argmax()]), "got an empty label after ',,'")
         rows, fields = rows[~empty], fields[~empty]
     return rows, values[fields]
 
 
-def _foreign_byte(path: Path, text: bytes, at: int, first_line: int) -> DataError:
+def _unexpected_byte(path: Path, text: bytes, at: int, first_line: int) -> DataError:
     line = first_line + text.count(b"\n", 0, at)
     byte = text[at : at + 1]
     if byte == b"\0":
-        return DataError(path, "NUL byte; expected digits and commas", line)
+        return DataError(path, "got a NUL byte; expected digits and commas", line)
     if byte == b"\r":
-        return DataError(path, "carriage return inside a line; expected lines ending in LF or CRLF", line)
+        return DataError(path, "got a carriage return inside a line; expected lines ending in LF or CRLF", line)
     begin = max(text.rfind(b",", 0, at), text.rfind(b"\n", 0, at)) + 1
     ends = [end for end in (text.find(b",", at), text.find(b"\n", at)) if end >= 0]
     got = text[begin : min(ends)].decode("utf-8", "backslashreplace")
     header = " (a header line?)" if line == 1 and byte.isalpha() else ""
     return DataError(
         path,
-        f"got id {_shorten(got)}{header}; expected a whole number of digits only; other ids are read from Parquet",
+        f"got id {_shorten(got)}{header}; expected a whole number (Parquet files may have ids of text)",
         line,
     )
 

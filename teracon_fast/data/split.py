@@ -1,4 +1,4 @@
-"""Train, validation and test parts of a task's samples."""
+"""Training, validation and test samples of a task."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Sample indices (rows of `TaskData.samples`) of the three parts: int64, ascending, disjoint, together all samples."""
+    """Sample indices (rows of `TaskData.samples`) of the three parts: int64, ascending, a partition of all samples."""
 
     train: Indices
     valid: Indices
@@ -34,20 +34,19 @@ def split_task(
 
     Args:
         task: the task.
-        by: "sample" shuffles samples (the published program; two samples of one user may fall on both sides). "user" keeps all
-            samples of a user (`TaskData.groups`) on one side, the same side in every task: it depends on the seed and the user's
-            id only. So the parts of one task are near the given fractions, not at them; only where a task of few users would
-            leave a part empty does the user nearest to it change sides.
-        seed: non-negative. The same seed gives the same split, on any machine.
-        fractions: shares of train, validation and test; they sum to 1. Counts of samples are rounded like the published
-            program's: held = int((valid + test) n), of which int(held test / (valid + test)) are test; train gets the rest. A
-            part with a positive share gets at least one sample (or user).
+        by: "sample" shuffles samples, as the published program does; a user's samples may fall into several parts. "user" keeps
+            all samples of a user (`TaskData.groups`) in one part, the same in every task, chosen by the seed and the user's id
+            alone. The parts of a task then only approximate the fractions; if one would be empty, the nearest user moves to it.
+        seed: non-negative. The same seed gives the same split on any machine.
+        fractions: shares of train, validation and test, which sum to 1. Sample counts are rounded as in the published program:
+            held = int((valid + test) n), of which int(held test / (valid + test)) are test; train gets the rest. A part with a
+            positive share gets at least one sample (or user).
 
     Raises:
-        ConfigError: another `by`, a negative seed, fractions negative or not summing to 1, fewer samples (users) than parts.
+        ConfigError: unknown `by`, negative seed, fractions negative or not summing to 1, fewer samples (users) than parts.
     """
     if by not in ("sample", "user"):
-        raise ConfigError(f"got by={by!r}; expected 'sample' or 'user'")
+        raise ConfigError(f"split: got {by!r}; expected 'sample' or 'user'")
     if seed < 0:
         raise ConfigError(f"got seed {seed}; expected a non-negative integer")
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
@@ -57,9 +56,9 @@ def split_task(
         parts = np.split(order, _cuts(len(order), fractions, "samples", task.name))
     else:
         groups, group_of = np.unique(task.groups[task.samples[:, 0]], return_inverse=True)
-        place = _place(groups, seed)
-        order = np.argsort(place, kind="stable")
-        wanted = np.searchsorted(place[order], [fractions[0], 1.0 - fractions[2]])
+        points = _uniform_hash(groups, seed)
+        order = np.argsort(points, kind="stable")
+        wanted = np.searchsorted(points[order], [fractions[0], 1.0 - fractions[2]])
         rank = np.empty(len(groups), dtype=np.int64)
         rank[order] = np.arange(len(groups))
         cuts = _at_least_one(int(wanted[0]), int(wanted[1]), len(groups), fractions, "users", task.name)
@@ -70,13 +69,13 @@ def split_task(
 
 
 def check_tasks(dataset: TaskSequence, splits: Sequence[Split]) -> None:
-    """Refuse a task sequence that could not be trained to its end, before anything is trained.
+    """Check a task sequence before training.
 
     Raises:
-        ConfigError: names the task and what is wrong with it.
+        ConfigError: sequences too short, a task of the wrong kind, or an empty part of a split; names the task.
     """
     if dataset.length < 2:
-        raise ConfigError(f"{dataset.path}: sequences have length {dataset.length}, expected at least 2")
+        raise ConfigError(f"{dataset.path}: got sequences of length {dataset.length}, expected at least 2")
     for number, (data, split) in enumerate(zip(dataset.tasks, splits, strict=False), 1):
         where, kind = f"{dataset.path}, task {number} ({data.name})", "next_item" if number == 1 else "label"
         if data.kind != kind:
@@ -87,9 +86,9 @@ def check_tasks(dataset: TaskSequence, splits: Sequence[Split]) -> None:
 
 
 def _cuts(n: int, fractions: tuple[float, float, float], what: str, name: str) -> tuple[int, int]:
-    """Where validation begins, and where test begins."""
+    """Start of validation and start of test."""
     held_share = fractions[1] + fractions[2]
-    # The small term undoes rounding of the shares: 0.15 / 0.2 is 0.7499... in floating point.
+    # 1e-9 undoes the rounding of the shares: 0.15 / 0.2 is 0.7499... in floating point.
     held = int(held_share * n + 1e-9)
     test = int(held * fractions[2] / held_share + 1e-9) if held_share else 0
     return _at_least_one(n - held, n - test, n, fractions, what, name)
@@ -98,16 +97,16 @@ def _cuts(n: int, fractions: tuple[float, float, float], what: str, name: str) -
 def _at_least_one(
     valid: int, test: int, n: int, fractions: tuple[float, float, float], what: str, name: str
 ) -> tuple[int, int]:
-    """The starts of validation and test, moved as little as gives every part with a positive share something."""
+    """The starts of validation and test, moved no further than gives each part with a positive share something."""
     wanted = [int(fraction > 0) for fraction in fractions]
     if n < sum(wanted):
-        raise ConfigError(f"task {name!r} has {n} {what}; expected at least {sum(wanted)} to split by {fractions}")
+        raise ConfigError(f"task {name!r}: got {n} {what}, expected at least {sum(wanted)} to split by {fractions}")
     valid = min(max(valid, wanted[0]), n - wanted[1] - wanted[2])
     return valid, min(max(test, valid + wanted[1]), n - wanted[2])
 
 
-def _place(groups: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.float64]:
-    """A number in [0, 1) for each group id: SplitMix64, the stream chosen by the seed (Steele, Lea and Flood 2014)."""
+def _uniform_hash(groups: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each id: SplitMix64 with its stream chosen by the seed (Steele, Lea and Flood 2014)."""
     start = np.random.Generator(np.random.PCG64(seed)).integers(0, 2**64, dtype=np.uint64)
     z = groups.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -2,7 +2,7 @@
 
     DATA/
       dataset.json      format_version, name, length L, num_items V (with the pad), tasks, source
-      items.parquet     id (string), index (int64); row 0 is the pad "0"
+      items.parquet     id (string), index (int64); index 0 is the pad "0"
       task1/            sequences.npy int32 [N, L], left-padded with 0    lengths.npy int32 [N] (L minus the leading zeros)
                         groups.npy int64 [N] (user ids)                   samples.npy int32 [S, 2] (row, label)
       task2/ ...        the same, and labels.parquet
@@ -41,24 +41,22 @@ from teracon_fast.data.task_files import Duplicates, TaskFiles, Unseen
 from teracon_fast.errors import ConfigError, DataError
 from teracon_fast.files import atomic_write
 
-__all__ = ["DatasetWriter", "Duplicates", "Kind", "TaskData", "TaskMeta", "TaskSequence", "Unseen", "open_dataset"]
-
 _log = logging.getLogger("teracon_fast.data")
 
 
 @dataclass(frozen=True)
 class Known:
-    """Dictionaries of an earlier data set: its items, and by the name of each task its labels."""
+    """Dictionaries of an earlier data set: items, and labels by task name."""
 
     items: Dictionary | None = None
     labels: Mapping[str, Dictionary] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> Known:
-        """Those of a prepared folder or a run folder.
+        """Read the dictionaries of a prepared folder or a run folder.
 
         Raises:
-            DataError: neither of them, or a dictionary is missing or damaged.
+            DataError: neither of the two, or a dictionary is missing or damaged.
         """
         path = Path(path)
         tasks = enumerate(read_about(path).tasks, 1)
@@ -71,51 +69,65 @@ class Known:
 
 
 def _with_buckets(known: Dictionary | None, min_count: int, buckets: int | None) -> Dictionary | None:
-    """The item dictionary that task 1 extends: pad and buckets, where it is not given."""
+    """The item dictionary that task 1 extends: `known`, or one of the pad and buckets."""
     if min_count < 1 or (buckets is not None and buckets < 0):
-        raise ConfigError(f"got min_count {min_count}, buckets {buckets}; expected at least 1 and at least 0")
+        raise ConfigError(f"--min-count {min_count}, --buckets {buckets}: expected at least 1 and at least 0")
     there = 0 if known is None else known.buckets
     wanted = there if buckets is None else buckets
     if known is not None and wanted != there:
-        raise ConfigError(f"got {wanted} buckets; expected the {there} of the data set that is extended")
+        raise ConfigError(f"--buckets {wanted}: expected the {there} of the data set that is extended")
     if min_count > 1 and not wanted:
-        raise ConfigError(f"got min_count {min_count} and no buckets; expected buckets for the rarer items")
+        raise ConfigError(f"--min-count {min_count} without --buckets: expected buckets for the rarer items")
     if known is None and wanted:
         if min_count == 1:
-            raise ConfigError(f"got {wanted} buckets and min_count 1: nothing would train them; expected min_count above 1")
+            raise ConfigError(f"--buckets {wanted} without --min-count above 1: no item would train them")
         return Dictionary([PAD, *bucket_names(wanted)])
     return known
 
 
+def check_output(output: Path, overwrite: bool) -> None:
+    """Check that a data set may be written to `output`.
+
+    Raises:
+        DataError: `output` exists, and `overwrite` is False or it is not a prepared data set.
+    """
+    if not output.exists():
+        return
+    if not overwrite:
+        raise DataError(output, "already exists; expected a new folder, or --overwrite")
+    if not (output / "dataset.json").is_file():
+        raise DataError(output, "not a prepared data set, so not overwritten; expected a new folder")
+
+
 class DatasetWriter:
-    """Writes a prepared folder. Everything goes to a hidden temporary folder beside `path`, which gets the name `path` when the
-    context ends without an error. After an error or a kill `path` is as it was (a killed process leaves the hidden folder).
+    """Writes a prepared folder atomically: to a hidden temporary folder beside `path`, renamed to `path` when the context ends
+    without an error. A killed process leaves the hidden folder behind and `path` untouched.
 
         with DatasetWriter("data/ml", name="ml-1m", length=30) as writer:
             writer.add_task("watch", "next_item", sequences, groups=users)                  # raw ids [N, 30]
-            writer.add_task("age", "label", sequences, labels=ages, groups=users)           # one label a row
-            writer.add_task("like", "label", sequences, labels=(rows, items), groups=users) # any number of labels a row
+            writer.add_task("age", "label", sequences, labels=ages, groups=users)           # one label per row
+            writer.add_task("like", "label", sequences, labels=(rows, items), groups=users) # any number of labels per row
             writer.add_task("click", "label", read_sequences_csv("click.csv", labels=True)) # streamed, block by block
 
-    Ids given to the writer are RAW ids (integers, or strings); the writer makes the dictionaries. Task 1 defines the item
-    dictionary (all its ids, ascending, 0 stays the pad); later tasks must use its ids. Every task has its own label dictionary.
+    The writer takes raw ids (integers or strings) and makes the dictionaries. Task 1 defines the item dictionary (all its ids,
+    ascending, 0 is the pad); later tasks must use its ids. Every task has its own label dictionary.
 
     Args:
-        path: folder to make. Its parent is created when missing.
+        path: folder to create, with its parents.
         name: name of the data set.
         length: L, the number of columns of every task's sequences; None takes it from the first block of the first task.
-        source: where the data came from, kept in dataset.json; must be JSON-serialisable.
-        items: an existing item dictionary (for instance the published program's); then task 1 is also held to it.
+        source: origin of the data, recorded in dataset.json; must be JSON-serialisable.
+        items: an existing item dictionary (such as the published program's), which task 1 must use too.
         extend: a prepared folder or a run folder. Its items, and the labels of its tasks (by name), keep their indices, whether
-            or not they occur; new ones follow them, ascending.
-        min_count: items that occur less often than this in task 1 get no index of their own but share buckets.
-        buckets: number of buckets, indices 1 to `buckets`; an item's bucket follows from its raw id (`bucket_number`). Later
-            tasks' items that task 1 does not have go to their buckets too, whatever `unseen` says. None: those of `extend`.
-        overwrite: replace an existing folder at `path`, which must be a prepared data set; otherwise it is refused.
+            or not they occur; new ones follow in ascending order.
+        min_count: items that occur less often in task 1 get no index of their own but share buckets.
+        buckets: number of buckets, indices 1 to `buckets`; the raw id of an item decides its bucket (`bucket_number`). Items of
+            later tasks that task 1 lacks go to buckets too, whatever `unseen` is. None: the buckets of `extend`.
+        overwrite: replace an existing prepared folder at `path`.
 
     Raises:
-        DataError: on bad data, see `add_task`; at the end, when no task was added.
-        ConfigError: min_count without buckets or buckets without min_count, or other buckets than those of `extend`.
+        DataError: bad data, see `add_task`; no task was added; `path` exists and may not be replaced.
+        ConfigError: `min_count` without buckets or the reverse, or other buckets than those of `extend`.
     """
 
     def __init__(
@@ -137,7 +149,7 @@ class DatasetWriter:
         self.source: dict[str, Any] = dict(source or {})
         self.items = items
         if items is not None and (extend is not None or min_count > 1 or buckets):
-            raise ConfigError("got an item dictionary and extend, min_count or buckets; expected either")
+            raise ConfigError("got an item dictionary and options that make another (extend, min_count, buckets)")
         self._known = Known() if extend is None else Known.read(extend)
         if extend is not None:
             self.source["extends"] = str(extend)
@@ -145,11 +157,7 @@ class DatasetWriter:
         self._min_count = min_count
         self.tasks: list[TaskMeta] = []
         self._overwrite = overwrite
-        if self.path.exists():
-            if not overwrite:
-                raise DataError(self.path, "exists already; expected a new folder, or overwrite=True")
-            if not (self.path / "dataset.json").is_file():
-                raise DataError(self.path, "exists and is not a prepared data set: not overwritten")
+        check_output(self.path, overwrite)
         json.dumps(self.source)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".tmp"))
@@ -184,39 +192,39 @@ class DatasetWriter:
 
         Args:
             name: name of the task, unique in the data set.
-            kind: "next_item" for the first task and only for it (takes no labels), "label" for the others.
-            sequences: RAW item ids [N, L], left-padded with 0 (`pad_left` makes that from ragged lists), oldest first: one array
-                of integers (or strings), or an iterable of such arrays [n, L] or of `Block`s (which may carry labels and groups).
-            labels: raw labels (integers or strings): [N], one a row, or a pair (rows [S] integer row numbers counted over the
-                whole task, values [S]). None when blocks carry them.
-            groups: [N] integers, the user of each row: the split by user keeps a user's rows on one side. Use the same ids in all
-                tasks. None: what the blocks carry, else every row is its own user.
-            unseen: an item id that task 1 does not have: "error" refuses it, "pad" puts the pad in its place, "drop" takes it out
-                of its row and shifts the older items right.
-            duplicates: a label given twice to one row: "keep" both as samples (the published program does), "drop", or "error".
+            kind: "next_item" (without labels) for the first task, "label" for all others.
+            sequences: raw item ids [N, L], oldest first, left-padded with 0 (`pad_left` pads ragged lists): one array of integers
+                or strings, or an iterable of such arrays [n, L] or of `Block`s (which may carry labels and groups).
+            labels: raw labels (integers or strings): [N], one per row, or a pair (rows [S], integer rows of the whole task, and
+                values [S]). None if the blocks carry them.
+            groups: [N] integers, the user of each row, for the split by user; the same ids in all tasks. None: those of the
+                blocks, else each row is its own user.
+            unseen: an item id that task 1 does not have: "error" refuses it, "pad" replaces it by the pad, "drop" removes it
+                and shifts the older items right.
+            duplicates: a label given twice to a row: "keep" both as samples (as the published program does), "drop" or "error".
 
         Returns:
-            what is recorded of the task.
+            The record of the task in dataset.json.
 
         Raises:
-            DataError: naming file and line (or row): sequences not 2-D or not L wide, ids that are neither integers nor
+            DataError: names file and line (or row): sequences not 2-D or not L wide, ids that are neither integers nor
                 strings, an unseen item, a label for a row that does not exist, no labels, no rows.
         """
         number = len(self.tasks) + 1
         if (kind == "next_item") != (number == 1):
             raise DataError(
-                self.path, f"task {number} {name!r} is {kind!r}; expected 'next_item' for task 1, 'label' after it"
+                self.path, f"task {number} ({name}): got kind {kind!r}; expected 'next_item' for task 1, 'label' for the others"
             )
         if name in (task.name for task in self.tasks):
-            raise DataError(self.path, f"two tasks are named {name!r}; expected different names")
+            raise DataError(self.path, f"got two tasks named {name!r}; expected distinct names")
         if kind == "next_item" and labels is not None:
             raise DataError(
-                self.path, f"task {name!r} is 'next_item' but got labels; its label is the last item of each row"
+                self.path, f"task {number} ({name}): got labels; expected none, since the last item of each row is the label"
             )
         if unseen not in ("error", "pad", "drop"):
-            raise DataError(self.path, f"got unseen={unseen!r}; expected 'error', 'pad' or 'drop'")
+            raise DataError(self.path, f"unseen items: got {unseen!r}; expected 'error', 'pad' or 'drop'")
         if duplicates not in ("keep", "drop", "error"):
-            raise DataError(self.path, f"got duplicates={duplicates!r}; expected 'keep', 'drop' or 'error'")
+            raise DataError(self.path, f"duplicate labels: got {duplicates!r}; expected 'keep', 'drop' or 'error'")
         task = TaskFiles(
             self._folder / f"task{number}", kind, self.length, self.items, unseen, duplicates,
             known_items=self._known_items, known_labels=self._known.labels.get(name), min_count=self._min_count,
@@ -232,9 +240,9 @@ class DatasetWriter:
         return meta
 
     def close(self) -> None:
-        """Write the dictionary and dataset.json, and give the folder its name."""
+        """Write the item dictionary and dataset.json, and rename the folder."""
         if not self.tasks or self.items is None:
-            raise DataError(self.path, "no task was added")
+            raise DataError(self.path, "got no tasks; expected at least one")
         self.items.save(self._folder / "items.parquet")
         about = {
             "format_version": FORMAT_VERSION,
@@ -257,7 +265,7 @@ class DatasetWriter:
             shutil.rmtree(old)
 
     def abort(self) -> None:
-        """Remove what was written."""
+        """Delete what was written."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -287,7 +295,7 @@ class TaskData:
     names: tuple[str, ...] = ()
 
     def label_ids(self) -> npt.NDArray[np.object_]:
-        """[C] raw label of every index (raw item ids for a next_item task), of type str."""
+        """[C] str: the raw label of each index (raw item ids for a next_item task)."""
         if self.kind == "next_item":
             return Dictionary.load(self.path.parent / "items.parquet").ids
         if self.names:
@@ -304,8 +312,8 @@ class TaskSequence:
         length: L.
         num_items: V, with the pad.
         tasks: in order of training.
-        metas: what dataset.json records of each task, with the notes.
-        source: where the data came from.
+        metas: the records of the tasks in dataset.json.
+        source: origin of the data.
     """
 
     path: Path
@@ -317,11 +325,11 @@ class TaskSequence:
     source: dict[str, Any]
 
     def item_ids(self) -> npt.NDArray[np.object_]:
-        """[V] raw id of every item index, of type str; index 0 is the pad "0"."""
+        """[V] str: the raw id of each item index; index 0 is the pad "0"."""
         return self.item_dictionary().ids
 
     def item_dictionary(self) -> Dictionary:
-        """The item dictionary, for encoding raw ids."""
+        """The item dictionary, which encodes raw ids."""
         return Dictionary.load(self.path / "items.parquet")
 
 
@@ -330,12 +338,12 @@ def open_dataset(path: str | Path, validate: bool = True) -> TaskSequence:
 
     Args:
         path: the folder.
-        validate: also read all arrays once and check every value: items in [0, V), labels in [0, C), rows of samples in [0, N),
-            lengths equal to L minus the leading zeros, dictionaries of the recorded sizes.
+        validate: also check every value: items in [0, V), labels in [0, C), rows of samples in [0, N), lengths equal to L minus
+            the leading zeros.
 
     Raises:
-        DataError: naming the file: no prepared data set, another format version, missing, truncated or foreign files,
-            shapes, dtypes or values that do not fit.
+        DataError: names the file: not a prepared data set, another format version, missing or truncated files, wrong shapes,
+            dtypes, values or sizes of dictionaries.
     """
     path = Path(path)
     about = read_about(path)
@@ -346,7 +354,7 @@ def open_dataset(path: str | Path, validate: bool = True) -> TaskSequence:
         if meta.kind == "label":
             check_dictionary(folder / "labels.parquet", meta.num_labels)
         elif meta.num_labels != about.num_items:
-            reason = f"task 1 has num_labels {meta.num_labels}; expected num_items {about.num_items}"
+            reason = f"task 1: got {meta.num_labels} labels; expected {about.num_items}, one per item"
             raise DataError(path / "dataset.json", reason)
         tasks.append(
             TaskData(

@@ -1,4 +1,4 @@
-"""Writing the arrays of one task block by block; the ids are numbered at the end, when all of them are known."""
+"""Writing the arrays of one task block by block; ids are numbered at the end, once all are known."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Duplicates: TypeAlias = Literal["keep", "drop", "error"]
 
 
 class TaskFiles:
-    """The arrays of one task while they are written.
+    """The arrays of one task, being written.
 
     Args:
-        folder: folder of the task, made here.
+        folder: folder of the task, created here.
         kind, unseen, duplicates: see `DatasetWriter.add_task`.
         length: L; None takes it from the first block.
-        items: the item dictionary; None makes it from this task (then `items` is set by `finish`).
-        known_items: a dictionary that the new one extends. min_count: see `DictionaryBuilder`.
-        known_labels: the same of the labels.
+        items: the item dictionary; None builds it from this task, and `finish` sets `items`.
+        known_items, known_labels: dictionaries that the new ones extend.
+        min_count: see `DictionaryBuilder`.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class TaskFiles:
         self.lengths.append(lengths)
         groups = np.arange(self.rows, self.rows + rows) if block.groups is None else np.asarray(block.groups)
         if groups.shape != (rows,) or groups.dtype.kind not in "iu":
-            raise block.error(0, f"got groups {groups.dtype}{groups.shape}; expected {rows} integers")
+            raise block.error(0, f"got groups {groups.dtype} {groups.shape}; expected {rows} integers")
         self.groups.append(groups)
         if self.kind == "label":
             self._add_labels(block)
@@ -85,7 +85,7 @@ class TaskFiles:
             self.samples.append(last.astype(np.int32))
         self.rows += rows
         if self.rows > np.iinfo(np.int32).max:
-            raise block.error(rows - 1, f"more than {np.iinfo(np.int32).max} rows")
+            raise block.error(rows - 1, f"got more than {np.iinfo(np.int32).max} rows")
 
     def _encode_items(self, block: Block) -> npt.NDArray[np.int32]:
         try:
@@ -105,18 +105,18 @@ class TaskFiles:
         if self.unseen == "error":
             row, column = np.argwhere(missing)[0]
             got = str(block.items[row, column])
-            expected = f"one of its {len(self.items)} ids (task 1 defines them), or unseen='pad' or 'drop'"
-            raise block.error(int(row), f"item {got!r} is not in the item dictionary; expected {expected}")
+            expected = f"one of its {len(self.items)} ids; --unseen pad or drop accepts others"
+            raise block.error(int(row), f"got item {got!r}, which task 1 does not have; expected {expected}")
         self.counts["unseen"] += int(missing.sum())
         codes[missing] = 0
         if self.unseen == "drop":
-            # Stable sort by "kept": the dropped places come first, as pads, and the rest keep their order.
+            # A stable sort moves dropped items to the front, as pads, and keeps the order of the others.
             codes = np.take_along_axis(codes, np.argsort(~missing, axis=1, kind="stable"), axis=1)
         return codes
 
     def _add_labels(self, block: Block) -> None:
         if block.label_rows is None or block.label_values is None:
-            raise block.error(0, "no labels; expected at least one label a row for a task of kind 'label'")
+            raise block.error(0, "got no labels; expected at least one per row in a task of kind 'label'")
         try:
             codes = self.label_builder.add(np.asarray(block.label_values))
         except TypeError as error:
@@ -124,7 +124,7 @@ class TaskFiles:
         rows = np.asarray(block.label_rows)
         if rows.shape != codes.shape or (len(rows) and not 0 <= rows.min() <= rows.max() < len(block.items)):
             raise block.error(
-                0, f"got {rows.shape} label rows and {codes.shape} labels; expected one row of the block per label"
+                0, f"got {rows.shape} label rows and {codes.shape} labels; expected a row of the block for each label"
             )
         pairs = np.stack([rows + self.rows, codes], axis=1).astype(np.int32)
         if len(rows) and not (np.diff(rows) > 0).all():
@@ -140,15 +140,15 @@ class TaskFiles:
             again = int(np.setdiff1d(np.arange(len(pairs)), first)[0])
             assert block.label_values is not None
             raise block.error(
-                int(pairs[again, 0]) - self.rows, f"label {str(block.label_values[again])!r} occurs twice"
+                int(pairs[again, 0]) - self.rows, f"got label {str(block.label_values[again])!r} twice"
             )
         self.counts["repeated"] += repeated
         return pairs if self.duplicates == "keep" else pairs[np.sort(first)]
 
     def finish(self, name: str) -> TaskMeta:
-        """Number the ids, write the samples and dictionaries, close the files."""
+        """Number the ids, write samples and label dictionary, close the files."""
         if self.sequences is None:
-            raise DataError(self.folder, f"task {name!r} has no rows")
+            raise DataError(self.folder, f"task {name!r}: got no rows")
         index_of_item: npt.NDArray[np.int32] | None = None
         if self.new_items is not None:
             self.items, index_of_item = self.new_items.finish()
@@ -164,7 +164,7 @@ class TaskFiles:
             num_labels = len(self.items)
         else:
             if not len(samples):
-                raise DataError(self.folder, f"task {name!r} has no labels")
+                raise DataError(self.folder, f"task {name!r}: got no labels")
             labels, index_of_label = self.label_builder.finish()
             samples[:, 1] = index_of_label[samples[:, 1]]
             num_labels = len(labels)
@@ -175,16 +175,16 @@ class TaskFiles:
         return TaskMeta(name, self.kind, self.rows, len(samples), num_labels, self._notes())
 
     def _notes(self) -> list[str]:
-        places = 0 if self.new_items is None else self.new_items.rare[1]
+        occurrences = 0 if self.new_items is None else self.new_items.rare[1]
         unseen = {"pad": "replaced by the pad", "drop": "dropped"}.get(self.unseen, "")
         repeated = {"keep": "kept as samples", "drop": "dropped"}.get(self.duplicates, "")
         words = {
-            "empty": "rows hold only pads",
-            "inner": "rows hold the pad 0 after their first item; it is embedded like any item",
-            "ending": "rows end with the pad 0; sequences must be padded on the left, newest item last",
-            "bucket": "places hold an item without an index of its own, which became its bucket",
-            "rare": f"rare items share the buckets (in {places} places)",
+            "empty": "rows have only pads",
+            "inner": "rows have the pad 0 after their first item; it is embedded like any item",
+            "ending": "rows end with the pad 0; sequences should be padded on the left, newest item last",
+            "bucket": "items without an index of their own were replaced by their buckets",
+            "rare": f"rare items share the buckets ({occurrences} occurrences)",
             "unseen": f"items that task 1 does not have were {unseen}",
-            "repeated": f"labels given twice to one row were {repeated}",
+            "repeated": f"labels given twice to a row were {repeated}",
         }
         return [f"{count} {words[what]}" for what, count in self.counts.items() if count]

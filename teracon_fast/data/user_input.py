@@ -1,4 +1,4 @@
-"""Users to run a trained model on: CSV, Parquet or a prepared folder, in blocks, with columns that say who each row is."""
+"""Input of a trained model: users from CSV, Parquet or a prepared folder, in blocks, with key columns that identify each row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ITEM_COLUMNS = ("items", "sequence", "item_ids", "history")
 
 @dataclass(frozen=True)
 class InputBlock:
-    """Consecutive users: `x` int32 `[n, L]` item indices of the run, and one Arrow array of n values a key column."""
+    """Consecutive users: `x` int32 `[n, L]`, item indices of the run, and an Arrow array of n values for each key column."""
 
     x: NDArray[np.int32]
     keys: list[Any]
@@ -31,8 +31,8 @@ class InputBlock:
 
 @dataclass(frozen=True)
 class _Found:
-    """Rows as they were read: `codes` int32 `[n, m]`, below 0 where an item is unseen (-1 - b for one that goes to index b);
-    `raw(row, column)` names an item; row r comes from line or row `first_line + r`."""
+    """Rows as read: `codes` int32 `[n, m]`, negative for unseen items (-1 - b if mapped to index b); `raw(row, column)` is the
+    raw id of an item; row r is line or row `first_line + r` of its source."""
 
     codes: NDArray[np.int32]
     keys: list[Any]
@@ -46,22 +46,22 @@ class Inputs:
     Args:
         path: .csv or .txt file (`id,id,...` a line; labels after `,,` are ignored), .parquet file, or prepared folder.
         items: item dictionary of the run.
-        length: L of the run. Shorter rows are padded on the left, longer ones keep their most recent items.
-        unseen: an item that the run has not seen is refused ("error"), becomes the pad 0 in its place ("pad"), is taken out and
-            the sequence closed up ("drop"), or becomes the bucket that a hash of its raw id names ("bucket", of a run whose
-            data were prepared with buckets); only the L most recent items count.
-        task: of a prepared folder, whose sequences to read (from 1).
+        length: L of the run. Shorter rows are padded on the left, longer ones truncated to their most recent items.
+        unseen: an item that the run has not seen is refused ("error"), replaced by the pad 0 ("pad"), removed ("drop"), or
+            replaced by its bucket, a hash of its raw id ("bucket", for data prepared with buckets). Only the L most recent
+            items count.
+        task: of a prepared folder: the task whose sequences to read, from 1.
         user_column: of a Parquet file; None: the first of USER_COLUMNS that it has, if any.
         items_column: of a Parquet file, a list column; None: the first of ITEM_COLUMNS that it has.
 
     Attributes:
-        unseen_places: how many such items the blocks read so far held. unseen_users: in the sequences of how many users.
+        unseen_items: number of unseen items in the blocks read so far. unseen_users: number of users with such items.
 
     Key columns: `line` (CSV, from 1); the user column, else `row` (Parquet, from 0); `row` and `group` (prepared folder).
 
     Raises:
-        ConfigError: the kind of file is not known, or there are no buckets. DataError: file missing, columns missing or of
-            another type.
+        ConfigError: unknown kind of file, no such task, or no buckets. DataError: file missing, columns missing or of the
+            wrong type.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Inputs:
         items_column: str | None = None,
     ) -> None:
         self.path, self.length, self.unseen = Path(path), length, unseen
-        self.unseen_places = self.unseen_users = 0
+        self.unseen_items = self.unseen_users = 0
         check_unseen(unseen, items)
         if not self.path.exists():
             raise DataError(self.path, "no such file or folder")
@@ -88,68 +88,68 @@ class Inputs:
         elif self.path.suffix in (".csv", ".txt"):
             self._source = _Csv(self.path, encode, length)
         else:
-            raise ConfigError(f"input: got {str(path)!r}, expected a .csv, .txt or .parquet file or a prepared folder")
+            raise ConfigError(f"input: got {str(path)!r}; expected a .csv, .txt or .parquet file or a prepared folder")
 
     def keys(self) -> list[tuple[str, Any]]:
         """Name and Arrow type of each key column."""
         return self._source.keys()
 
     def total(self) -> int:
-        """Number of users (a CSV is read once to count its lines)."""
+        """Number of users (of a CSV: of lines, counted by reading it)."""
         return self._source.total()
 
     def blocks(self, size: int) -> Iterator[InputBlock]:
-        """The users, at most `size` at a time, in the order of the file.
+        """The users in the order of the file, at most `size` at a time.
 
         Raises:
-            DataError: a malformed row or an unseen item, naming file and line (CSV, from 1) or row (others, from 0).
+            DataError: a malformed row or an unseen item; names file and line (CSV, from 1) or row (others, from 0).
         """
         for found in self._source.blocks(size):
             yield InputBlock(self._fitted(found), found.keys)
 
     def _fitted(self, found: _Found) -> NDArray[np.int32]:
         codes = found.codes[:, max(0, found.codes.shape[1] - self.length) :]
-        strange = codes < 0
-        self.unseen_places += int(strange.sum())
-        self.unseen_users += int(strange.any(1).sum())
-        if strange.any() and self.unseen == "error":
-            row, column = (int(part[0]) for part in np.nonzero(strange))
+        missing = codes < 0
+        self.unseen_items += int(missing.sum())
+        self.unseen_users += int(missing.any(1).sum())
+        if missing.any() and self.unseen == "error":
+            row, column = (int(part[0]) for part in np.nonzero(missing))
             item = found.raw(row, column + found.codes.shape[1] - codes.shape[1])
-            reason = f"item {str(item)!r} is not in the run's item dictionary; --unseen pad, drop or bucket accepts it"
+            reason = f"got item {str(item)!r}, which the run has not seen; --unseen pad, drop or bucket accepts it"
             raise DataError(self.path, reason, found.first_line + row)
         return fit(codes, self.unseen, self.length)
 
 
 def check_unseen(unseen: Unseen, items: Dictionary) -> None:
-    """Refuse a policy that is none, or that the item dictionary of a run does not allow.
+    """Check a policy for unseen items.
 
     Raises:
-        ConfigError: see above.
+        ConfigError: unknown policy, or "bucket" without buckets in the item dictionary.
     """
     if unseen not in UNSEEN:
-        raise ConfigError(f"unseen: got {unseen!r}, expected one of {', '.join(UNSEEN)}")
+        raise ConfigError(f"--unseen: got {unseen!r}; expected one of {', '.join(UNSEEN)}")
     if unseen == "bucket" and not items.buckets:
         raise ConfigError(
-            "unseen: got 'bucket', but the run's item dictionary has no buckets, expected error, pad or drop; data prepared "
-            "with `teracon prepare ... --min-count M --buckets K` have buckets"
+            "--unseen: got 'bucket', but the run has no buckets; expected error, pad or drop, or data prepared with "
+            "--min-count and --buckets"
         )
 
 
 def encode_items(items: Dictionary, unseen: Unseen, values: NDArray[Any]) -> NDArray[np.int32]:
-    """Item indices of raw ids, int32 of their shape; for an unseen one `-1 - b`, b being its bucket ("bucket") or 0."""
+    """Item indices of raw ids, int32 of their shape; for an unseen one `-1 - b` with b its bucket ("bucket") or 0."""
     codes = items.encode(values)
-    strange = codes < 0
-    if unseen == "bucket" and strange.any():
-        codes[strange] = -1 - items.bucket_of(values[strange])
+    missing = codes < 0
+    if unseen == "bucket" and missing.any():
+        codes[missing] = -1 - items.bucket_of(values[missing])
     return codes
 
 
 def fit(codes: NDArray[np.int32], unseen: Unseen, length: int) -> NDArray[np.int32]:
-    """int32 `[n, length]`, left-padded, of rows that `encode_items` made; unseen items become what the policy says."""
-    strange = codes < 0
-    kept = ~strange if unseen == "drop" else np.ones_like(strange)
+    """Rows of `encode_items` as int32 `[n, length]`, left-padded; unseen items are treated as the policy says."""
+    missing = codes < 0
+    kept = ~missing if unseen == "drop" else np.ones_like(missing)
     offsets = np.concatenate([[0], np.cumsum(kept.sum(1))])
-    fitted: NDArray[np.int32] = pad_left(np.where(strange, -1 - codes, codes)[kept], offsets, length)
+    fitted: NDArray[np.int32] = pad_left(np.where(missing, -1 - codes, codes)[kept], offsets, length)
     return fitted
 
 
@@ -195,7 +195,7 @@ class _Prepared:
     def __init__(self, path: Path, encode: Encode, task: int) -> None:
         dataset = open_dataset(path)
         if not 1 <= task <= len(dataset.tasks):
-            raise ConfigError(f"{path}: got task {task}, expected 1 to {len(dataset.tasks)}")
+            raise ConfigError(f"{path}: got task {task}; expected 1 to {len(dataset.tasks)}")
         self._task, self._ids = dataset.tasks[task - 1], dataset.item_ids()
         self._codes = encode(self._ids)
 
@@ -226,21 +226,21 @@ class _Parquet:
         try:
             self._file = parquet.ParquetFile(path)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(path, f"cannot be read as Parquet: {error}") from None
+            raise DataError(path, f"not readable as Parquet: {error}") from None
         schema = self._file.schema_arrow
         for named in (user, column):
             if named is not None and named not in schema.names:
-                raise DataError(path, f"has no column {named!r}; it has {', '.join(schema.names)}")
+                raise DataError(path, f"no column {named!r}; the file has {', '.join(schema.names)}")
         self._user = user or next((name for name in USER_COLUMNS if name in schema.names), None)
         found = column or next((name for name in ITEM_COLUMNS if name in schema.names), None)
         if found is None:
             expected = f"one of {', '.join(ITEM_COLUMNS)} or --items-column"
-            raise DataError(path, f"has no column of item lists; got {', '.join(schema.names)}, expected {expected}")
+            raise DataError(path, f"got columns {', '.join(schema.names)}; expected item lists in {expected}")
         self._items = found
         kind = schema.field(found).type
         lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
         if not lists or not (pa.types.is_integer(kind.value_type) or _is_text(kind.value_type)):
-            raise DataError(path, f"column {found!r} is {kind}, expected lists of integers or strings")
+            raise DataError(path, f"column {found!r}: got {kind}; expected lists of integers or strings")
 
     def keys(self) -> list[tuple[str, Any]]:
         import pyarrow as pa
@@ -262,13 +262,13 @@ class _Parquet:
             lists = lists.cast(pa.large_list(lists.type.value_type))
             if lists.null_count:
                 missing = int(np.asarray(lists.is_null()).argmax())
-                raise DataError(self._path, f"column {self._items!r}: got null, expected a list", row + missing)
+                raise DataError(self._path, f"column {self._items!r}: got null; expected a list", row + missing)
             values = lists.flatten()
             offsets = lists.offsets.to_numpy() - lists.offsets[0].as_py()
             if values.null_count:
                 at = int(np.asarray(values.is_null()).argmax())
                 line = row + int(np.searchsorted(offsets, at, side="right")) - 1
-                raise DataError(self._path, f"column {self._items!r}: got a null item, expected an id", line)
+                raise DataError(self._path, f"column {self._items!r}: got a null item; expected an id", line)
             raw = values.to_numpy(zero_copy_only=False)
             codes = pad_left(self._encode(raw), offsets, self._length)
             key = pa.array(np.arange(row, row + len(batch))) if self._user is None else batch.column(self._user)

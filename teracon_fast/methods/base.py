@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -373,6 +373,48 @@ class Method(nn.Module, ABC):
             self.requires_grad_(False)
         self.load_state_dict(dict(state))
 
+    def grown(self, num_items: int, labels: Sequence[int], generator: torch.Generator | None = None) -> Method:
+        """A copy with more items and labels, whose first rows are the old ones; between two tasks.
+
+        New rows are those of a new method of that size, all else is copied, bit by bit. One seed gives the same rows after any
+        task.
+
+        Args:
+            num_items: V of the copy.
+            labels: of each task so far; V for task 0.
+            generator: CPU generator that seeds the new rows; None draws from torch's global one.
+
+        Raises:
+            ConfigError: the method cannot grow, or there would be fewer items or labels.
+        """
+        self._check_growth(num_items, labels)
+        new = type(self)(replace(self.sizes, num_items=num_items), **self._options()).to(self.device)
+        for task, count in enumerate(labels):
+            new.start(task, count, generator)
+            new.requires_grad_(False)
+        state = new.state_dict()
+        for name, old in self.state_dict().items():
+            if name not in state or state[name].shape[1:] != old.shape[1:] or len(state[name]) < len(old):
+                raise ConfigError(f"{self.name}: {name} of shape {list(old.shape)} cannot grow by rows")
+            state[name][: len(old)] = old
+        return new
+
+    def _check_growth(self, num_items: int, labels: Sequence[int]) -> None:
+        if self.growth_refusal:
+            raise ConfigError(f"{self.name} cannot grow: {self.growth_refusal}")
+        if num_items < self.sizes.num_items:
+            raise ConfigError(f"{self.name}: got {num_items} items, expected at least {self.sizes.num_items}")
+        if len(labels) != len(self.labels) or any(new < old for new, old in zip(labels, self.labels, strict=True)):
+            raise ConfigError(f"{self.name}: got labels {list(labels)}, expected one count per task, at least {self.labels}")
+
+    def next_item_loss(self, batch: Batch) -> Tensor:
+        """Loss of task 0 with the weights and masks of inference, for fitting the rows of new items after growth.
+
+        Raises:
+            ConfigError: the method does not implement it.
+        """
+        raise ConfigError(f"{self.name}: has no next_item_loss, so rows of new items cannot be fitted")
+
     def training_state(self) -> dict[str, Any]:
         """What the next step of a task in training needs besides the state dict and what `begin_phase` makes; plain values."""
         return {"draws": self.draws.get_state()}
@@ -401,7 +443,10 @@ class Method(nn.Module, ABC):
 
     def settings(self) -> dict[str, Any]:
         """Name, sizes and options."""
-        return {"name": self.name, **asdict(self.sizes), **{name: getattr(self, name) for name in options_of(type(self))}}
+        return {"name": self.name, **asdict(self.sizes), **self._options()}
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in options_of(type(self))}
 
     # For subclasses
 

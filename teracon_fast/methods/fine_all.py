@@ -8,7 +8,7 @@ from teracon_fast.methods.single import SinMo
 
 
 class FineAll(SinMo):
-    """Task 0 trains a network; each later task begins with a copy of it, a new head, and trains all of both.
+    """Task 0 trains a network; each later task starts from a copy of it and a new head, and trains all of both.
 
     The copies are independent of each other, so nothing is forgotten: as many networks as tasks.
     """

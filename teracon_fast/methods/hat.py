@@ -11,7 +11,7 @@ from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
 from teracon_fast.methods.base import Group, Method, Option, Sizes, StepContext, group
 from teracon_fast.model.backbone import Backbone, EncodeUsers
-from teracon_fast.model.masks import plain_masks
+from teracon_fast.ops.task_masks import plain_masks
 
 Protection = Literal["strict", "as_published"]
 
@@ -133,7 +133,7 @@ class HAT(Method):
 
     @torch.no_grad()
     def after_backward(self) -> None:
-        """Compensate the embeddings' gradient for the annealing; scale the others', or remember what the step begins with."""
+        """Compensate the embeddings' gradient for the annealing; scale the others, or copy the weights before the step."""
         embedding = self.embeddings[self.task]
         if embedding.grad is not None:
             bent = torch.cosh((self._scale * embedding).clamp(-self.cosh_bound, self.cosh_bound)) + 1
@@ -159,6 +159,10 @@ class HAT(Method):
     def end_phase(self, phase: str) -> None:
         """Let go of what only training needs."""
         self._protected, self._shares, self._before = [], [], []
+
+    def next_item_loss(self, batch: Batch) -> Tensor:
+        """As `Method.next_item_loss`."""
+        return self.task_loss(0, self.backbone, batch, masks=self.masks(0, self.s_max)[:, None])
 
     @torch.no_grad()
     def encoder(self, task: int) -> EncodeUsers:

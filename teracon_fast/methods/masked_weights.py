@@ -67,6 +67,10 @@ class MaskedWeights(Method):
         """Cross-entropy of the present task."""
         return self.task_loss(self.task, self.backbone, batch, context, weights=self.step_weights())
 
+    def next_item_loss(self, batch: Batch) -> Tensor:
+        """As `Method.next_item_loss`."""
+        return self.task_loss(0, self.backbone, batch, weights=self.inference_weights(0))
+
     @torch.no_grad()
     def encoder(self, task: int) -> EncodeUsers:
         """With the task's own weights; those of the present task as they are in its phase of training."""

@@ -1,4 +1,4 @@
-"""MTL: every later task is learnt together with the first, from scratch."""
+"""MTL: every later task is learned together with the first, from scratch."""
 
 from __future__ import annotations
 

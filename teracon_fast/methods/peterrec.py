@@ -122,6 +122,10 @@ class PeterRec(Method):
         """Cross-entropy of the present task."""
         return self.task_loss(self.task, self.backbone, batch, context, convolve=self._convolution(self.task))
 
+    def next_item_loss(self, batch: Batch) -> Tensor:
+        """As `Method.next_item_loss`."""
+        return self.task_loss(0, self.backbone, batch)
+
     def encoder(self, task: int) -> EncodeUsers:
         """By the network and the task's patches."""
         self.check_task(task)

@@ -13,7 +13,7 @@ from teracon_fast.methods.masked_weights import MaskedWeights, Weights
 
 
 class Piggyback(MaskedWeights):
-    """Task 0 trains the network, which then stays. A later task trains a mask on its convolution weights, and a head.
+    """Task 0 trains the network, which is frozen from then on. A later task trains a mask on its convolution weights, and a head.
 
     Each convolution weight has a real number r; the weight counts where r is above the threshold and is zero elsewhere. The
     gradient of r is that of the binary mask (straight through). After the task only the binary masks remain, as bits.

@@ -16,7 +16,7 @@ from teracon_fast.methods.teracon_graphs import StepGraphs
 from teracon_fast.methods.teracon_loss import loss_of_states, step_states
 from teracon_fast.model.backbone import EncodeUsers
 from teracon_fast.model.fast_tcn import FastTCN
-from teracon_fast.model.masks import MaskVariant, similarity
+from teracon_fast.ops.task_masks import MaskVariant, similarity
 from teracon_fast.packing.transfers import HostCopy
 
 FIRST_RHO = 0.9  # rate of every past task in the first step of a task, before any masks have been compared
@@ -145,6 +145,16 @@ class Teracon(Method):
 
     def _start(self, task: int) -> None:
         self._rho = [FIRST_RHO] * task
+
+    def grown(self, num_items: int, labels: Sequence[int], generator: torch.Generator | None = None) -> Teracon:
+        """As `Method.grown`, by `FastTCN.grown`."""
+        self._check_growth(num_items, labels)
+        options = {name: value for name, value in self._options().items() if name != "mask"}
+        return type(self).around(self.model.grown(num_items, labels, generator), **options)
+
+    def next_item_loss(self, batch: Batch) -> Tensor:
+        """As `Method.next_item_loss`."""
+        return self.model.next_item_loss(batch.x, self.s_max, lengths=batch.lengths)
 
     def training_state(self) -> dict[str, Any]:
         """What the base keeps, and the rates of the next step."""

@@ -28,8 +28,8 @@ from teracon_fast.methods.base import Precision
 from teracon_fast.methods.teracon_loss import loss_of_states
 from teracon_fast.model.backbone import PackedPositions
 from teracon_fast.model.fast_tcn import FastTCN
-from teracon_fast.model.masks import of_tasks
 from teracon_fast.ops import backends
+from teracon_fast.ops.task_masks import of_tasks
 from teracon_fast.optim import lazy_rows
 from teracon_fast.packing import PackedBatch, Streams, transfers
 from teracon_fast.packing.buckets import sizes

@@ -41,14 +41,14 @@ def step_states(
 
 def loss_of_states(
     model: FastTCN, teacher: FastTCN, hidden: Tensor, student: Sequence[Tensor], pseudo: Sequence[Tensor], y: Tensor,
-    rho: Sequence[float] | Tensor, alpha: float, predictions: bool, factored: bool = False, valid: Tensor | None = None,
+    rho: Sequence[float] | Tensor, alpha: float, predictions: bool, low_rank: bool = False, valid: Tensor | None = None,
 ) -> tuple[Tensor, ops.CrossEntropy, Tensor]:  # fmt: skip
     """The loss of a step (Eq. 18), that of the class in it, and that of retention times alpha (or 1, where alpha is 0).
 
     Args:
         hidden: `[B, f]`, states under the current mask. y: int64 `[B]`.
         student, pseudo: for each past task the student's and the teacher's states of its users, `[n_j, f]`.
-        rho, valid, factored: as `ops.retention_mse`, the last its `factored_gradients`.
+        rho, valid, low_rank: as `ops.retention_mse`, the last its `low_rank_gradients`.
     """
     found = model.class_loss(hidden, model.num_tasks - 1, y, predictions)
     heads, its_heads = ([m.head(j) for j in range(teacher.num_tasks)] for m in (model, teacher))
@@ -56,6 +56,6 @@ def loss_of_states(
     retention = ops.retention_mse(
         student, [head.weight for head in heads], [head.bias for head in heads],
         pseudo, [head.weight for head in its_heads], [head.bias for head in its_heads],
-        rho, scale=alpha or 1.0, factored_gradients=factored, valid=valid, backend=model.backend,
+        rho, scale=alpha or 1.0, low_rank_gradients=low_rank, valid=valid, backend=model.backend,
     )  # fmt: skip
     return found.loss + retention if alpha else found.loss, found, retention

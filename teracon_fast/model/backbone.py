@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from teracon_fast import ops, packing
 from teracon_fast.errors import ConfigError, ShapeError
-from teracon_fast.model.encoder import Encoder
+from teracon_fast.model.encoder import Encoder, Precision
 from teracon_fast.ops import backends
 from teracon_fast.optim.lazy_rows import Embedding
 from teracon_fast.packing import transfers
@@ -195,9 +195,9 @@ class Backbone(nn.Module):
         self, length: int, lengths: np.ndarray, streams: Sequence[packing.Streams], every_position: bool = False,
         padded: bool = False,
     ) -> packing.PackedBatch:  # fmt: skip
-        """The tables of a pass over sequences of `length` positions, where the model is. Other arguments as `packing.pack`."""
+        """The tables of a pass over sequences of `length` positions, where the model is. Other arguments as `ops.pack`."""
         geometry = packing.geometry(length, self.dilations, self.kernel_size, every_position)
-        return packing.pack(lengths, streams, geometry, self.device, self.backend, padded)
+        return ops.pack(lengths, streams, geometry, self.device, self.backend, padded)
 
     def run(
         self, x: Tensor, requests: Sequence[tuple[Tensor | None, int]], masks: Tensor | None = None,
@@ -251,7 +251,7 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def encoder(
         self, masks: Tensor | None = None, weights: Sequence[Tensor] | None = None, convolve: Convolution | None = None,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: Precision = "fp32",
     ) -> EncodeUsers:  # fmt: skip
         """`represent` for many calls without gradient: what does not depend on the users is computed once.
 
@@ -274,7 +274,7 @@ class Backbone(nn.Module):
         if weights is not None and len(weights) != self.num_sites:
             raise ShapeError(f"got weights of {len(weights)} convolutions, expected {self.num_sites}")
         if self._encoder_serves(convolve):
-            compiled = Encoder(self, masks=self.no_masks() if masks is None else masks, weights=weights, precision=precision)
+            compiled = Encoder(self, self.no_masks() if masks is None else masks, precision, weights)
             return lambda x, drop_last=0, lengths=None: compiled.encode(x.cpu(), 0, drop_last, lengths)
 
         @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor
 from teracon_fast.errors import CheckpointError
 from teracon_fast.files import atomic_write
 from teracon_fast.model.fast_tcn import FastTCN
-from teracon_fast.model.masks import MaskVariant, relation_width
+from teracon_fast.ops.task_masks import MaskVariant, relation_width
 
 FORMAT_VERSION = 1
 _ACCURACY = "acc(hit@1)"  # the published key

@@ -1,34 +1,53 @@
-"""User representations without gradient: a backbone (a `FastTCN`) with everything constant computed once.
+"""User representations without gradient, by the compiled kernels: what does not depend on the users is computed once.
 
-The compiled kernels take blocks of users through all layers, every thread its own, in memory of a few MiB. A layer holds only
-the rows that the layers above read, in one of three buffers that take turns (a block's input, its inner activations, its
-output). What does not depend on users is ready before: weights in the order of the register tiles, masks folded into the
-LayerNorm's scale and shift (`m * relu(a) = relu(m * a)` for m >= 0), and the states of the left pads.
+The kernels take blocks of users through all layers, each thread its own block, in memory of a few MiB. A layer holds only the
+rows that the layers above read, in one of three buffers used in turn (a block's input, its inner activations, its output).
+Computed once are the weights in the order of the register tiles, the masks folded into the LayerNorm's scale and shift
+(`m * relu(a) = relu(m * a)` for m >= 0), and the states of the left pads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from teracon_fast import packing
+from teracon_fast import ops, packing
 from teracon_fast.errors import ConfigError, ShapeError
 from teracon_fast.ops import backends
-from teracon_fast.optim.lazy_rows import catch_up
+from teracon_fast.ops.embedding_rows import catch_up
+from teracon_fast.optim.lazy_rows import Embedding
 
-if TYPE_CHECKING:
-    from teracon_fast.model.backbone import Backbone
-    from teracon_fast.model.fast_tcn import FastTCN
+Precision = Literal["fp32", "bf16"]
+
+
+class Network(Protocol):
+    """What an encoder reads of a `Backbone`."""
+
+    channels: int
+    kernel_size: int
+    dilations: tuple[int, ...]
+    backend: str
+    algorithm: str
+    embeding: Embedding
+
+    @property
+    def num_sites(self) -> int: ...
+
+    def site(self, number: int) -> tuple[nn.Conv2d, nn.LayerNorm]: ...
+
+    def layers(
+        self, hidden: Tensor, masks: Tensor, packed: packing.PackedBatch, weights: Sequence[Tensor] | None = None
+    ) -> Iterator[Tensor]: ...
 
 
 class _Layers(NamedTuple):
-    """Offsets of all layers as the kernels take them."""
+    """Offsets of all layers in the kernels' form."""
 
     offsets: Tensor  # int32, layer after layer
     starts: Tensor  # int64 [layers + 1]
@@ -45,7 +64,7 @@ def _layers(length: int, block_dilations: tuple[int, ...], kernel_size: int) -> 
 
 
 class _TaskConstants(NamedTuple):
-    """What a task's mask decides."""
+    """What depends on a task's mask."""
 
     mask: Tensor  # [S, f]
     ln_weight: Tensor  # [S, f]
@@ -54,12 +73,11 @@ class _TaskConstants(NamedTuple):
 
 
 class Encoder:
-    """A model made ready for inference on the CPU. Good for as long as the model's parameters stay as they are.
+    """A network prepared for inference on the CPU. Valid while its parameters keep their values.
 
     Args:
-        model: float32 parameters on the CPU. A `Backbone` that is no `FastTCN` needs `masks`.
-        s: mask scale, used when `masks` is None.
-        masks: `[S, T, f]`, none negative; for example from `model.masks(s)`.
+        model: a `Backbone` with float32 parameters on the CPU.
+        masks: `[S, T, f]`, none negative; for example from `FastTCN.masks(s)`.
         weights: S tensors `[f, f, 1, K]` in place of the convolutions' own.
         precision: "fp32", or "bf16": rows are kept in bfloat16 between layers; sums and statistics stay float32.
 
@@ -68,7 +86,7 @@ class Encoder:
     """
 
     @staticmethod
-    def serves(model: Backbone) -> bool:
+    def serves(model: Network) -> bool:
         """Whether the model's parameters and backend allow an encoder."""
         parameter = model.embeding.stored
         if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
@@ -77,16 +95,13 @@ class Encoder:
 
     @torch.no_grad()
     def __init__(
-        self, model: Backbone, s: float = 50.0, masks: Tensor | None = None, precision: Literal["fp32", "bf16"] = "fp32",
-        weights: Sequence[Tensor] | None = None,
-    ) -> None:  # fmt: skip
+        self, model: Network, masks: Tensor, precision: Precision = "fp32", weights: Sequence[Tensor] | None = None
+    ) -> None:
         if not self.serves(model):
             raise ConfigError("Encoder needs float32 parameters on the CPU and the backend 'cpu'")
         if precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision is {precision!r}, expected 'fp32' or 'bf16'")
-        self._model, self._bf16 = model, precision == "bf16"
-        self._masks = cast("FastTCN", model).masks(s) if masks is None else masks
-        self._weights = weights
+        self._model, self._masks, self._weights, self._bf16 = model, masks, weights, precision == "bf16"
         if self._masks.dim() != 3 or self._masks.shape[0] != model.num_sites:
             raise ShapeError(f"masks are {list(self._masks.shape)}, expected [{model.num_sites}, T, {model.channels}]")
         pairs = [model.site(number) for number in range(model.num_sites)]
@@ -156,10 +171,10 @@ class Encoder:
         return self._tasks[task]
 
 
-def _pad_states(model: Backbone, mask: Tensor, length: int, weights: Sequence[Tensor] | None = None) -> Tensor:
+def _pad_states(model: Network, mask: Tensor, length: int, weights: Sequence[Tensor] | None = None) -> Tensor:
     """States of a sequence of nothing but pads under one mask `[S, f]`: every layer, every position, `[S + 1, L, f]`."""
     geometry = packing.geometry(length, model.dilations, model.kernel_size, every_position=True)
-    packed = packing.pack(np.zeros(1, np.int64), [packing.Streams(np.zeros(1, np.int64))], geometry)
+    packed = ops.pack(np.zeros(1, np.int64), [packing.Streams(np.zeros(1, np.int64))], geometry)
     hidden = model.embeding.rows(torch.zeros(1, dtype=torch.int64)).expand(length, -1)
     states = [hidden, *model.layers(hidden, mask[:, None], packed, weights)]
     return torch.stack([state.flip(0) for state in states])  # rows are ordered by offset from the end

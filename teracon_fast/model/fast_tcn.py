@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from teracon_fast import ops, packing
 from teracon_fast.errors import ConfigError
-from teracon_fast.model import masks
 from teracon_fast.model.backbone import (
     ENCODER_USERS,
     Backbone,
@@ -28,8 +27,8 @@ from teracon_fast.model.backbone import (
     next_item_inputs,
 )
 from teracon_fast.model.encoder import Encoder
-from teracon_fast.model.masks import MaskVariant, of_tasks
 from teracon_fast.ops import backends
+from teracon_fast.ops.task_masks import MaskVariant, check_variant, of_tasks, relation_width
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class FastTCN(Backbone):
         backend: str = "auto",
         algorithm: str = "auto",
     ) -> None:
-        variant = masks.check_variant(mask)
+        variant = check_variant(mask)
         if model_para is not None:
             if num_items is not None or labels is not None:
                 raise ConfigError("FastTCN takes either the published dict or named arguments, got both")
@@ -110,7 +109,7 @@ class FastTCN(Backbone):
             labels = [num_items] if labels is None else list(labels)
             has_relation = len(labels) > 1 and variant != "none"
         low, high = task_embedding_range
-        width = masks.relation_width(len(labels), variant) if has_relation else None
+        width = relation_width(len(labels), variant) if has_relation else None
         super().__init__(
             num_items, channels, dilations, kernel_size, backend, algorithm, len(labels), width, (float(low), float(high))
         )
@@ -220,7 +219,7 @@ class FastTCN(Backbone):
         with torch.no_grad():
             masks = self.masks(s)
             if Encoder.serves(self):
-                return Encoder(self, masks=masks).encode
+                return Encoder(self, masks).encode
 
         @torch.no_grad()
         def encode(x: Tensor, task: int, drop_last: int = 0, lengths: np.ndarray | None = None) -> Tensor:
@@ -238,7 +237,7 @@ class FastTCN(Backbone):
         if torch.is_grad_enabled() or users < ENCODER_USERS or not Encoder.serves(self) or (low and not low_is_bf16):
             hidden, packed = self.run(x, requests, chosen, lengths)
             return [ops.gather_rows(hidden, rows) for rows in packed.outputs]
-        encoder = Encoder(self, masks=chosen, precision="bf16" if low else "fp32")
+        encoder = Encoder(self, chosen, "bf16" if low else "fp32")
         found, x = [], x.cpu()
         lengths = packing.real_lengths(x) if lengths is None else lengths
         for i, (rows, drop) in enumerate(requests):

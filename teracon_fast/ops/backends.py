@@ -1,7 +1,8 @@
-"""Which implementation of an operation runs: `torch` (plain PyTorch operations), and compiled ones where they exist.
+"""The registry of backends: which implementations each operation has, and which of them runs an input.
 
-`backend="auto"` picks the fastest available one once and says so at debug level. An explicitly requested backend is used
-or refused, never silently replaced.
+An implementation of an operation is the module `teracon_fast.ops.<operation>.<backend>`, loaded at its first use, so that
+importing the package needs neither Triton nor a compiler. `backend="auto"` picks the fastest available one once and says so at
+debug level. An explicitly requested backend is used or refused, never silently replaced.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import logging
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,17 +25,16 @@ from teracon_fast.ops import native
 _LOG = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 
-# Names in order of preference, per operation. Reference code is the specification, not a backend. The Triton kernels are last:
-# they are verified by Triton's interpreter and by compilation, and have not run on a GPU yet.
-_NAMES: dict[str, tuple[str, ...]] = {
+# Backends of each operation in order of preference. Reference code is the specification, not a backend. The Triton kernels are
+# last: they are verified by Triton's interpreter and by compilation, and have not run on a GPU yet.
+OPERATIONS: dict[str, tuple[str, ...]] = {
     "masked_conv": ("cpu", "torch", "triton"),
     "linear_cross_entropy": ("cpu", "torch", "triton"),
     "retention_mse": ("cpu", "torch", "triton"),
     "linear_rank": ("cpu", "torch", "triton"),
-    # All but triton build on the host, wherever the tables go.
-    "packing": ("cpu", "torch", "triton"),
+    "pack": ("cpu", "torch", "triton"),
     "task_masks": ("torch", "triton"),  # on the CPU too little work for kernels of its own
-    "adam": ("cpu", "torch", "triton"),
+    "adam": ("cpu", "torch", "triton"),  # implemented in `teracon_fast.optim.adam`
 }
 
 
@@ -40,12 +42,7 @@ class BackendError(TeraconError):
     """An explicitly requested backend does not exist or cannot run this input."""
 
 
-def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None if the backend runs inputs of this device and dtype here, else the reason."""
-    if name == "torch":
-        return None
-    if name == "triton":
-        return _why_not_triton(device, dtype)
+def _why_not_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return f"it runs torch.float32 and torch.bfloat16 on cpu, not {dtype} on {device}"
     return native.missing_reason()
@@ -59,6 +56,14 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if (device.type != "cuda" and not interpreted) or dtype not in (torch.float32, torch.bfloat16):
         return f"it runs torch.float32 and torch.bfloat16 on cuda, not {dtype} on {device}"
     return None
+
+
+# Of each backend: None if it runs inputs of a device and dtype on this machine, else the reason.
+BACKENDS: dict[str, Callable[[torch.device, torch.dtype], str | None]] = {
+    "cpu": _why_not_cpu,
+    "torch": lambda device, dtype: None,
+    "triton": _why_not_triton,
+}
 
 
 @lru_cache(maxsize=256)
@@ -75,24 +80,35 @@ def resolve(
     Raises:
         BackendError: when `backend` is not an implementation of `operation`, or cannot run this input here.
     """
-    names = _NAMES[operation]
+    names = OPERATIONS[operation]
     if backend == "auto":
-        choice = next(name for name in names if _why_not(name, device, dtype) is None)
+        choice = next(name for name in names if BACKENDS[name](device, dtype) is None)
         _LOG.debug("backend auto: %s of %s on %s runs on %s", operation, dtype, device, choice)
         return choice
     if backend not in names:
         raise BackendError(f"backend {backend!r} cannot run {operation}, expected 'auto' or one of {list(names)}")
-    reason = _why_not(backend, device, dtype)
+    reason = BACKENDS[backend](device, dtype)
     if reason is not None:
         raise BackendError(f"backend {backend!r} cannot run {operation} here: {reason}")
     return backend
 
 
+@lru_cache
+def load(operation: str, name: str) -> Any:
+    """The module that implements an operation."""
+    return import_module(f"teracon_fast.ops.{operation}.{name}")
+
+
+def implementation(operation: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """The module that serves a request. Arguments and errors as `resolve`."""
+    return load(operation, resolve(backend, operation, device, dtype))
+
+
 def of_model(backend: str, operation: str) -> str:
     """What a model that was given `backend` asks of one of its operations: the same, or "torch" where other operations have an
     implementation of that name but this one has none. Calls of the operation itself get what they ask for, or an error."""
-    elsewhere = any(backend in names for names in _NAMES.values())
-    return "torch" if elsewhere and backend not in _NAMES[operation] else backend
+    elsewhere = any(backend in names for names in OPERATIONS.values())
+    return "torch" if elsewhere and backend not in OPERATIONS[operation] else backend
 
 
 def check_name(backend: str, operation: str = "masked_conv") -> None:
@@ -127,8 +143,8 @@ def env_report() -> dict[str, Any]:
         "compiler": shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"),
         "cpu_isa": native.cpu_isa() if native.available() else None,
         "backends": {
-            operation: [name for name in names if any(_why_not(name, place, torch.float32) is None for place in places)]
-            for operation, names in _NAMES.items()
+            operation: [name for name in names if any(BACKENDS[name](place, torch.float32) is None for place in places)]
+            for operation, names in OPERATIONS.items()
         },
-        "auto": {operation: resolve("auto", operation) for operation in _NAMES},
+        "auto": {operation: resolve("auto", operation) for operation in OPERATIONS},
     }

@@ -1,78 +1,48 @@
-"""What the operations on linear heads check and prepare alike."""
+"""What the operations on linear heads share."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from teracon_fast.errors import ShapeError
-
-HALF = (torch.bfloat16, torch.float16)
-
-
-def sums_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of losses and statistics: float32 for half precisions, else that of the hidden states."""
-    return torch.float32 if dtype in HALF else dtype
+from teracon_fast.ops.checks import expect, parameter_dtypes
 
 
-def autocast_hidden(hidden: Tensor) -> Tensor:
-    """Hidden states in the autocast dtype, where there is one."""
-    if torch.is_autocast_enabled(hidden.device.type):
-        return hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return hidden
+class Head(NamedTuple):
+    """Hidden states `[R, f]`, weight `[C, f]` and bias `[C]`; or their gradients."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
 
 
-def expect(
-    operation: str, name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, dtypes: tuple[torch.dtype, ...]
-) -> None:
-    """Raise ShapeError unless `tensor` has the shape, one of the dtypes, and is where `like` is."""
-    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device != like.device:
-        raise ShapeError(
-            f"{operation}: {name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, "
-            f"expected {' or '.join(map(str, dtypes))} {list(shape)} on {like.device}"
-        )
-
-
-def check_head(operation: str, hidden: Tensor, weight: Tensor, bias: Tensor) -> None:
+def check_head(operation: str, head: Head) -> None:
     """hidden floating [R, f]; weight [C, f] of its dtype, or float32 under a half precision; bias [C] as weight."""
+    hidden, weight, bias = head
     if hidden.dim() != 2 or weight.dim() != 2 or weight.shape[0] < 1:
         raise ShapeError(
             f"{operation}: hidden is {list(hidden.shape)}, weight {list(weight.shape)}, expected [R, f], [C, f], C at least 1"
         )
     if not hidden.dtype.is_floating_point:
         raise ShapeError(f"{operation}: hidden is {hidden.dtype}, expected a floating dtype")
-    dtypes = (hidden.dtype, torch.float32) if hidden.dtype in HALF else (hidden.dtype,)
-    expect(operation, "weight", weight, (weight.shape[0], hidden.shape[1]), hidden, dtypes)
+    expect(operation, "weight", weight, (weight.shape[0], hidden.shape[1]), hidden, parameter_dtypes(hidden.dtype))
     expect(operation, "bias", bias, (weight.shape[0],), hidden, (weight.dtype,))
 
 
-def check_targets(operation: str, hidden: Tensor, targets: Tensor, rows: Tensor | None) -> None:
-    """targets int64 [N]; rows int64 [N], or None where N = R."""
+def check_targets(operation: str, hidden: Tensor, targets: Tensor, rows: Tensor | None) -> Tensor:
+    """targets int64 [N]; rows int64 [N], or None where N = R. Returns the rows."""
     if rows is None:
         expect(operation, "targets", targets, (hidden.shape[0],), hidden, (torch.int64,))
-        return
+        return torch.arange(hidden.shape[0], device=hidden.device)
     if targets.dim() != 1:
         raise ShapeError(f"{operation}: targets are {list(targets.shape)}, expected [N]")
     expect(operation, "targets", targets, (targets.shape[0],), hidden, (torch.int64,))
     expect(operation, "rows", rows, (targets.shape[0],), hidden, (torch.int64,))
-
-
-def require_range(operation: str, values: Tensor, limit: int, name: str) -> None:
-    """Raise IndexError unless all numbers lie in 0..limit-1: indexing itself would take negative ones from the end.
-
-    On a GPU the device is not waited for: it stops with an assertion.
-    """
-    if values.device.type != "cpu":
-        torch._assert_async(((values >= 0) & (values < limit)).all())
-    elif values.numel():
-        low, high = (int(value) for value in values.aminmax())
-        if low < 0 or high >= limit:
-            raise IndexError(
-                f"{operation}: {name} has {low if low < 0 else high}, which is out of range: expected 0 to {limit - 1}"
-            )
+    return rows
 
 
 def keep_gradients(ctx: Any, gradients: tuple[Tensor, ...]) -> None:
@@ -122,3 +92,25 @@ def kept_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
     if _is_unit(grad):
         return gradients
     return tuple(gradient * grad.to(gradient.dtype) for gradient in gradients)
+
+
+# Labels in a block of the compiled C++ kernels: a multiple of what every register tile covers. Their weights, two copies, fit a
+# second-level cache.
+_TILE, _BLOCK = 14, 126
+# As many blocks as this, where there are labels enough, give many threads nearly equal shares.
+_FEWEST_BLOCKS = 24
+
+
+def block_of(labels: int) -> int:
+    """Labels in a block. Never depends on the number of threads: forward and backward need not run with the same one."""
+    return min(_BLOCK, -(-labels // (_FEWEST_BLOCKS * _TILE)) * _TILE)
+
+
+def schedule(labels: int) -> tuple[int, int]:
+    """Labels in a block, and threads."""
+    return block_of(labels), torch.get_num_threads()
+
+
+def dense_head(head: Head) -> tuple[Tensor, Tensor, Tensor]:
+    """As the compiled kernels take it: hidden and weight in the dtypes they have, the bias in float32."""
+    return head.hidden.contiguous(), head.weight.contiguous(), head.bias.float().contiguous()

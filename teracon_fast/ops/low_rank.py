@@ -1,4 +1,4 @@
-"""Gradients of a matrix that are left as factors, `left @ right`, and formed some rows at a time when they are used.
+"""Low-rank gradients: kept as factors, `left @ right`, and formed some rows at a time when they are used.
 
 The retention loss reads a head with few users, so the gradient of its weight `[C, f]` has rank n: `[C, n]` times `[n, f]`. With
 hundreds of thousands of labels, writing and reading that product is a good part of a step. `optim.Adam` forms some rows of it,
@@ -24,25 +24,25 @@ class Factors(NamedTuple):
     right: Tensor
 
 
-def leave(parameter: Tensor, factors: Factors) -> None:
-    """Add a part to a parameter's gradient, beside `parameter.grad`, until `clear`."""
-    parameter.factored_grad = (*left_for(parameter), factors)  # type: ignore[attr-defined]
+def accumulate(parameter: Tensor, factors: Factors) -> None:
+    """Add a part to a parameter's low-rank gradient, which stands beside `parameter.grad` until `clear`."""
+    parameter.low_rank_grad = (*parts_of(parameter), factors)  # type: ignore[attr-defined]
 
 
-def left_for(parameter: Tensor) -> tuple[Factors, ...]:
-    """The parts that were left for a parameter."""
-    found: tuple[Factors, ...] = getattr(parameter, "factored_grad", ())
+def parts_of(parameter: Tensor) -> tuple[Factors, ...]:
+    """The parts of a parameter's low-rank gradient, whose sum it is."""
+    found: tuple[Factors, ...] = getattr(parameter, "low_rank_grad", ())
     return found
 
 
 def clear(parameter: Tensor) -> None:
-    """Forget what was left."""
-    if left_for(parameter):
-        del parameter.factored_grad  # type: ignore[attr-defined]
+    """Forget a parameter's low-rank gradient."""
+    if parts_of(parameter):
+        del parameter.low_rank_grad  # type: ignore[attr-defined]
 
 
 def products(parts: tuple[Factors, ...]) -> Iterator[tuple[slice, Tensor]]:
-    """The sum of the products, some rows at a time: which rows, and their values, good until the next ones are asked for."""
+    """The sum of the products, some rows at a time: which rows, and their values, valid until the next ones are asked for."""
     rows, channels = len(parts[0].left), parts[0].right.shape[1]
     room = torch.empty(min(_ROWS, rows), channels)
     for low in range(0, rows, _ROWS):

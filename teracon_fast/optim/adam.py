@@ -12,16 +12,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from teracon_fast.errors import ConfigError
 from teracon_fast.ops import backends, low_rank, native
-from teracon_fast.ops.embedding_rows import sum_rows
+from teracon_fast.ops.embedding_rows import catch_up, register, registered, sum_rows
 from teracon_fast.optim.lazy_rows import (
     LEAST_EPS,
-    CompiledDeferred,
+    CompiledLazyRows,
     Constants,
+    LazyRows,
     StepNumbers,
-    TritonDeferred,
-    catch_up,
-    register,
-    registered,
+    TritonLazyRows,
     tail,
 )
 
@@ -38,24 +36,25 @@ class Adam(torch.optim.Adam):
     those of `torch.optim.Adam`: each loads the other's, and a parameter may have sparse gradients in one step and dense
     ones in the next.
 
-    With `deferred`, a step reads and writes only rows that have a gradient. The others take what they missed when they are
+    With `lazy`, a step reads and writes only rows that have a gradient. The others take the steps that they missed when they are
     next read: by `ops.embedding_rows`, by a later gradient, or all at once by `flush`, `state_dict` or a dense gradient. The
     operations and their order are the same, so the bits are. **Whoever reads such a parameter, or its moments, in another
-    way must call `flush` first**; in a `FastTCN` all ways but a `Parameter` that was taken out of it earlier do so.
+    way must call `flush` first**; a `FastTCN` does so itself, except for a `Parameter` that was taken out of it earlier.
 
-    Gradients that `ops.retention_mse` leaves as factors (`optim.low_rank`) are formed some rows at a time, while they are
-    in the cache, and never stored. `Adam.zero_grad` forgets them; a module's `zero_grad` does not.
+    Low-rank gradients of `ops.retention_mse` (`ops.low_rank`) are formed some rows at a time, while they are in the cache, and
+    never stored. `Adam.zero_grad` forgets them; a module's `zero_grad` does not.
 
     The Triton kernels (float32 on CUDA, on request) never wait for the device, take gradients whose rows repeat, and add those up
     themselves. They round each operation once, in the order of the compiled kernels, and so differ from PyTorch's CUDA kernels in
-    the last bits, but deferred steps have the bits of others. They read the number of steps from the device once, after
+    the last bits, but lazy steps have the same bits as others. They read the number of steps from the device once, after
     `load_state_dict` or a step of PyTorch's; and at every step a learning rate that is a tensor there.
 
     In the compiled kernels moments below 1.2e-38 count as zero, unless eps is below 1e-10: far below what can move a
     parameter, and on x86 each operation on such a number costs as much as a hundred others.
 
     Args:
-        deferred: leave rows without gradient behind. Used where the compiled or Triton kernels are, and eps is at least 1e-10.
+        lazy: update rows without gradient when they are next read. Used where the compiled or Triton kernels are, and eps is at
+            least 1e-10.
         backend: of steps with sparse gradients: "auto", "cpu" (the compiled kernels), "triton" or "torch" (a dense gradient).
         All others: of `torch.optim.Adam`.
 
@@ -66,13 +65,13 @@ class Adam(torch.optim.Adam):
             GradScaler with fused=True, or for a gradient that is sparse in more than its rows.
     """
 
-    deferred: bool = False
+    lazy: bool = False
     backend: str = "auto"
 
-    def __init__(self, params: Any, *args: Any, deferred: bool = False, backend: str = "auto", **kwargs: Any) -> None:
+    def __init__(self, params: Any, *args: Any, lazy: bool = False, backend: str = "auto", **kwargs: Any) -> None:
         super().__init__(params, *args, **kwargs)
         backends.check_name(backend, "adam")
-        self.deferred, self.backend = deferred, backend
+        self.lazy, self.backend = lazy, backend
 
     def flush(self) -> None:
         """Bring all rows of all parameters up to date."""
@@ -86,7 +85,7 @@ class Adam(torch.optim.Adam):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """As `torch.optim.Adam.load_state_dict`. Rows take the steps that they missed with the state that is replaced."""
+        """As `torch.optim.Adam.load_state_dict`. Late rows first take their missed steps with the state that is replaced."""
         self.flush()
         super().load_state_dict(dict(state_dict))
         for group in self.param_groups:
@@ -95,14 +94,14 @@ class Adam(torch.optim.Adam):
 
     def __getstate__(self) -> dict[str, Any]:
         self.flush()
-        return {**super().__getstate__(), "deferred": self.deferred, "backend": self.backend}
+        return {**super().__getstate__(), "lazy": self.lazy, "backend": self.backend}
 
     # Here and not in `step`, which closures, hooks and schedulers wrap. Should a later PyTorch call this no more, it refuses
     # sparse gradients.
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
         done, made_dense = set(), list[tuple[Tensor, Tensor]]()
         for parameter in group["params"]:
-            if low_rank.left_for(parameter) and self._step_factored(group, parameter):
+            if low_rank.parts_of(parameter) and self._step_low_rank(group, parameter):
                 done.add(id(parameter))
                 continue
             gradient = parameter.grad
@@ -129,9 +128,9 @@ class Adam(torch.optim.Adam):
                 parameter.grad = gradient
 
     @torch.no_grad()
-    def _step_factored(self, group: Mapping[str, Any], parameter: Tensor) -> bool:
-        """A step whose whole gradient was left as factors, some rows at a time. Else they are added to `.grad`: False."""
-        parts, state = low_rank.left_for(parameter), self.state[parameter]
+    def _step_low_rank(self, group: Mapping[str, Any], parameter: Tensor) -> bool:
+        """A step whose whole gradient is low-rank, some rows at a time. Else the parts are added to `.grad`: False."""
+        parts, state = low_rank.parts_of(parameter), self.state[parameter]
         plain = not (group["amsgrad"] or group["capturable"] or group["differentiable"] or group["foreach"])
         scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
         fits = parameter.device.type == "cpu" and parameter.dtype == torch.float32 and parameter.is_contiguous()
@@ -142,7 +141,7 @@ class Adam(torch.optim.Adam):
             return False
         _settle(parameter)
         if not state:
-            _begin(state, parameter, bool(group["fused"]))
+            _initialize(state, parameter, bool(group["fused"]))
         state["step"] += 1
         for rows, gradient in low_rank.products(parts):
             torch._fused_adam_(
@@ -153,7 +152,7 @@ class Adam(torch.optim.Adam):
         return True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As `torch.optim.Adam.zero_grad`; also forgets what was left as factors."""
+        """As `torch.optim.Adam.zero_grad`; also forgets low-rank gradients."""
         super().zero_grad(set_to_none)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -197,22 +196,22 @@ class Adam(torch.optim.Adam):
         state = self.state[parameter]
         fresh = not state
         if fresh:
-            _begin(state, parameter, bool(group["fused"]))
+            _initialize(state, parameter, bool(group["fused"]))
         step, (beta1, beta2) = _counted(state["step"]), map(float, group["betas"])
         constants = Constants(beta1, beta2, float(group["eps"]))
         root = math.sqrt(1 - beta2**step)
         numbers = StepNumbers(float(group["lr"]) / (1 - beta1**step), root)
         moments = (state["exp_avg"], state["exp_avg_sq"])
-        wanted, deferred = self.deferred and constants.eps >= LEAST_EPS, registered(parameter)
-        kind = CompiledDeferred if compiled else TritonDeferred
-        if deferred is not None and not (wanted and type(deferred) is kind and deferred.goes_on(moments, constants)):
+        kind: type[LazyRows] = CompiledLazyRows if compiled else TritonLazyRows
+        lazy, late = self.lazy and constants.eps >= LEAST_EPS, registered(parameter)
+        if not (lazy and isinstance(late, kind) and late.continues(moments, constants)):
             _settle(parameter)
-            deferred = None
-        if wanted:
-            if deferred is None:
-                deferred = kind(len(parameter), *moments, constants, fresh)
-                register(parameter, deferred)
-            deferred.step(parameter, rows, values, numbers)
+            late = None
+        if lazy:
+            if late is None:
+                late = kind(len(parameter), *moments, constants, fresh)
+                register(parameter, late)
+            late.step(parameter, rows, values, numbers)
             return
         if compiled:
             torch.ops.teracon_fast.adam_rows(
@@ -242,7 +241,7 @@ def _counted(steps: Tensor) -> float:
 
 
 def _settle(parameter: Tensor) -> None:
-    """Bring all rows up to date, and forget that any were behind."""
+    """Bring all rows up to date, and forget that any were late."""
     if registered(parameter) is not None:
         catch_up(parameter)
         register(parameter, None)
@@ -275,8 +274,8 @@ def _added_up(gradient: Tensor) -> Tensor:
     return zeros.index_put_((gradient._indices()[0],), gradient._values(), accumulate=True)
 
 
-def _begin(state: dict[str, Any], parameter: Tensor, fused: bool) -> None:
-    """The state that `torch.optim.Adam` begins with."""
+def _initialize(state: dict[str, Any], parameter: Tensor, fused: bool) -> None:
+    """The initial state, as `torch.optim.Adam`'s."""
     # The fused kernels read the number of steps where the parameter is.
     double = not fused and torch.get_default_dtype() == torch.float64
     step_dtype, device = torch.float64 if double else torch.float32, parameter.device if fused else "cpu"

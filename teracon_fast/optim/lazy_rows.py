@@ -1,8 +1,7 @@
-"""Rows of a parameter that are behind: steps of Adam without a gradient, taken when a row is next read.
+"""Lazy Adam: rows of a parameter take their steps without a gradient when they are next read, with the same bits.
 
-At every step Adam moves all rows of an embedding, but few of them are read before the next one. A `Deferred` keeps for each
-row how many steps it has taken, and the numbers of all steps; taking the missed ones later, in the same order, gives the same
-bits.
+At every step Adam moves all rows of an embedding, but few of them are read before the next one. `LazyRows` keeps the number of
+steps that each row has taken, and the constants of all steps; the missed ones are taken later, in the same order.
 """
 
 from __future__ import annotations
@@ -15,7 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+
+from teracon_fast.ops.embedding_rows import catch_up as catch_up
+from teracon_fast.ops.embedding_rows import embedding_rows, registered
 
 # From this eps on the compiled kernels may take moments below the smallest normal number for zero.
 LEAST_EPS = 1e-10
@@ -42,10 +43,10 @@ class StepNumbers(NamedTuple):
     root: float
 
 
-class Deferred(ABC):
+class LazyRows(ABC):
     """The steps that rows of one parameter have yet to take. Subclasses say by which kernels.
 
-    The parameter is given to each call, since whoever keeps a `Deferred` must not keep the parameter alive.
+    The parameter is given to each call: the registry must not keep it alive.
 
     Args:
         rows: of the parameter.
@@ -55,11 +56,11 @@ class Deferred(ABC):
     def __init__(self, rows: int, exp_avg: Tensor, exp_avg_sq: Tensor, constants: Constants, fresh: bool) -> None:
         self.exp_avg, self.exp_avg_sq, self.constants = exp_avg, exp_avg_sq, constants
         self._last = torch.full((rows,), -1 if fresh else 0, dtype=torch.int32, device=exp_avg.device)
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         """Forget all steps, all rows being up to date."""
-        self._number, self._behind = 0, False
+        self._number, self._late = 0, False
 
     @abstractmethod
     def _take(self, parameter: Tensor, rows: Tensor, values: Tensor, numbers: StepNumbers) -> None:
@@ -69,7 +70,7 @@ class Deferred(ABC):
     def _bring(self, parameter: Tensor, items: Tensor | None) -> bool:
         """Bring rows to the end of `_number` steps; whether any may have changed."""
 
-    def goes_on(self, moments: tuple[Tensor, Tensor], constants: Constants) -> bool:
+    def continues(self, moments: tuple[Tensor, Tensor], constants: Constants) -> bool:
         """Whether a step with these moments and constants can follow those that are remembered."""
         return moments[0] is self.exp_avg and moments[1] is self.exp_avg_sq and constants == self.constants
 
@@ -81,19 +82,19 @@ class Deferred(ABC):
         if self._number == _MOST_STEPS:
             self.catch_up(parameter)
             self._last.clamp_(max=0)
-            self._begin()
+            self._reset()
         self._take(parameter, rows, values, numbers)
         self._number += 1
-        self._behind = True
+        self._late = True
         self._changed(parameter)
 
     def catch_up(self, parameter: Tensor, items: Tensor | None = None) -> None:
         """Bring the rows `items`, int64 `[n]`, or all rows up to date."""
-        if not self._behind:
+        if not self._late:
             return
-        late = self._bring(parameter, items)
-        self._behind = items is not None
-        if late:
+        changed = self._bring(parameter, items)
+        self._late = items is not None
+        if changed:
             self._changed(parameter)
 
     def _changed(self, parameter: Tensor) -> None:
@@ -101,11 +102,11 @@ class Deferred(ABC):
         torch.autograd.graph.increment_version((parameter, self.exp_avg, self.exp_avg_sq))
 
 
-class CompiledDeferred(Deferred):
+class CompiledLazyRows(LazyRows):
     """By the compiled kernels: float32 on the CPU."""
 
-    def _begin(self) -> None:
-        super()._begin()
+    def _reset(self) -> None:
+        super()._reset()
         self._steps = torch.empty(256, 4)
         self._growing = torch.empty(0, dtype=torch.int64)
         self._newest: StepNumbers | None = None
@@ -146,7 +147,7 @@ class CompiledDeferred(Deferred):
         return numbers.step_size / before.step_size * beta1 * denominator < _SHRINKS
 
 
-class TritonDeferred(Deferred):
+class TritonLazyRows(LazyRows):
     """By the Triton kernels: float32 on a GPU. Nothing waits for the device.
 
     Which rows were late is not known on the host, so autograd sees a change wherever there may have been one.
@@ -181,60 +182,26 @@ def tail(parameter: Tensor) -> int:
     return parameter.numel() % _TORCH_LANES
 
 
-_registered: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def registered(parameter: Tensor) -> Deferred | None:
-    """What the rows of a parameter have yet to take, if anything was ever deferred."""
-    found: Deferred | None = _registered.get(parameter)
-    return found
-
-
-def register(parameter: Tensor, deferred: Deferred | None) -> None:
-    """From now on these are the steps that rows of the parameter lack; None: they lack none."""
-    if deferred is not None:
-        _registered[parameter] = deferred
-    elif parameter in _registered:
-        del _registered[parameter]
-
-
-def catch_up(parameter: Tensor, items: Tensor | None = None) -> None:
-    """Bring the rows `items`, int64 or int32 of any shape, or all rows of a parameter up to date, before they are read.
-
-    Items out of range are left to whoever reads them.
-    """
-    # Not as a decorator: it would load the compiler with this module.
-    run = torch.compiler.disable(_catch_up) if torch.compiler.is_compiling() else _catch_up
-    run(parameter, items)
-
-
-@torch.no_grad()
-def _catch_up(parameter: Tensor, items: Tensor | None) -> None:
-    deferred = registered(parameter)
-    if deferred is not None:
-        deferred.catch_up(parameter, items)
-
-
 @contextmanager
 def caught_up(parameter: Tensor) -> Iterator[None]:
     """Within it no row of the parameter counts as behind: the caller has brought all that are read there up to date."""
-    deferred = registered(parameter)
-    if deferred is None:
+    rows = registered(parameter)
+    if not isinstance(rows, LazyRows):
         yield
         return
-    behind, deferred._behind = deferred._behind, False
+    late, rows._late = rows._late, False
     try:
         yield
     finally:
-        deferred._behind = behind
+        rows._late = late
 
 
 class Embedding(nn.Embedding):
     """`nn.Embedding` whose readers never see a row that is behind.
 
     Attributes:
-        sparse_grad: whether `teracon_fast.ops.embedding_rows` is to give its weight sparse gradients. Steps are deferred for no
-            others, so while this is False nothing here differs from `nn.Embedding`. Copies begin with False.
+        sparse_grad: whether `ops.embedding_rows` gives its weight sparse gradients. Only those make updates lazy, so while it is
+            False nothing here differs from `nn.Embedding`. Copies start with False.
     """
 
     _sparse_grad: bool = False
@@ -265,8 +232,6 @@ class Embedding(nn.Embedding):
 
     def rows(self, items: Tensor) -> Tensor:
         """`weight[items]`, differentiable, items int64 or int32 `[n]`: brings only these rows up to date."""
-        from teracon_fast.ops.embedding_rows import embedding_rows  # it needs this module
-
         # Compiled code brings no rows up to date.
         parameter = self.weight if torch.compiler.is_compiling() else self.stored
         return embedding_rows(parameter, items, self._sparse_grad)

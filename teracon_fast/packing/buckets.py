@@ -8,15 +8,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from teracon_fast.errors import ShapeError
-
-if TYPE_CHECKING:
-    from teracon_fast.packing import PackedBatch, ResidualTable, TapTable
+from teracon_fast.packing.types import PackedBatch, ResidualTable, TapTable
 
 STEP, RATIO = 256, 1.25
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from teracon_fast.packing import ConvGeometry, IntArray, Layer, Spans
+from teracon_fast.packing.geometry import ConvGeometry
+from teracon_fast.packing.rows import Layer, Spans
+from teracon_fast.packing.types import IntArray
 
 
 def taps(spans: Spans, geo: ConvGeometry, inputs: Layer, outputs: Layer) -> tuple[IntArray, IntArray, IntArray, IntArray]:

@@ -1,15 +1,15 @@
-"""TERACON in plain PyTorch: slow and obvious. It is the specification that every optimised operation is tested against.
+"""TERACON in plain PyTorch, slow and obvious: the specification that every optimised operation is tested against.
 
-Nothing of the rest of the package is imported here except its errors, and no optimised code imports this folder. Every
-function works in any floating dtype on any device. Equation numbers are those of Kim et al., "Task Relation-aware
-Continual User Representation Learning", KDD 2023; "published program" is the code that its authors released.
+Of the rest of the package only the errors are imported here, and no optimised code imports this folder. Every function works
+in any floating-point dtype on any device. Equation numbers are those of Kim et al., "Task Relation-aware
+Continual User Representation Learning", KDD 2023; the "published program" is the code released by its authors.
 
     masks.py    task embeddings -> masks (Eq. 6, 11 to 13)
     model.py    the masked NextItNet backbone with one head per task (Eq. 7, 8, 20)
     losses.py   cross-entropy, retention loss, rho, annealing (Eq. 15, 16, 18, 19)
     step.py     drawing users and one training step (Eq. 9, 14, 17)
-    metrics.py  ranks of the targets and what is counted from them
-    dense.py    the backbone as the other methods run it: without relations, with other weights, patches, pre-activation
+    metrics.py  ranks of the targets, and metrics of the ranks
+    dense.py    the backbone as the other methods use it: without relations, with other weights, patches, pre-activation
 """
 
 from __future__ import annotations

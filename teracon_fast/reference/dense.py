@@ -1,20 +1,38 @@
-"""The eager dense form of what the methods run: every position of every sequence, all logits, plain PyTorch, no packed rows."""
+"""The methods' networks in eager, dense form: every position of every sequence, all logits, no packed rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teracon_fast.reference.model import causal_conv
 
-if TYPE_CHECKING:
-    from teracon_fast.data import Batch
-    from teracon_fast.model.backbone import Backbone
-
 Addend = Callable[[int, Tensor], Tensor]
+
+
+class Backbone(Protocol):
+    """What is read of a backbone: its parameters, under the published names."""
+
+    channels: int
+    dilations: tuple[int, ...]
+
+    @property
+    def embeding(self) -> nn.Embedding: ...
+
+    def site(self, number: int) -> tuple[nn.Conv2d, nn.LayerNorm]: ...
+
+
+class Batch(Protocol):
+    """What is read of a batch: sequences int64 `[B, L]`, labels int64 `[B]`."""
+
+    @property
+    def x(self) -> Tensor: ...
+
+    @property
+    def y(self) -> Tensor: ...
 
 
 def dense_states(
@@ -24,12 +42,12 @@ def dense_states(
     """States of all positions, `[B, L, f]`.
 
     Args:
-        backbone: whose parameters are used, and nothing else of it.
+        backbone: provides the parameters only.
         x: int64 `[B, L]` item ids.
-        masks: `[S, f]`, of the convolutions' outputs; None: ones.
+        masks: `[S, f]`, multiplied with the convolutions' outputs; None: ones.
         weights: S tensors `[f, f, 1, K]` instead of the backbone's own.
-        pre_activation: LayerNorm and ReLU come before the convolution, and nothing is masked.
-        addend: called with (site, the convolution's input `[B, L, f]`); what it returns is added before LayerNorm.
+        pre_activation: LayerNorm and ReLU before the convolution, without masks.
+        addend: called with (site, input of the convolution `[B, L, f]`); its result is added before LayerNorm.
     """
     hidden = F.embedding(x, backbone.embeding.weight)
     for i, dilation in enumerate(backbone.dilations):
@@ -56,7 +74,7 @@ def dense_loss(
     task: int, backbone: Backbone, head: nn.Linear, batch: Batch, masks: Tensor | None = None,
     weights: Sequence[Tensor] | None = None, pre_activation: bool = False, addend: Addend | None = None,
 ) -> Tensor:  # fmt: skip
-    """Cross-entropy with all logits: of the next item at all positions (task 0), or of the last state. See `dense_states`."""
+    """Cross-entropy over all labels: of the next item at all positions (task 0), or at the last position. See `dense_states`."""
     how = masks, weights, pre_activation, addend
     if task == 0:
         logits = head(dense_states(backbone, batch.x[:, :-1], *how))
@@ -65,5 +83,5 @@ def dense_loss(
 
 
 def patch_addend(down: Sequence[nn.Linear], up: Sequence[nn.Linear], slope: float) -> Addend:
-    """PeterRec's parallel patches as an addend: `up(leaky_relu(down(input)))`, one pair a site."""
+    """PeterRec's parallel patches as an addend: `up(leaky_relu(down(input)))`, one pair per site."""
     return lambda site, inner: up[site](F.leaky_relu(down[site](inner), slope))

@@ -1,4 +1,4 @@
-"""Task embeddings -> masks, for one site (one of the two layers of a residual block)."""
+"""Task embeddings -> masks of one site (one of the two convolutions of a residual block)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_variant(variant: str) -> None:
 
 
 def num_relation_weights(num_tasks: int, variant: str = "relation") -> int:
-    """Rows under one mask: 2T-1 for "relation" (Eq. 12), T for "positive_only", 0 for "none"."""
+    """Relation weights of one mask: 2T-1 for "relation" (Eq. 12), T for "positive_only", 0 for "none"."""
     check_variant(variant)
     return {"relation": 2 * num_tasks - 1, "positive_only": num_tasks, "none": 0}[variant]
 
@@ -29,12 +29,12 @@ def plain_masks(task_embedding: Tensor, s: float) -> Tensor:
 
 
 def relation_rows(task_embeddings: Tensor, task: int, variant: str = "relation") -> Tensor:
-    """The rows under tanh in Eq. 12 and 13: [e_t ; e_i, -e_i for every i != t, ascending].
+    """The rows inside tanh in Eq. 12 and 13: [e_t ; e_i, -e_i for every i != t, ascending].
 
     Args:
         task_embeddings: [T, f], one site.
         task: t, counted from 0.
-        variant: "positive_only" leaves the rows -e_i out.
+        variant: "positive_only" omits the rows -e_i.
 
     Returns:
         [2T-1, f], or [T, f] for "positive_only".
@@ -65,7 +65,7 @@ def relation_mask(
         [f].
 
     Raises:
-        ConfigError: unknown variant. ShapeError: weight of another length than the variant needs.
+        ConfigError: unknown variant. ShapeError: weight of the wrong length for the variant.
     """
     expected = num_relation_weights(len(task_embeddings), variant)
     if variant == "none":
@@ -73,8 +73,8 @@ def relation_mask(
     if weight is None or bias is None or weight.shape != (expected,):
         got = None if weight is None else list(weight.shape)
         raise ShapeError(
-            f"relation weight of {len(task_embeddings)} tasks, variant {variant}: got {got}, expected [{expected}]"
+            f"relation weights of {len(task_embeddings)} tasks, variant {variant}: got {got}, expected [{expected}]"
         )
     u = torch.tanh(s * relation_rows(task_embeddings, task, variant))
-    # w @ u + b, as a linear layer over the channels: the published program's order of summation, to the last bit.
+    # w @ u + b, as a linear layer over the channels: the published program's order of summation, bit for bit.
     return torch.sigmoid(s * F.linear(u.t(), weight.unsqueeze(0), bias.reshape(1)).squeeze(1))

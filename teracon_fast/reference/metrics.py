@@ -1,4 +1,4 @@
-"""Ranks of the targets among all labels, and the metrics counted from them, one row at a time in words."""
+"""Ranks of the targets among all labels, and metrics of the ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def target_rank(scores: Tensor, target: Tensor) -> Tensor:
         int64 [N].
 
     Raises:
-        ShapeError: shapes do not fit. TeraconError: a score is NaN (no rank exists, and none is counted as best).
+        ShapeError: shapes do not match. TeraconError: a score is NaN, so that ranks are undefined.
     """
     if scores.dim() != 2 or target.shape != scores.shape[:1]:
         raise ShapeError(f"target_rank: got {list(scores.shape)} and {list(target.shape)}, expected [N, C] and [N]")
@@ -32,14 +32,14 @@ def target_rank(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def top_labels(scores: Tensor, k: int, exclude: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """The k best labels of each row, best first, the lower label first among equal scores.
+    """The k best labels of each row, best first, ties by ascending label.
 
     Args:
         scores: [N, C]. k: 1..C.
-        exclude: for each row the labels that are left out, int64 of any number.
+        exclude: for each row the labels to leave out, int64 [any].
 
     Returns:
-        scores [N, k] and labels int64 [N, k]; where the score is -inf, as that of a label left out, the label is -1.
+        scores [N, k] and labels int64 [N, k]; label -1 where the score is -inf, as for excluded labels.
     """
     scores = scores.clone()
     for row, labels in enumerate(exclude or ()):
@@ -59,10 +59,10 @@ def mrr_at(rank: Tensor, k: int) -> float:
 
 
 def ndcg_at(rank: Tensor, k: int) -> float:
-    """Mean of 1 / log2(rank + 2), 0 beyond the first k: with one target per sample the ideal gain is 1."""
+    """Mean of 1 / log2(rank + 2), 0 beyond the first k; the ideal gain is 1 with one target per sample."""
     return torch.where(rank < k, 1.0 / torch.log2((rank + 2).double()), 0.0).mean().item()
 
 
 def accuracy(rank: Tensor) -> float:
-    """Share of the targets that come first, which is hit@1."""
+    """Share of the targets ranked first: hit@1."""
     return hit_at(rank, 1)

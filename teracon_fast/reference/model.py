@@ -1,4 +1,4 @@
-"""The masked NextItNet backbone with one linear head per task, dense: every position of every sequence is computed."""
+"""The masked NextItNet backbone with one linear head per task, dense: computes every position of every sequence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KEYS = ("item_size", "dilated_channels", "dilations", "kernel_size", "task_embs
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
-    """out[p] = bias + sum_k weight[:, :, 0, k] @ x[p - (K-1-k) * dilation]; positions before the first are zeros.
+    """out[p] = bias + sum_k weight[:, :, 0, k] @ x[p - (K-1-k) * dilation]; positions before the first are zero.
 
     Args:
         x: [B, L, f]. weight: [f, f, 1, K]. bias: [f].
@@ -25,7 +25,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tenso
         [B, L, f].
     """
     zeros_left = (weight.shape[-1] - 1) * dilation
-    # A picture of height 1, as published: conv1d sums in another order, and the last bits would differ.
+    # As an image of height 1, as published: conv1d sums in another order and gives other last bits.
     padded = F.pad(x.transpose(1, 2).unsqueeze(2), (zeros_left, 0))
     return F.conv2d(padded, weight, bias, dilation=dilation).squeeze(2).transpose(1, 2)
 
@@ -33,8 +33,8 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tenso
 class ReferenceBlock(nn.Module):
     """One residual block: h = m1 * relu(LN1(conv1(x))), out = m2 * relu(LN2(conv2(h))) + x (Eq. 7).
 
-    conv1 has the block's dilation, conv2 twice that. It also holds the task embeddings `ec` and the relation weights
-    `mlp1`, `mlp2` of its two sites, in the published state-dict names.
+    conv1 has the block's dilation, conv2 twice that. It also has the task embeddings `ec` and the relation weights
+    `mlp1`, `mlp2` of its two sites, under the published state-dict names.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ReferenceBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.dilation = dilation
-        # Modules are made and initialised in the published order, so one seed gives the published program's weights.
+        # Created and initialised in the published order, so that a seed gives the published program's weights.
         self.conv1 = nn.Conv2d(channels, channels, (1, kernel_size))
         self.ln1 = nn.LayerNorm(channels, eps=1e-8)
         self.conv2 = nn.Conv2d(channels, channels, (1, kernel_size))
@@ -87,13 +87,13 @@ def init_linear(linear: nn.Module) -> None:
 
 
 class ReferenceTCN(nn.Module):
-    """The published network: constructor dict, call and state-dict names of the authors' program.
+    """The published network: constructor dict, call and state-dict names of the published program.
 
     Args:
-        model_para: keys item_size (V, index 0 is the pad, a row like any other), dilated_channels (f), dilations,
-            kernel_size, task_embs (range of the uniform init of e). With num_task (T) and target_item_size (labels of
-            each task) it is the network of several tasks; without num_task it is the network of task 1, which has one
-            head over the items, plain masks, and no relation weights. Other keys are kept and not used.
+        model_para: keys item_size (V, of which index 0 is the pad, embedded like any item), dilated_channels (f), dilations,
+            kernel_size, task_embs (range of the uniform initialisation of e). With num_task (T) and target_item_size
+            (labels of each task) it is the network of several tasks; without num_task it is the network of task 1, which
+            has one head over the items, plain masks and no relation weights. Other keys are kept but unused.
         variant: mask variant, see `masks.relation_mask`.
 
     Raises:
@@ -110,7 +110,7 @@ class ReferenceTCN(nn.Module):
         self.model_para = dict(model_para)
         self.variant = variant
         self.num_tasks = int(model_para["num_task"]) if multi_task else 1
-        # The published program passes the labels of all tasks also to the teacher, which uses all but the last.
+        # The published program passes the labels of all tasks to the teacher too, which uses all but the last.
         heads = list(model_para["target_item_size"])[: self.num_tasks] if multi_task else [model_para["item_size"]]
         self.labels = [int(n) for n in heads]
         if len(self.labels) != self.num_tasks:
@@ -142,7 +142,7 @@ class ReferenceTCN(nn.Module):
         return torch.stack(masks)
 
     def all_masks(self, s: float) -> Tensor:
-        """[S, T, f]: masks of all tasks at all sites. One task alone has nothing to relate to: Eq. 6."""
+        """[S, T, f]: masks of all tasks at all sites; those of a single task are plain (Eq. 6)."""
         return torch.stack([self.task_masks(t, s, plain=self.num_tasks == 1) for t in range(self.num_tasks)], dim=1)
 
     def hidden(self, x: Tensor, mask_per_site: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class ReferenceTCN(nn.Module):
         return self.task_classifier[task_num](state), masks_list
 
     def extended(self, num_labels: int) -> ReferenceTCN:
-        """A model with one more task: backbone, e and heads copied, the new task and all relation weights fresh."""
+        """A model with one more task: backbone, e and heads copied, the new task and all relation weights newly initialised."""
         model_para = {
             **self.model_para,
             "num_task": self.num_tasks + 1,

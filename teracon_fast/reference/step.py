@@ -1,4 +1,4 @@
-"""Drawing users for retention, and one training step of task 1 and of a later task."""
+"""Drawing users for retention, and one training step of task 1 or of a later task."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from teracon_fast.errors import ConfigError, ShapeError
 from teracon_fast.reference.losses import cross_entropy, retention_loss, rho
 from teracon_fast.reference.model import ReferenceTCN
 
-FIRST_RHO = 0.9  # ratio of every past task in the first step of a task, before any mask has been compared
+FIRST_RHO = 0.9  # of every past task in the first step of a task, before masks have been compared
 E_LIMIT = 6.0
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step of a later task reports: losses as floats, and the ratios for the next step."""
+    """Result of one step of a later task: its losses, and the ratios for the next step."""
 
     class_loss: float
     retention_loss: float
@@ -27,9 +27,9 @@ class StepResult:
 
 
 def sampling_ratios(rho: Sequence[float], sampling: str = "adaptive") -> list[float]:
-    """The ratio each past task is drawn and weighted with (Eq. 14 to 16, and the paper's Table 6).
+    """The ratio with which users of each past task are drawn and weighted (Eq. 14 to 16, the paper's Table 6).
 
-    "adaptive": rho itself; "minimum": the smallest rho for all; "all": 1 for all.
+    "adaptive": rho; "minimum": the smallest rho for all tasks; "all": 1.
     """
     if sampling == "adaptive":
         return list(rho)
@@ -41,24 +41,24 @@ def sampling_ratios(rho: Sequence[float], sampling: str = "adaptive") -> list[fl
 
 
 def sample_counts(batch: int, rho: Sequence[float], sampling: str = "adaptive") -> list[int]:
-    """Eq. 14: n_j = int(batch * ratio_j), at least 1 (with no user the mean squared error would be NaN)."""
+    """Eq. 14: n_j = int(batch * ratio_j), at least 1, since the mean squared error of no users is NaN."""
     return [max(1, int(batch * ratio)) for ratio in sampling_ratios(rho, sampling)]
 
 
 def draw_users(
     batch: int, rho: Sequence[float], sampling: str = "adaptive", generator: torch.Generator | None = None
 ) -> list[Tensor]:
-    """For each past task n_j different rows of the batch, int64 [n_j], uniform and independent of the other tasks."""
+    """For each past task n_j distinct rows of the batch, int64 [n_j], uniform and independent of the other tasks."""
     return [torch.randperm(batch, generator=generator)[:n] for n in sample_counts(batch, rho, sampling)]
 
 
 def frozen_copy(model: ReferenceTCN) -> ReferenceTCN:
-    """The teacher: a copy that takes no gradient."""
+    """The teacher: a copy without gradients."""
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 def clamp_task_embeddings(model: ReferenceTCN, limit: float = E_LIMIT) -> None:
-    """Clamp every e to [-limit, limit], in place; done after every optimiser step."""
+    """Clamp every e to [-limit, limit] in place, after every optimiser step."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".ec." in name:
@@ -72,7 +72,7 @@ def next_item_loss(model: ReferenceTCN, x: Tensor, s: float) -> Tensor:
 
 
 def t1_step(model: ReferenceTCN, optimizer: torch.optim.Optimizer, x: Tensor, s: float) -> float:
-    """One training step of task 1; returns the loss. x: int64 [B, L], input and target of the same rows."""
+    """One training step of task 1; returns the loss. x: int64 [B, L], both input and target."""
     optimizer.zero_grad()
     loss = next_item_loss(model, x, s)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -82,7 +82,7 @@ def t1_step(model: ReferenceTCN, optimizer: torch.optim.Optimizer, x: Tensor, s:
 
 
 def past_logits(model: ReferenceTCN, x: Tensor, past_task: int, masks: Tensor) -> Tensor:
-    """G_j(M(x; m)) of the last position (Eq. 9). Task 1 predicts the last item, so that item is dropped first.
+    """G_j(M(x; m)) at the last position (Eq. 9). Task 1 predicts the last item, which is therefore dropped.
 
     Args:
         x: int64 [n_j, L]. masks: [S, f].
@@ -105,14 +105,14 @@ def continual_loss(
     s: float,
     student_mask: str = "past",
 ) -> tuple[Tensor, Tensor]:
-    """(class loss of Eq. 18, retention loss of Eq. 16) of the last task; arguments as in `continual_step`."""
+    """(class loss of Eq. 18, retention loss of Eq. 16) of the newest task; arguments as in `continual_step`."""
     if student_mask not in ("past", "current"):
         raise ConfigError(f"student_mask: got {student_mask!r}, expected past or current")
     past = range(teacher.num_tasks)
     if not model.num_tasks - 1 == teacher.num_tasks == len(users) == len(ratios):
         raise ShapeError(
             f"got a model of {model.num_tasks} tasks, a teacher of {teacher.num_tasks}, {len(users)} user lists and "
-            f"{len(ratios)} ratios, expected one teacher task, list and ratio for every task but the current one"
+            f"{len(ratios)} ratios, expected one teacher task, list and ratio for each task but the current one"
         )
     masks, teacher_masks, current = model.all_masks(s), teacher.all_masks(s), model.num_tasks - 1
     logits = model.task_classifier[current](model.hidden(x, masks[:, current])[:, -1])
@@ -145,18 +145,18 @@ def continual_step(
     """One training step of task i >= 2: L = class loss + alpha * retention loss (Eq. 17), then the clamp.
 
     Args:
-        model: i tasks, being trained. teacher: i-1 tasks, frozen when task i began.
+        model: i tasks, in training. teacher: i-1 tasks, a frozen copy from the start of task i.
         x: int64 [B, L]. y: labels of task i, int64 [B].
         users: for each past task the rows of x drawn for it, int64 [n_j].
-        rho: the ratio of each past task that those users were drawn with.
+        rho: the ratio with which the users of each past task were drawn.
         s: mask scale, the same for student and teacher.
         alpha: weight of retention.
-        student_mask: "past": the student uses the current mask of task j (published program); "current": that of task
-            i, as Eq. 10 and 16 are printed.
+        student_mask: "past": the student uses its own mask of task j (published program); "current": that of task i, as
+            printed in Eq. 10 and 16.
         c: scale of Eq. 15.
 
     Returns:
-        StepResult; next_rho is computed from the masks that this step used, before the update.
+        StepResult; next_rho is computed from the masks of this step, before the update.
     """
     optimizer.zero_grad()
     class_loss, retention = continual_loss(model, teacher, x, y, users, rho, s, student_mask)

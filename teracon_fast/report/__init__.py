@@ -1,1 +1,1 @@
-"""What a run has found, as tables, pictures and a page."""
+"""The results of a run as tables, plots and a page."""

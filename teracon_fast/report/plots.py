@@ -1,8 +1,8 @@
-"""Pictures of a run: R matrix, task similarity, rho over training, learning curves, losses.
+"""Plots of a run: R matrix, task similarity, rho over training, learning curves, losses.
 
-Each function takes plain arrays and returns a matplotlib Figure (no pyplot, no global state, no display), or None where
-there is nothing to show yet. Colours are safe for colour-blind readers: the Okabe-Ito set for lines, each with its own
-line style, and RdBu / cividis for maps.
+Each function takes plain arrays and returns a matplotlib Figure (no pyplot, no global state, no display), or None if there
+is nothing to show yet. Colours are safe for colour-blind readers: the Okabe-Ito set for lines, each with its own line
+style, and RdBu or cividis for heat maps.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ STYLE: dict[str, Any] = {
 }
 FORMATS = ("png", "pdf", "svg")
 MAX_POINTS = 1500
-NEARLY_EQUAL = 0.98  # where every cosine is above this, distances are shown
-SMALLEST = 1e-7  # distances below this are rounding of fp32
+NEARLY_EQUAL = 0.98  # if every cosine is above this, distances are shown
+SMALLEST = 1e-7  # distances below this are fp32 rounding
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty picture of a size in inches."""
+    """An empty figure, its size in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
@@ -66,7 +66,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def style() -> Any:
-    """The pictures' matplotlib settings, as a context manager (needed while drawing and while saving)."""
+    """The matplotlib settings of all plots, as a context manager (needed while drawing and while saving)."""
     from matplotlib import rc_context
 
     settings: Any = STYLE
@@ -74,22 +74,22 @@ def style() -> Any:
 
 
 def check_format(name: str) -> None:
-    """Raise TeraconError unless pictures are written in this format."""
+    """Raise TeraconError unless plots can be written in this format."""
     if name not in FORMATS:
-        raise TeraconError(f"picture format {name!r} is not known, expected one of {', '.join(FORMATS)}")
+        raise TeraconError(f"plot format: got {name!r}, expected one of {', '.join(FORMATS)}")
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a picture, whole or not at all, in the format of its suffix."""
+    """Write a plot atomically, in the format of its suffix."""
     with style(), atomic_write(path) as file:
-        # Drawn in memory first: some writers seek, and a failure must not leave a part.
+        # Drawn in memory first: some writers seek.
         buffer = io.BytesIO()
         figure.savefig(buffer, format=path.suffix[1:])
         file.write(buffer.getvalue())
 
 
 def _wrap(name: str, width: int = 13, lines: int = 2) -> str:
-    """`name` broken into at most `lines` lines of `width` letters, the rest shown as an ellipsis."""
+    """`name` broken into at most `lines` lines of `width` letters, the rest cut to an ellipsis."""
     parts = textwrap.wrap(name.replace("_", " "), width, max_lines=lines, placeholder=" …")
     return "\n".join(parts) or name
 
@@ -105,13 +105,13 @@ def _ink(rgba: tuple[float, float, float, float]) -> str:
 
 
 def _percent(value: float, digits: int) -> str:
-    """Signed percentage with a true minus sign, and no sign on what rounds to zero."""
+    """Signed percentage with a true minus sign, and no sign if it rounds to zero."""
     value = round(value, digits)
     return f"{abs(value):.{digits}f} %" if value == 0 else f"{value:+.{digits}f} %".replace("-", "−")
 
 
 def _thin(x: Array, y: Array) -> tuple[Array, Array]:
-    """At most MAX_POINTS points, each the mean of a run of equal length; all of them when there are few."""
+    """At most MAX_POINTS points, each the mean of equally many; unchanged if there are no more."""
     stride = math.ceil(len(x) / MAX_POINTS)
     if stride <= 1:
         return x, y
@@ -120,7 +120,7 @@ def _thin(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _smooth(y: Array) -> Array:
-    """Centred moving mean over a twentieth of the points, shorter at the ends (so no lag and no bias at the ends)."""
+    """Centred moving mean over a twentieth of the points, shorter at the ends: no lag, no bias there."""
     half = max(1, len(y) // 40)
     total = np.concatenate([[0.0], np.cumsum(y)])
     index = np.arange(len(y))
@@ -129,7 +129,7 @@ def _smooth(y: Array) -> Array:
 
 
 def panels(count: int, width: float = 3.5, height: float = 2.7) -> tuple[Figure, list[Axes]]:
-    """`count` panels, at most four in a row, and the list of their axes (unused cells removed)."""
+    """A figure of `count` panels, at most four in a row, and their axes."""
     columns = count if count <= 3 else (2 if count == 4 else math.ceil(count / math.ceil(count / 4)))
     rows = math.ceil(count / columns)
     figure = new_figure(max(width * columns, 5.2), height * rows + 0.7)
@@ -140,11 +140,11 @@ def panels(count: int, width: float = 3.5, height: float = 2.7) -> tuple[Figure,
 
 
 def r_matrix(matrix: Array, names: Sequence[str], metrics: Sequence[str], bwt: Sequence[float]) -> Figure:
-    """R[j, i], the test metric of task i after training task j, with BWT below.
+    """R[j, i], the test metric of task i after training task j, with backward transfer below.
 
     Args:
         matrix: [M, M]; NaN where a task is not trained yet. Colour is the change in percent since the task was learned.
-        names, metrics: M task names, and M metric names (each column has its own metric).
+        names, metrics: of the M tasks (each column has its own metric).
         bwt: M values in percent (100 (R[M,i] - R[i,i]) / R[i,i]); NaN where it is not defined.
     """
     from matplotlib.colors import TwoSlopeNorm
@@ -201,7 +201,7 @@ def r_matrix(matrix: Array, names: Sequence[str], metrics: Sequence[str], bwt: S
 
 @dataclass(frozen=True)
 class _Scale:
-    """How a table of cosines is shown: the numbers drawn, their colours, their text, and words for title and colour bar."""
+    """How a table of cosines is shown: its numbers, colours, cell text, title and colour bar label."""
 
     table: Array
     norm: Normalize
@@ -212,15 +212,15 @@ class _Scale:
 
 
 def _scale(cosines: Array, digits: int) -> _Scale:
-    """Cosines as they are, on a scale that spans at least 0.1; where all of them are close to 1, 1 - cosine on a log scale,
-    since trained masks often differ by less than 0.001."""
+    """Cosines on a scale that spans at least 0.1; if all are close to 1, 1 - cosine on a log scale, since trained masks often
+    differ by less than 0.001."""
     from matplotlib.colors import LogNorm, Normalize
 
     finite = cosines[np.isfinite(cosines)]
     if finite.min() < NEARLY_EQUAL:
 
         def cosine(value: float) -> str:
-            # Cut, not rounded, so that only equal masks show as 1; no leading zero, since 448 cells must stay readable.
+            # Truncated, so that only equal masks show as 1; no leading zero, so that 448 cells stay readable.
             cut = math.floor((value + 1e-6) * 10**digits) / 10**digits
             return f"{cut:.{digits}f}".replace("0.", ".", 1).replace("-", "−")
 
@@ -239,7 +239,7 @@ def _scale(cosines: Array, digits: int) -> _Scale:
 
 
 def _annotated(axes: Axes, scale: _Scale, size: float) -> Any:
-    """A map of the scale's table (NaN left blank), each cell with its number."""
+    """A heat map of the scale's table, each cell with its number, NaN left blank."""
     from matplotlib import colormaps
 
     colours = colormaps[scale.colours].with_extremes(bad="#F0F0F0")
@@ -255,10 +255,10 @@ def _annotated(axes: Axes, scale: _Scale, size: float) -> Any:
 
 
 def similarity(pairs: Mapping[tuple[int, int], Array], names: Sequence[str]) -> Figure | None:
-    """Cosine similarity of the tasks' masks, mean over the sites: one cell a pair of tasks.
+    """Cosine similarity of the tasks' masks, mean over the sites, one cell per pair of tasks.
 
     Args:
-        pairs: (i, j) with i > j, tasks from 1 -> [S] cosines, one a mask site in network order.
+        pairs: (i, j) with i > j, tasks from 1 -> [S] cosines, one per mask site in network order.
     """
     count = len(names)
     if count < 2 or not pairs:
@@ -281,7 +281,7 @@ def similarity(pairs: Mapping[tuple[int, int], Array], names: Sequence[str]) -> 
 
 
 def similarity_by_layer(pairs: Mapping[tuple[int, int], Array], names: Sequence[str]) -> Figure | None:
-    """Cosine similarity of the tasks' masks at each mask site: one row a pair of tasks, one column a site.
+    """Cosine similarity of the tasks' masks, one row per pair of tasks, one column per mask site.
 
     Args:
         pairs: as in `similarity`. Sites 2k and 2k+1 are the two masks of residual block k.
@@ -301,7 +301,7 @@ def similarity_by_layer(pairs: Mapping[tuple[int, int], Array], names: Sequence[
         axes.set_xlabel("mask site (residual block; a, b: its first, second convolution)")
         axes.set_ylabel("pair of tasks")
         axes.set_title(f"{scale.title} by layer ({scale.label})")
-        # Thin lines between the rows of different newer tasks let the eye find a pair.
+        # A line between the newer tasks of the pairs helps the eye.
         for row in range(1, len(keys)):
             if keys[row][0] != keys[row - 1][0]:
                 axes.axhline(row - 0.5, color="white", lw=2.5)
@@ -313,7 +313,7 @@ def similarity_by_layer(pairs: Mapping[tuple[int, int], Array], names: Sequence[
 
 
 def _log_ticks(bottom: float, top: float) -> list[float]:
-    """Round values between the limits of a logarithmic axis, as coarse as still gives three of them."""
+    """Round values between the limits of a logarithmic axis, as coarse as possible, but at least three."""
     ticks: list[float] = []
     for digits in ((1, 3), (1, 2, 3, 5), range(1, 10), np.arange(1, 10, 0.5), np.arange(1, 10, 0.1)):
         ticks = [float(d) * 10.0**power for power in range(-6, 1) for d in digits if bottom <= d * 10.0**power <= top]
@@ -328,8 +328,8 @@ def rho_over_training(
     """Sampling ratio rho of each past task over the steps of each later task (Eq. 15), on a logarithmic axis.
 
     Args:
-        rho: task i (from 2) -> (steps [n], rho [n, i-1]). Step 0 is left out: there rho is set, not measured.
-        c: scale of Eq. 15 of each task; the dotted line is the smallest value that rho can take, 1 - sigmoid(c).
+        rho: task i (from 2) -> (steps [n], rho [n, i-1]). Step 0, where rho is preset, is left out.
+        c: scale of Eq. 15 of each task; the dotted line is the lower bound of rho, 1 - sigmoid(c).
     """
     measured = {task: (steps[steps > 0], values[steps > 0]) for task, (steps, values) in sorted(rho.items())}
     tasks = [task for task, (steps, _) in measured.items() if len(steps)]
@@ -379,60 +379,80 @@ def rho_over_training(
     return figure
 
 
+@dataclass(frozen=True)
+class LearningCurve:
+    """Validations of one task, one an epoch: `values` [n] of its metric, `best` [n] so far in its phase, `phases` [n]."""
+
+    values: Array
+    best: NDArray[np.bool_]
+    phases: Sequence[str]
+
+
 def learning_curves(
-    valid: Mapping[int, tuple[Array, Array, Array]], names: Sequence[str], metrics: Sequence[str]
+    valid: Mapping[int, LearningCurve], names: Sequence[str], metrics: Sequence[str]
 ) -> Figure | None:
-    """Validation metric of each task after each epoch, the kept (best) epoch marked.
+    """Validation metric of each task after each epoch, a line for each phase, the kept (best) epoch marked.
 
     Args:
-        valid: task (from 1) -> (epochs [n] from 1, metric [n], is the best so far [n]).
+        valid: by task, from 1.
         metrics: name of each task's metric.
     """
-    tasks = [task for task in sorted(valid) if len(valid[task][0])]
+    tasks = [task for task in sorted(valid) if len(valid[task].values)]
     if not tasks:
         return None
     from matplotlib.ticker import MaxNLocator
 
+    known: dict[str, Any] = {}
+    several = any(len(set(valid[task].phases)) > 1 for task in tasks)
     with style():
         figure, cells = panels(len(tasks))
-        handles: list[Any] = []
         for axes, task in zip(cells, tasks, strict=True):
-            epochs, values, best = valid[task]
-            (line,) = axes.plot(epochs, values, color=COLOURS[0], marker="o", ms=4, lw=1.6)
-            kept = np.flatnonzero(best)
-            if len(kept):
-                x, y = float(epochs[kept[-1]]), float(values[kept[-1]])
-                (mark,) = axes.plot(x, y, ls="none", marker="*", ms=13, color=COLOURS[1], mec="white")
+            curve = valid[task]
+            phases, epochs = np.asarray(curve.phases), np.arange(1, len(curve.values) + 1)
+            for number, phase in enumerate(dict.fromkeys(curve.phases)):
+                own = phases == phase
+                colour = COLOURS[2 * number % 8]
+                (line,) = axes.plot(epochs[own], curve.values[own], color=colour, marker="o", ms=4, lw=1.6)
+                known.setdefault(f"phase {phase}" if several else "after each epoch", line)
+                kept = np.flatnonzero(own & curve.best)[-1:]
+                if len(kept):
+                    x, y = float(epochs[kept[0]]), float(curve.values[kept[0]])
+                    (star,) = axes.plot(x, y, ls="none", marker="*", ms=13, color=COLOURS[1], mec="white")
+            if curve.best.any():
+                known.setdefault("kept: best by the selection metric of the run", star)
                 axes.annotate(
                     f"{y:.4f}", (x, y), xytext=(0, 9),
                     textcoords="offset points", ha="center", fontsize=8.5, color=COLOURS[1],
                 )  # fmt: skip
-                handles = [line, mark]
             axes.set_title(_title(task, names[task - 1], 30))
             axes.set_xlabel("epoch")
             axes.set_ylabel(f"validation {metrics[task - 1]}")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.margins(x=0.12, y=0.25)
             if len(epochs) == 1:
-                axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
+                axes.set_xlim(0, 2)
         figure.suptitle("Learning curves", fontsize=11.5)
-        if handles:
-            labels = ["after each epoch", "kept: best by the selection metric of the run"]
-            figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(list(known.values()), list(known), loc="outside lower center", ncols=min(3, len(known)), frameon=False)
     return figure
 
 
 @dataclass(frozen=True)
 class LossCurves:
-    """Losses of one task: `step`, `class_loss`, `retention_loss` [n] as logged, and `epoch_*` [e] the means over each epoch,
-    placed at its last step. `retention_loss` and `epoch_retention` are None for task 1."""
+    """Losses of one task by name: `losses` [n] as logged at `step`, and `means` [e] over each epoch, which ends at
+    `epoch_step`."""
 
     step: Array
-    class_loss: Array
-    retention_loss: Array | None
+    losses: Mapping[str, Array]
     epoch_step: Array
-    epoch_class: Array
-    epoch_retention: Array | None
+    means: Mapping[str, Array]
+
+
+LOSS_NAMES = {
+    "loss": "loss",
+    "class_loss": "class loss (cross-entropy)",
+    "retention_loss": "retention loss (mean squared error)",
+    "first_task_loss": "loss of task 1",
+}
 
 
 def losses(curves: Mapping[int, LossCurves], names: Sequence[str]) -> Figure | None:
@@ -445,31 +465,32 @@ def losses(curves: Mapping[int, LossCurves], names: Sequence[str]) -> Figure | N
     tasks = [task for task in sorted(curves) if len(curves[task].step)]
     if not tasks:
         return None
+    order = list(dict.fromkeys(name for task in tasks for name in curves[task].losses))
+    known: dict[str, Any] = {}
     with style():
         figure, cells = panels(len(tasks))
-        known: dict[str, Any] = {}
         for axes, task in zip(cells, tasks, strict=True):
             curve = curves[task]
-            kinds = [("class loss (cross-entropy)", curve.class_loss, curve.epoch_class)]
-            if curve.retention_loss is not None and curve.epoch_retention is not None:
-                kinds.append(("retention loss (mean squared error)", curve.retention_loss, curve.epoch_retention))
-                axes.set_yscale("log")
-            by_epoch = len(curve.step) < 10 * len(curve.epoch_step)
-            for (label, logged, means), colour, dash in zip(kinds, COLOURS, LINES, strict=False):
+            few_steps = len(curve.step) < 10 * len(curve.epoch_step)
+            for name, logged in curve.losses.items():
+                colour, dash = COLOURS[order.index(name) % 8], LINES[order.index(name) % 8]
                 x, y = _thin(curve.step, logged)
                 axes.plot(x, y, color=colour, lw=0.7, alpha=0.35)
-                x, y = (curve.epoch_step, means) if by_epoch else (x, _smooth(y))
-                few = "o" if by_epoch and len(x) < 15 else None
-                (line,) = axes.plot(x, y, color=colour, ls=dash, lw=1.8, marker=few, ms=4)
-                known.setdefault(label, line)
-            if len(kinds) > 1:
+                by_epoch = few_steps and name in curve.means
+                x, y = (curve.epoch_step, curve.means[name]) if by_epoch else (x, _smooth(y))
+                marker = "o" if by_epoch and len(x) < 15 else None
+                (line,) = axes.plot(x, y, color=colour, ls=dash, lw=1.8, marker=marker, ms=4)
+                known.setdefault(LOSS_NAMES.get(name, name.replace("_", " ")), line)
+            several = len(curve.losses) > 1
+            if several:
                 # At the first steps all masks are nearly 1/2 and the teacher is matched exactly: not worth ten decades.
+                axes.set_yscale("log")
                 low, high = axes.get_ylim()
                 axes.set_ylim(max(low, 1e-5 * high), high)
             axes.set_title(_title(task, names[task - 1], 30))
             axes.set_xlabel("step of the task")
-            axes.set_ylabel("loss (log scale)" if len(kinds) > 1 else "cross-entropy (nats)")
+            axes.set_ylabel("loss (log scale)" if several else "cross-entropy (nats)" if "class_loss" in curve.losses else "loss")
             axes.margins(x=0.02)
         figure.suptitle("Training losses", fontsize=11.5)
-        figure.legend(list(known.values()), list(known), loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(list(known.values()), list(known), loc="outside lower center", ncols=min(3, len(known)), frameon=False)
     return figure

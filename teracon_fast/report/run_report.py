@@ -1,24 +1,25 @@
-"""The report of a run: reads its log, writes pictures and report.md under RUN/report/.
+"""The report of a run of any method: tables, plots and RUN/report/report.md, made from the log of the run.
 
-Works on a run that is still training or was interrupted: whatever has been logged is shown.
+A run that is still training, or was interrupted, is shown as far as it has been logged.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from teracon_fast.config import load_config
-from teracon_fast.errors import DataError, TeraconError
+from teracon_fast.config import load_config, read_toml
+from teracon_fast.data.layout import read_about
+from teracon_fast.errors import TeraconError
 from teracon_fast.files import atomic_write
 from teracon_fast.report import plots
+from teracon_fast.train.log import TaskLog, read_log
 from teracon_fast.train.metrics import backward_transfer, headline
 
 if TYPE_CHECKING:
@@ -28,24 +29,22 @@ Array = NDArray[np.float64]
 
 
 @dataclass
-class TaskLog:
-    """Events of one task in metrics.jsonl, in the order of training: logged steps, validations, and the end (None before)."""
-
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    checks: list[dict[str, Any]] = field(default_factory=list)
-    end: dict[str, Any] | None = None
-
-
-@dataclass
 class RunRecord:
-    """A run as read back from its folder.
+    """A run as read back from its folder. Tasks count from 1 in `logs`, `pairs` and `c`.
 
-    `names`, `metrics`, `bwt`: one entry a task; `matrix`: [M, M], NaN where nothing was measured; `logs`: task from
-    1 -> TaskLog; `pairs`: (i, j), i > j, tasks from 1 -> cosine similarity of their masks at each site [S];
-    `c`: task from 1 -> scale of the cosine in rho (Eq. 15).
+    Attributes:
+        path: the run folder.
+        method: its name, as in `methods.METHODS`.
+        names, metrics: of the M tasks begun so far.
+        matrix: R, `[M, M]`, NaN where nothing was measured.
+        bwt: backward transfer of the M tasks in percent.
+        logs: log of each task.
+        pairs: (i, j) with i > j -> cosine similarity of the tasks' masks at each site, `[S]`.
+        c: scale of the cosine in rho (Eq. 15), of the tasks whose log has rho.
     """
 
     path: Path
+    method: str
     names: list[str]
     metrics: list[str]
     matrix: Array
@@ -55,30 +54,12 @@ class RunRecord:
     c: dict[int, float]
 
 
-def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Events of a metrics.jsonl file; a half-written last line (a killed run) is left out.
-
-    Raises:
-        DataError: a line is not a JSON object with "event" and "task".
-    """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                event = json.loads(line)
-            except ValueError as error:
-                if not line.endswith(b"\n"):
-                    return
-                raise DataError(path, f"not JSON ({error}), expected one JSON object a line", number) from None
-            if not isinstance(event, dict) or "event" not in event or not isinstance(event.get("task"), int):
-                reason = f'got {str(event)[:60]!r}, expected a JSON object with "event" and "task"'
-                raise DataError(path, reason, number)
-            yield event
-
-
 def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
+
+
+def _column(events: list[dict[str, Any]], name: str) -> Array:
+    return np.asarray([_number(event.get(name)) for event in events], dtype=float)
 
 
 def _pairs(logs: dict[int, TaskLog]) -> dict[tuple[int, int], Array]:
@@ -93,100 +74,78 @@ def _pairs(logs: dict[int, TaskLog]) -> dict[tuple[int, int], Array]:
     return {(i, j): table[:, i - 1, j - 1] for i in range(2, last + 1) for j in range(1, i)}
 
 
-def _fold(events: Iterator[dict[str, Any]]) -> dict[int, TaskLog]:
-    """Events by task."""
-    logs: dict[int, TaskLog] = {}
-    for event in events:
-        log = logs.setdefault(int(event["task"]), TaskLog())
-        if event["event"] == "step":
-            log.steps.append(event)
-        elif event["event"] == "valid":
-            log.checks.append(event)
-        elif event["event"] == "task_end":
-            log.end = event
-    return logs
-
-
 def load_run(run: str | Path) -> RunRecord:
     """Read a run folder back: settings from config.toml, names and sizes from dataset.json, all else from metrics.jsonl.
 
     Raises:
-        TeraconError: the folder or one of the three files is missing; DataError: a file is malformed.
+        TeraconError: the folder or one of the three files is missing. DataError: a file is malformed.
     """
     run = Path(run)
     if not run.is_dir():
         raise TeraconError(f"{run}: no such run folder")
     for name in ("config.toml", "dataset.json", "metrics.jsonl"):
         if not (run / name).is_file():
-            raise TeraconError(f"{run}: has no {name}: not a run folder, or nothing has been trained in it yet")
-    logs = _fold(read_events(run / "metrics.jsonl"))
-    tasks = read_json(run / "dataset.json")["tasks"][: max(logs, default=0)]
-    metrics = [headline(task["num_labels"]) for task in tasks]
+            raise TeraconError(f"{run}: no {name}; not a run folder, or nothing has been trained in it yet")
+    logs = read_log(run)
+    planned = read_about(run).tasks
+    tasks = planned[: max(logs, default=0)]
+    metrics = [headline(task.num_labels) for task in tasks]
     matrix = np.full((len(tasks), len(tasks)), np.nan)
     done = [task for task in sorted(logs) if logs[task].end is not None]
     for j in done:
         test = (logs[j].end or {})["test"]
-        matrix[j - 1, :j] = [_number(test[str(i)].get(metrics[i - 1])) for i in range(1, j + 1)]
+        matrix[j - 1, :j] = [_number(test.get(str(i), {}).get(metrics[i - 1])) for i in range(1, j + 1)]
     bwt = np.full(len(tasks), np.nan)
     if done:
         # The newest task has nothing after it to forget it: its backward transfer is left undefined.
         bwt[: done[-1] - 1] = backward_transfer(matrix[: done[-1], : done[-1]])[:-1]
-    config = load_config(path=run / "config.toml")
-    c = {task: config.task_options(task).get("c", 6.0) for task in logs}
-    return RunRecord(run, [task["name"] for task in tasks], metrics, matrix, bwt.tolist(), logs, _pairs(logs), c)
+    method = str(read_toml(run / "config.toml").get("method", "teracon"))
+    adaptive = [task for task, log in logs.items() if any(step.get("rho") for step in log.steps)]
+    c = {}
+    if adaptive:
+        config = load_config(path=run / "config.toml")
+        order = config.task_order(len(planned) - (config.noise_at is not None))
+        c = {task: float(config.task_options(order[task - 1])["c"]) for task in adaptive}
+    names = [task.name for task in tasks]
+    return RunRecord(run, method, names, metrics, matrix, bwt.tolist(), logs, _pairs(logs), c)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        DataError: the file is not one.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(path, f"got text that is not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise DataError(path, f"got {type(content).__name__}, expected a JSON object")
-    return content
-
-
-def _column(events: list[dict[str, Any]], name: str) -> Array:
-    return np.asarray([_number(event.get(name)) for event in events], dtype=float)
-
-
-def _curves(log: TaskLog, task: int) -> plots.LossCurves:
-    steps, checks = log.steps, log.checks
-    retention = (_column(steps, "retention_loss"), _column(checks, "retention_loss")) if task > 1 else (None, None)
+def _loss_curves(log: TaskLog) -> plots.LossCurves:
+    logged = dict.fromkeys(name for event in log.steps for name, value in event.items() if value is not None)
+    # `loss` is the sum of the named losses: shown where there is nothing else.
+    names = [name for name in logged if name.endswith("_loss")] or ["loss"]
+    means = [name for name in names if any(check.get(name) is not None for check in log.checks)]
     return plots.LossCurves(
-        _column(steps, "step"), _column(steps, "class_loss"), retention[0],
-        _column(checks, "step"), _column(checks, "class_loss"), retention[1],
+        _column(log.steps, "step"), {name: _column(log.steps, name) for name in names},
+        _column(log.checks, "step"), {name: _column(log.checks, name) for name in means},
     )  # fmt: skip
 
 
 def draw(record: RunRecord) -> dict[str, Figure]:
-    """The pictures of a run that have something to show, by file stem."""
-    loss = {task: _curves(log, task) for task, log in record.logs.items()}
-    rho, valid = {}, {}
+    """The plots of a run that have something to show, by file stem."""
+    losses, rho, valid = {}, {}, {}
     for task, log in record.logs.items():
-        if task > 1 and log.steps:
-            rho[task] = (loss[task].step, np.asarray([step["rho"] for step in log.steps], dtype=float))
+        losses[task] = _loss_curves(log)
+        drawn = [step for step in log.steps if step.get("rho")]
+        if drawn:
+            rho[task] = (_column(drawn, "step"), np.asarray([step["rho"] for step in drawn], dtype=float))
         scores = _column([check["metrics"] for check in log.checks], record.metrics[task - 1])
-        valid[task] = (_column(log.checks, "epoch") + 1, scores, _column(log.checks, "best"))
+        phases = [str(check.get("phase", "train")) for check in log.checks]
+        valid[task] = plots.LearningCurve(scores, _column(log.checks, "best") > 0, phases)
     labels = [pretty(name) for name in record.metrics]
-    drawn = {
+    figures = {
         "r_matrix": plots.r_matrix(record.matrix, record.names, labels, record.bwt),
         "similarity": plots.similarity(record.pairs, record.names),
         "similarity_by_layer": plots.similarity_by_layer(record.pairs, record.names),
         "rho": plots.rho_over_training(rho, record.names, record.c),
         "learning_curves": plots.learning_curves(valid, record.names, labels),
-        "losses": plots.losses(loss, record.names),
+        "losses": plots.losses(losses, record.names),
     }
-    return {stem: figure for stem, figure in drawn.items() if figure is not None}
+    return {stem: figure for stem, figure in figures.items() if figure is not None}
 
 
 def write_report(run: str | Path, file_format: str = "png") -> list[Path]:
-    """Draw every picture of `run` and write report.md; returns the files written, report.md first.
+    """Draw every plot of `run` and write report.md; returns the files written, report.md first.
 
     Args:
         run: run folder.
@@ -231,25 +190,44 @@ def summary_rows(record: RunRecord) -> tuple[list[str], list[list[str]]]:
 
 
 def task_rows(record: RunRecord) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows of the training table: epochs, seconds, rate, last rho of each task."""
-    heading = ["task", "epochs", "steps logged", "time (s)", "users/s (median)", "rho at the end (T1, T2, ...)"]
+    """Heading and rows of the training table: epochs, seconds and rate of each task, and its last rho where it has one."""
+    heading = ["task", "epochs", "steps logged", "time (s)", "users/s (median)"]
+    heading += ["rho at the end (T1, T2, ...)"] if record.c else []
     rows = []
     for task in sorted(record.logs):
         log = record.logs[task]
         end = log.end or {}
         rate = _column(log.steps, "users_per_s")
-        rho = log.steps[-1].get("rho", []) if log.steps else []
-        rows.append(
-            [
-                f"T{task} {record.names[task - 1]}",
-                str(end.get("epochs", len(log.checks))),
-                str(len(log.steps)),
-                shown(_number(end.get("seconds")), ",.1f"),
-                shown(float(np.nanmedian(rate)), ",.0f") if np.isfinite(rate).any() else "–",
-                ", ".join(shown(value, ".3g") for value in rho) or "–",
-            ]
-        )
+        row = [
+            f"T{task} {record.names[task - 1]}",
+            str(end.get("epochs", len(log.checks))),
+            str(len(log.steps)),
+            shown(_number(end.get("seconds")), ",.1f"),
+            shown(float(np.nanmedian(rate)), ",.0f") if np.isfinite(rate).any() else "–",
+        ]
+        if record.c:
+            rho = (log.steps[-1].get("rho") if log.steps else None) or []
+            row.append(", ".join(shown(value, ".3g") for value in rho) or "–")
+        rows.append(row)
     return heading, rows
+
+
+def method_rows(record: RunRecord) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of what the method itself reports after the last epoch of each task; no rows if it reports nothing."""
+    found: dict[int, dict[str, Any]] = {}
+    for task, log in sorted(record.logs.items()):
+        found[task] = {name: value for check in log.checks for name, value in (check.get("method") or {}).items()}
+    # A list has one number for each task so far.
+    names = {name: isinstance(value, list) for values in found.values() for name, value in values.items()}
+    rows = []
+    for task, values in found.items():
+        cells = [values.get(name) for name in names]
+        lists = [cell if isinstance(cell, list) else [cell] for cell in cells]
+        if values:
+            numbers = (", ".join(shown(_number(value), ".3g") for value in cell) for cell in lists)
+            rows.append([f"T{task} {record.names[task - 1]}", *numbers])
+    heading = [name.replace("_", " ") + " (T1, T2, ...)" * several for name, several in names.items()]
+    return ["task", *heading], rows
 
 
 def markdown_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -272,9 +250,10 @@ CAPTIONS = {
 
 
 def markdown(record: RunRecord, files: list[str]) -> str:
-    """report.md: the R matrix with BWT, the training table, every metric of the final model and the pictures."""
-    parts = [f"# Run {record.path.resolve().name}", "## Results", markdown_table(*summary_rows(record))]
-    parts.append("R[j, i]: test metric of task i after training task j. BWT_i = 100 (R[M, i] - R[i, i]) / R[i, i].")
+    """report.md: the method, R with BWT, every metric of the newest weights, the training tables and the plots."""
+    parts = [f"# Run {record.path.resolve().name}", f"Method: `{record.method}`.", "## Results"]
+    parts += [markdown_table(*summary_rows(record))]
+    parts += ["R[j, i]: test metric of task i after training task j. BWT_i = 100 (R[M, i] - R[i, i]) / R[i, i]."]
     last = next((log.end for _, log in sorted(record.logs.items(), reverse=True) if log.end), None)
     test = (last or {}).get("test") or {}
     if test:
@@ -283,7 +262,10 @@ def markdown(record: RunRecord, files: list[str]) -> str:
             [f"T{task} {record.names[int(task) - 1]}", *(shown(_number(test[task].get(name))) for name in names)]
             for task in sorted(test, key=int)
         ]
-        parts += ["## All test metrics of the newest model", markdown_table(["task", *map(pretty, names)], rows)]
-    parts += ["## Training", markdown_table(*task_rows(record)), "## Pictures"]
-    parts += [f"![{Path(name).stem}]({name})\n\n{CAPTIONS[Path(name).stem]}" for name in files]
+        parts += ["## All test metrics after the newest task", markdown_table(["task", *map(pretty, names)], rows)]
+    parts += ["## Training", markdown_table(*task_rows(record))]
+    heading, rows = method_rows(record)
+    if rows:
+        parts += [f"After the last epoch of each task, by `{record.method}`:", markdown_table(heading, rows)]
+    parts += ["## Plots", *(f"![{Path(name).stem}]({name})\n\n{CAPTIONS[Path(name).stem]}" for name in files)]
     return "\n\n".join(parts) + "\n"

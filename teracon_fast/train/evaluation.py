@@ -30,6 +30,7 @@ def evaluate(
     samples: NDArray[np.int64],
     batch_size: int = 1024,
     progress: Callable[[int, int], None] | None = None,
+    encode: EncodeUsers | None = None,
 ) -> dict[str, float]:
     """Metrics of a task over the given samples, every one counted, its target ranked among all labels.
 
@@ -42,6 +43,7 @@ def evaluate(
         samples: int64 `[n]`, numbers of samples of `data`.
         batch_size: sequences encoded at a time.
         progress: called with (samples done, samples in all) after each batch; may raise to interrupt.
+        encode: the task's encoder, where one has been made: see `Method.encoders`.
 
     Returns:
         See `metrics.task_metrics`: MRR, hit and NDCG at 5 and 20 and hit@1, or the accuracy of at most 20 labels.
@@ -54,7 +56,8 @@ def evaluate(
         raise ConfigError(f"task {task + 1}: the data have {data.num_labels} labels, the model {head.out_features}")
     if len(samples) == 0:
         raise ConfigError(f"task {task + 1} ({data.name}): got no samples to evaluate, expected at least one")
-    ranks = target_ranks(method.encoder(task), head, data, samples, batch_size, progress, method.sizes.backend)
+    encode = method.encoder(task) if encode is None else encode
+    ranks = target_ranks(encode, head, data, samples, batch_size, progress, method.sizes.backend)
     return task_metrics(ranks, data.num_labels)
 
 

@@ -135,14 +135,14 @@ def fingerprint(
     if code := plugin_code(METHODS[config.method]):
         result["plugin code"] = code
     result.update({"data.name": dataset.name, "data.length": dataset.length, "data.num_items": dataset.num_items})
-    for place, (number, data) in enumerate(zip(order[:tasks], dataset.tasks, strict=False), 1):
+    for position, (number, data) in enumerate(zip(order[:tasks], dataset.tasks, strict=False), 1):
         found = {**config.for_task(number).model_dump(exclude={"options"}), **config.task_options(number)}
-        result.update({f"task.{place}.{name}": value for name, value in found.items()})
+        result.update({f"task.{position}.{name}": value for name, value in found.items()})
         facts = {
             "number": number, "name": data.name, "rows": len(data.sequences), "samples": len(data.samples),
             "labels": data.num_labels, "checksum": _checksum(data, number == NOISE),
         }  # fmt: skip
-        result.update({f"data.task{place}.{name}": value for name, value in facts.items()})
+        result.update({f"data.task{position}.{name}": value for name, value in facts.items()})
     exact = {
         "device": config.device, "backend": backends.resolve(config.backend, device=torch.device(config.device)),
         "algorithm": config.algorithm, "threads": config.threads, "cuda_graphs": config.cuda_graphs,
@@ -269,15 +269,15 @@ def keep_dictionaries(dataset: TaskSequence, order: Sequence[int], folder: Path,
         about["tasks"] = [asdict(meta) for meta in dataset.metas]
     with atomic_write(folder / "dataset.json", "w") as file:
         file.write(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-    for place, (data, number) in enumerate(zip(dataset.tasks, order, strict=True), 1):
+    for position, (data, number) in enumerate(zip(dataset.tasks, order, strict=True), 1):
         if number == NOISE:
-            Dictionary(data.names).save(folder / f"task{place}" / "labels.parquet")
+            Dictionary(data.names).save(folder / f"task{position}" / "labels.parquet")
             continue
-        name = "items.parquet" if place == 1 else f"task{place}/labels.parquet"
-        source = dataset.path / ("items.parquet" if place == 1 else f"task{number}/labels.parquet")
+        name = "items.parquet" if position == 1 else f"task{position}/labels.parquet"
+        source = dataset.path / ("items.parquet" if position == 1 else f"task{number}/labels.parquet")
         copy = folder / name
         same = copy.exists() and copy.read_bytes() == source.read_bytes()
-        if place <= tasks_begun and copy.exists() and not same:
+        if position <= tasks_begun and copy.exists() and not same:
             raise ConfigError(f"{source} differs from {copy}, expected the data that the run began with")
         if not same:
             with source.open("rb") as reader, atomic_write(copy) as writer:

@@ -1,14 +1,13 @@
 """A trained run on a catalogue that has grown: a new run folder with rows for the new items and labels; the old one stays.
 
-Growing is a step of its own, not something that training does on the way, because it changes what the old results mean: the
-larger data set has other rows, other test samples and more labels to rank among. In the new folder everything is of the larger
-data set: the weights after every task have the same new rows, R is measured again with them, and the log says so. What follows
-is a run like any other: `teracon train` goes on with it, to the same bits after an interruption.
+Growing is a command of its own, not something that training does along the way, because it changes what the old results mean:
+the larger data set has other rows, other test samples and more labels to rank among. In the new folder everything refers to the
+larger data set: the weights after every task have the same new rows, R is measured again with them, and the log says so. From
+there it is a run like any other: `teracon train` continues it, and resumes to the same bits.
 
-The teacher and the student of the next task begin from one file, so they have the same new rows. A label that came by growth
-has an untrained row in the head of its (finished) task; retention holds its scores where the initial row puts them. So
-inference leaves these labels out, see `runfolder.trained_labels`. Of task 1 the new rows can be fitted to the network as it
-is: nothing but them changes, so that nothing is forgotten.
+A label that came by growth has an untrained row in the head of its (finished) task, so inference leaves it out, see
+`folder.trained_labels`. The new rows of task 1 can be fitted to the network as it is: nothing else changes, so nothing is
+forgotten.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,24 +31,28 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from teracon_fast.config import RunConfig, load_config
-from teracon_fast.data import Dictionary, TaskSequence, check_tasks, epoch_batches, fetch, open_dataset
+from teracon_fast.data import BatchSource, Dictionary, TaskSequence, check_tasks, epoch_batches, open_dataset
 from teracon_fast.data.layout import read_about
+from teracon_fast.data.order import NOISE
 from teracon_fast.data.seeds import derived_seed
 from teracon_fast.errors import ConfigError
 from teracon_fast.files import atomic_write
-from teracon_fast.model.checkpoints import load_model, load_state, read_notes, save_model, save_state
-from teracon_fast.model.fast_tcn import FastTCN
+from teracon_fast.methods import Method
+from teracon_fast.methods.plugins import find_method
+from teracon_fast.model.backbone import Backbone
+from teracon_fast.train.checkpoint import RunState, load_task, read_task_header, save_task
 from teracon_fast.train.evaluation import evaluate
 from teracon_fast.train.folder import (
+    fingerprint,
     keep_dictionaries,
     locked,
     resolved,
-    settings,
     trained_labels,
+    training_data,
     write_trained_labels,
 )
 from teracon_fast.train.log import Observer, RunLog, Step
-from teracon_fast.train.loop import DivergedError, to_device
+from teracon_fast.train.loop import DivergedError
 from teracon_fast.train.results import Results, results_of
 from teracon_fast.train.run import task_split
 
@@ -62,7 +65,7 @@ class Growth:
     """What `grow` did.
 
     Attributes:
-        items: numbers of items before and after, the pad and buckets counted.
+        items: numbers of items before and after, with the pad and buckets.
         labels: the same of the labels of each task, by its number from 1.
         losses: mean loss of each epoch in which the new rows of task 1 were fitted.
         results: R and BWT of the grown weights on the larger data set.
@@ -77,53 +80,56 @@ class Growth:
 def grow(
     run: str | Path, data: str | Path, output: str | Path, observer: Observer | None = None, epochs: int = 0
 ) -> Growth:
-    """Make a run folder for a larger catalogue from a run that stands between two tasks. `run` stays as it is.
+    """Make a run folder for a larger catalogue from a run that is between two tasks. `run` stays as it is.
 
     Args:
-        run: run folder; all of its begun tasks are finished.
-        data: prepared folder of which the items, and the labels of the finished tasks, extend those of the run: made with
-            `--extend`. It may have further tasks.
+        run: run folder; all tasks that it has started are finished.
+        data: prepared folder whose items, and labels of the finished tasks, extend those of the run: made with `--extend`. It
+            may have further tasks; they are trained after those of the run.
         output: run folder to make; written whole or not at all.
         observer: told of the progress.
         epochs: passes of `fit_new_rows` over the training sequences of task 1; 0 leaves the new rows at their initial values.
 
     Raises:
-        ConfigError: no such run, a task in training, an id that has moved, another length or other tasks, `output` exists, or
-            with epochs no training sequence holds a new item.
+        ConfigError: no such run, a method that cannot grow, a task in training, an id that has moved, another length or other
+            tasks, `output` exists, or with epochs no training sequence holds a new item.
         DivergedError: a loss of the fit became NaN or infinite.
         CheckpointError, DataError: a file is missing or damaged.
     """
     run, output, observer = Path(run), Path(output), observer or Observer()
     if not (run / "config.toml").is_file():
-        raise ConfigError(f"{run}: has no config.toml, expected a run folder that `teracon train` made")
+        raise ConfigError(f"{run}: has no config.toml, expected a run folder of `teracon train`")
     if output.exists():
         raise ConfigError(f"{output}: exists already, expected a new folder")
-    dataset = open_dataset(data)
+    config = load_config(path=run / "config.toml")
+    if reason := find_method(config.method).growth_refusal:
+        raise ConfigError(f"{run}: a run of {config.method} cannot grow: {reason}")
     threads = torch.get_num_threads()
     with locked(run), _folder(output) as folder:
-        if not (run / "checkpoints" / "resume.pt").exists():
+        state = RunState.load(run)
+        if state is None or not state.tests:
             raise ConfigError(f"{run}: no task is finished yet")
-        state = load_state(run / "checkpoints" / "resume.pt")
-        done = len(state["tests"])
-        if state["position"] is not None:
-            raise ConfigError(f"{run}: task {state['begun']} is in training, expected a run between two tasks: finish it first")
-        labels, known = _require_extended(run, dataset, done), trained_labels(run)
-        overrides = {"data": str(data), "run": str(output)}
-        config = resolved(load_config(path=run / "config.toml", overrides=overrides), state["settings"])
-        config = config.model_copy(update={"num_tasks": None})
+        if state.training is not None:
+            raise ConfigError(f"{run}: task {state.begun} is in training, expected a run between two tasks: finish it first")
+        done, known = len(state.tests), trained_labels(run)
+        raw = open_dataset(data)
+        order = _grown_order(config, run, raw, done)
+        config = resolved(config.model_copy(update={"data": raw.path, "run": output, **order}), state.fingerprint["exact"])
+        dataset, numbers = training_data(config)
+        labels = _require_extended(run, dataset, numbers[:done])
         if config.split_by == "sample":
             observer.on_message(
-                f"{run} splits by sample: some test samples of the larger data may have been trained on, so that the tests after "
-                "growth are too good; a run with split_by = user has no such doubt"
+                f"{run} splits by sample: some test samples of the larger data may have been trained on, so tests after growth "
+                "may be too good; a run that splits by user does not have this problem"
             )
         try:
-            torch.set_num_threads(state["settings"]["threads"])
-            growing = _Growing(run, config, dataset, labels)
+            torch.set_num_threads(state.fingerprint["exact"]["threads"])
+            growing = _Growing(run, config, dataset, numbers, labels)
             losses = growing.fit(epochs, known.get(1, labels[1][0]), observer) if epochs else []
             tests = growing.write(folder, observer)
         finally:
             torch.set_num_threads(threads)
-        keep_dictionaries(dataset, folder, 0)
+        keep_dictionaries(dataset, numbers, folder, 0)
         growth = Growth(labels[1], labels, losses, results_of(dataset, tests))
         trained = {number: known.get(number, before) for number, (before, _) in labels.items() if number > 1 or not epochs}
         write_trained_labels(folder, {n: count for n, count in trained.items() if count < labels[n][1]})
@@ -131,12 +137,29 @@ def grow(
             file.write(config.to_toml())
         with atomic_write(folder / "results.json", "w") as file:
             file.write(json.dumps(dataclasses.asdict(growth.results), indent=2) + "\n")
-        offset = _write_log(run, folder, state["log_offset"], growth, tests)
-        save_state(folder / "checkpoints" / "resume.pt", {
-            "settings": settings(config, dataset, done), "begun": done, "tests": tests, "steps": state["steps"],
-            "log_offset": offset, "torch": str(torch.__version__), "position": None,
-        })  # fmt: skip
+        offset = _write_log(run, folder, state.log_offset, growth, tests)
+        now = fingerprint(config, dataset, numbers, done)
+        RunState(now, done, None, tests, state.steps, offset, str(torch.__version__), state.peak_mib).save(folder)
     return growth
+
+
+def _grown_order(config: RunConfig, run: Path, raw: TaskSequence, done: int) -> dict[str, Any]:
+    """What changes in the configuration so that the finished tasks stay where they are, and further ones follow.
+
+    Raises:
+        ConfigError: the data set lacks a finished task.
+    """
+    about = read_about(run)
+    order = config.task_order(len(about.tasks) - (config.noise_at is not None))
+    names = {number: meta.name for number, meta in zip(order[:done], about.tasks, strict=False) if number != NOISE}
+    got = {number: data.name for number, data in enumerate(raw.tasks, 1) if number in names}
+    if got != names:
+        found, expected = ([known[number] for number in sorted(known)] for known in (got, names))
+        raise ConfigError(f"{raw.path}: got the tasks {found}, expected {expected} as in {run}")
+    wanted = [number for number in order if number in range(1, len(raw.tasks) + 1)]
+    wanted += [number for number in range(1, len(raw.tasks) + 1) if number not in wanted]
+    text = "original" if wanted == sorted(wanted) else ",".join(map(str, wanted))
+    return {"num_tasks": None, "order": text}
 
 
 @contextmanager
@@ -154,8 +177,11 @@ def _folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def _require_extended(run: Path, dataset: TaskSequence, done: int) -> dict[int, tuple[int, int]]:
-    """Numbers of labels of the finished tasks, before and after.
+def _require_extended(run: Path, dataset: TaskSequence, order: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """Numbers of labels of the finished tasks, by their number in the order of training: before and after.
+
+    Args:
+        dataset: in the order of training. order: numbers of the finished tasks in its folder.
 
     Raises:
         ConfigError: the data set does not extend that of the run.
@@ -163,15 +189,15 @@ def _require_extended(run: Path, dataset: TaskSequence, done: int) -> dict[int, 
     about = read_about(run)
     if dataset.length != about.length:
         raise ConfigError(f"{dataset.path}: got sequences of length {dataset.length}, expected {about.length} as in {run}")
-    got, expected = [data.name for data in dataset.tasks[:done]], [meta.name for meta in about.tasks[:done]]
-    if got != expected:
-        raise ConfigError(f"{dataset.path}: its first tasks are {got}, expected {expected} as in {run}")
-    before = _require_prefix("item", run / "items.parquet", dataset.path / "items.parquet", run)
-    labels = {1: (before, dataset.num_items)}
-    for number, data in enumerate(dataset.tasks[1:done], 2):
-        name = f"task{number}/labels.parquet"
-        before = _require_prefix(f"label of task {number},", run / name, dataset.path / name, run)
-        labels[number] = before, data.num_labels
+    labels = {}
+    for place, (number, data) in enumerate(zip(order, dataset.tasks, strict=False), 1):
+        own, source = (f"task{index}/labels.parquet" if place > 1 else "items.parquet" for index in (place, number))
+        if number == NOISE:
+            before = data.num_labels
+        else:
+            what = "item" if place == 1 else f"label of task {place} ({data.name}),"
+            before = _require_prefix(what, run / own, dataset.path / source, run)
+        labels[place] = before, data.num_labels
     return labels
 
 
@@ -191,70 +217,73 @@ def _require_prefix(what: str, old: Path, new: Path, run: Path) -> int:
 
 
 class _Growing:
-    """The weights after each finished task, and the rows that they get."""
+    """The method after each finished task, and the rows that it gets."""
 
-    def __init__(self, run: Path, config: RunConfig, dataset: TaskSequence, labels: dict[int, tuple[int, int]]) -> None:
-        self._run, self._config, self._dataset, self._labels = run, config, dataset, labels
+    def __init__(
+        self, run: Path, config: RunConfig, dataset: TaskSequence, order: Sequence[int], labels: Mapping[int, tuple[int, int]]
+    ) -> None:
+        self._run, self._config, self._dataset, self._order, self._labels = run, config, dataset, order, labels
         self._splits = [task_split(config, data) for data in dataset.tasks[: len(labels)]]
-        self._fitted: list[Tensor] | None = None
+        self._fitted: list[Tensor] = []
         check_tasks(dataset, self._splits)
 
-    def model(self, after: int) -> FastTCN:
-        """The grown model after a task (from 1). All of them have the same new rows."""
+    def method(self, after: int) -> Method:
+        """The grown method after a task (from 1): the same new rows after each."""
         config, done = self._config, len(self._labels)
-        old = load_model(self._run / _weights(after), config.device, config.backend, config.algorithm)
+        old = config.new_method(self._labels[1][0]).to(config.device)
+        load_task(self._run, after, old)
         generator = torch.Generator().manual_seed(derived_seed(config.seed, done, "grown"))
-        model = old.grown(self._dataset.num_items, [self._labels[task][1] for task in range(1, after + 1)], generator)
-        for own, rows in zip(_rows_of_task_1(model), self._fitted or [], strict=False):
-            own.data[len(own) - len(rows) :] = rows
-        return model
+        method = old.grown(self._dataset.num_items, [self._labels[task][1] for task in range(1, after + 1)], generator)
+        method.configure(config.task_options(self._order[after - 1]))
+        if self._fitted:
+            for own, rows in zip(_rows_of_items(method), self._fitted, strict=True):
+                own.data[len(own) - len(rows) :] = rows
+        return method
 
     def fit(self, epochs: int, trained: int, observer: Observer) -> list[float]:
-        """Fit the new rows of task 1 to the network after the last task; returns the mean loss of each epoch."""
-        model, config, data = self.model(len(self._labels)), self._config.for_task(1), self._dataset.tasks[0]
-        firsts, s = (self._labels[1][0], trained, trained), self._config.for_task(len(self._labels)).s_max
+        """Fit the new rows of task 1 to the method after the last task; returns the mean loss of each epoch."""
+        method, config, data = self.method(len(self._labels)), self._config.for_task(1), self._dataset.tasks[0]
+        firsts = self._labels[1][0], trained, trained
         losses = fit_new_rows(
-            model, data, self._splits[0].train, firsts[0], firsts[1], epochs, config.lr, config.batch_size, s,
+            method, data, self._splits[0].train, firsts[0], firsts[1], epochs, config.lr, config.batch_size,
             derived_seed(self._config.seed, len(self._labels), "fit"), observer,
         )  # fmt: skip
-        self._fitted = [own.detach()[first:] for own, first in zip(_rows_of_task_1(model), firsts, strict=True)]
+        self._fitted = [own.detach()[first:] for own, first in zip(_rows_of_items(method), firsts, strict=True)]
         return losses
 
     def write(self, folder: Path, observer: Observer) -> list[list[dict[str, float]]]:
         """Write the grown weights after each task; returns the test metrics of each with every task so far."""
         tests, batch_size = [], self._config.evaluate_batch_size
         for after in range(1, len(self._labels) + 1):
-            model, s = self.model(after), self._config.for_task(after).s_max
-            save_model(model, folder / _weights(after), read_notes(self._run / _weights(after)))
-            row = []
-            for number, (data, split) in enumerate(zip(self._dataset.tasks[:after], self._splits, strict=False), 1):
-                show = partial(observer.on_evaluate, number, "test")
-                row.append(evaluate(model, data, number - 1, split.test, s, batch_size, show))
+            method = self.method(after)
+            save_task(folder, method, read_task_header(self._run, after).notes)
+            encoders, row = method.encoders(range(after)), []
+            for task, (data, split) in enumerate(zip(self._dataset.tasks[:after], self._splits, strict=False)):
+                show = partial(observer.on_evaluate, task + 1, "test")
+                row.append(evaluate(method, data, task, split.test, batch_size, show, encoders[task]))
             tests.append(row)
         return tests
 
 
-def _weights(after: int) -> str:
-    return f"checkpoints/task{after}.safetensors"
-
-
-def _rows_of_task_1(model: FastTCN) -> tuple[Tensor, Tensor, Tensor]:
+def _rows_of_items(method: Method) -> tuple[Tensor, Tensor, Tensor]:
     """The tensors that have a row for each item: embedding, weight and bias of task 1's head."""
-    head = model.head(0)
-    return model.embeding.weight, head.weight, head.bias
+    backbones = [module for module in method.modules() if isinstance(module, Backbone)]
+    if len(backbones) != 1:
+        raise ConfigError(f"{method.name}: got {len(backbones)} networks, expected one item embedding for all tasks")
+    head = method.head(0)
+    return backbones[0].embeding.weight, head.weight, head.bias
 
 
 def fit_new_rows(
-    model: FastTCN, data: TaskData, samples: NDArray[np.int64], first_item: int, first_label: int, epochs: int, lr: float,
-    batch_size: int, s: float, seed: int, observer: Observer,
+    method: Method, data: TaskData, samples: NDArray[np.int64], first_item: int, first_label: int, epochs: int, lr: float,
+    batch_size: int, seed: int, observer: Observer,
 ) -> list[float]:  # fmt: skip
-    """Train the rows of new items, and nothing else, with task 1's loss and mask at a fixed scale.
+    """Train the rows of new items, and nothing else, with `Method.next_item_loss`.
 
     Args:
-        model: its rows `first_item`... of the item embedding and `first_label`... of task 1's head are trained, in place.
+        method: its rows `first_item`... of the item embedding and `first_label`... of task 1's head are trained, in place.
         data: task 1. samples: int64 `[n]`, those to train on: also the ones without a new item, which teach when none comes.
         epochs, lr, batch_size, seed: of Adam, and of the order of the samples.
-        s: mask scale, that of inference.
         observer: told of every step.
 
     Returns:
@@ -266,18 +295,16 @@ def fit_new_rows(
     parts = (data.sequences[data.samples[samples[low : low + 65_536], 0]] for low in range(0, len(samples), 65_536))
     if not any((part >= min(first_item, first_label)).any() for part in parts):
         raise ConfigError(f"{data.path}: got no training sequence with a new item, expected some to fit their rows on")
-    model.requires_grad_(False)
-    masks = model.masks(s)
-    tensors, firsts, losses = _rows_of_task_1(model), (first_item, first_label, first_label), []
-    # The optimiser has only the new rows, which share the tensors' memory: no other row can move.
+    method.requires_grad_(False)
+    tensors, firsts, losses = _rows_of_items(method), (first_item, first_label, first_label), []
+    # The optimizer has only the new rows, which share the tensors' memory: no other row can move.
     rows = [Parameter(tensor.requires_grad_().data[first:]) for tensor, first in zip(tensors, firsts, strict=True)]
-    optimizer = torch.optim.Adam(rows, lr=lr)
+    optimizer, source = torch.optim.Adam(rows, lr=lr), BatchSource(data, method.device)
     for epoch in range(epochs):
         total, batches = 0.0, epoch_batches(samples, batch_size, seed, epoch)
         for number, batch in enumerate(batches):
-            x = to_device(fetch(data, batch)[0], model)
-            model.zero_grad()
-            loss = model.next_item_loss(x, s, masks)
+            method.zero_grad()
+            loss = method.next_item_loss(source.load(source.prepare(batch)))
             loss.backward()  # type: ignore[no-untyped-call]
             for own, tensor, first in zip(rows, tensors, firsts, strict=True):
                 assert tensor.grad is not None
@@ -285,7 +312,7 @@ def fit_new_rows(
             optimizer.step()
             value = loss.item()
             if not math.isfinite(value):
-                raise DivergedError(f"fit of new rows, epoch {epoch}, batch {number}: the loss is {value}")
+                raise DivergedError(f"fit of new rows, epoch {epoch + 1}, batch {number + 1}: the loss is {value}")
             total += value * len(batch)
             observer.on_step(Step(1, epoch, number, len(batches), len(batch), None))
         losses.append(total / len(samples))

@@ -2,12 +2,13 @@
 
 Events of metrics.jsonl (one JSON object a line; tasks count from 1, epochs and batches from 0, `step` restarts with each task):
 
-- step: task, epoch, batch, step, loss, class_loss, hit@1 (of the batch; of task 1 the real targets), scale (s), users_per_s; from
-  task 2 on also retention_loss and rho.
-- valid: task, epoch, step (the epoch's last), metrics, best, class_loss (mean over the epoch's samples); from task 2 on
-  also retention_loss.
-- task_end: task, epochs, best_epoch, seconds, test ({"1": metrics, ...}), similarity ([S][T][T], cosines of the masks).
-- run_end: task (the last one), R, bwt, seconds.
+- step: task, epoch, batch, step, loss, its parts by name (class_loss; of some methods retention_loss, attention_loss,
+  first_task_loss), hit@1 (of the batch; of task 1 the real targets), users_per_s, and what the method reports: scale (s), rho.
+- valid: task, phase, epoch (of the phase), step (the epoch's last), metrics, best, the losses (means over the epoch's samples),
+  method (what `Method.describe` gives: open_mask_share, free_weights, sparsity, ...), and with test_every_epoch also test.
+- task_end: task, epochs (of all phases), best_epoch, seconds (of training and validation), test ({"1": metrics, ...}), and what
+  `Method.summarize` gives: of TERACON similarity ([S][T][T], cosines of the masks).
+- run_end: task (the last one), R, bwt, cost (parameters and kept_mib of what inference on all tasks needs, peak_mib, device).
 - grown: task (the last finished one), run (whose weights grew), items ([before, after]), labels ({"1": [before, after], ...}),
   fit_losses (of each epoch in which the new rows were fitted); the task_end events before it hold tests of the grown weights.
 
@@ -20,18 +21,18 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from teracon_fast.errors import CheckpointError
+from teracon_fast.errors import CheckpointError, DataError
 
 TIME_FIELDS = ("time", "seconds", "users_per_s")
 
 
 @dataclass(frozen=True)
 class TaskStart:
-    """A task begins, or goes on after an interruption at (epoch, batch)."""
+    """A task starts, or resumes at (epoch, batch)."""
 
     task: int  # from 1
     name: str
@@ -151,3 +152,45 @@ def _scalars(fields: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]
             yield from _scalars({str(i): entry for i, entry in enumerate(value, 1)}, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and name not in ("epoch", "batch", "step"):
             yield prefix + name, float(value)
+
+
+@dataclass
+class TaskLog:
+    """Events of one task in the order they were logged: steps, validations, and the end (None while it trains)."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    end: dict[str, Any] | None = None
+
+
+def read_log(run: Path) -> dict[int, TaskLog]:
+    """The log of each task (from 1) in RUN/metrics.jsonl; empty if nothing has been logged. A truncated last line, which a
+    killed run leaves, is ignored.
+
+    Raises:
+        DataError: no such file, or a line that is not a JSON object with "event" and "task".
+    """
+    path, logs = run / "metrics.jsonl", dict[int, TaskLog]()
+    if not path.is_file():
+        raise DataError(path, "no such file; expected the log of a run")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                event = json.loads(line)
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    break
+                raise DataError(path, f"not JSON ({error}); expected one JSON object a line", number) from None
+            if not isinstance(event, dict) or "event" not in event or not isinstance(event.get("task"), int):
+                reason = f'got {str(event)[:60]!r}; expected a JSON object with "event" and "task"'
+                raise DataError(path, reason, number)
+            log = logs.setdefault(event["task"], TaskLog())
+            if event["event"] == "step":
+                log.steps.append(event)
+            elif event["event"] == "valid":
+                log.checks.append(event)
+            elif event["event"] == "task_end":
+                log.end = event
+    return logs

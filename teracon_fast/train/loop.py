@@ -177,7 +177,7 @@ class Callbacks:
         """So many of the validation samples are ranked."""
 
     def on_epoch_end(self, trainer: Trainer, event: dict[str, Any]) -> None:
-        """An epoch is validated, and the state moved to the next one: the place to save."""
+        """An epoch is validated, and the state is at the next one: a good time to save."""
 
     def keep_best(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Keep the present weights: the best of the phase so far."""
@@ -215,7 +215,7 @@ def make_optimizer(
         backbone.sparse_embedding_grad = served
         lazy = lazy or (served and weight.numel() >= LAZY_FROM)
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trained)
-    return Adam([dict(group) for group in groups], lr=lr, fused=fused or None, deferred=lazy, backend=backend)
+    return Adam([dict(group) for group in groups], lr=lr, fused=fused or None, lazy=lazy, backend=backend)
 
 
 def train_step(method: Method, optimizer: torch.optim.Optimizer, batch: Batch, context: StepContext) -> StepResult:

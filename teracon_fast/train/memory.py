@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def forget_highest_resident() -> None:
-    """Let the highest resident memory of this process begin anew with what it holds now, where there is /proc."""
+    """Reset the highest resident memory of this process to what it holds now, where there is /proc."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -17,7 +17,7 @@ def forget_highest_resident() -> None:
 def highest_resident_mib() -> float:
     """Highest resident memory of this process so far.
 
-    Linux's ru_maxrss begins with that of the process which started this one, so it is asked only where there is no /proc.
+    Linux's ru_maxrss starts at the value of the parent process, so it is used only where there is no /proc.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

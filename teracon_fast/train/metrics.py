@@ -44,12 +44,12 @@ def ranking_metrics(ranks: Tensor) -> dict[str, float]:
         ShapeError: not int64 [N], no sample, or a negative rank.
     """
     metrics = {"hit@1": hit(ranks, 1)}
-    place = ranks.double() + 1
+    position = ranks.double() + 1
     for k in CUTOFFS:
         inside = ranks < k
-        metrics[f"mrr@{k}"] = torch.where(inside, 1 / place, 0.0).mean().item()
+        metrics[f"mrr@{k}"] = torch.where(inside, 1 / position, 0.0).mean().item()
         metrics[f"hit@{k}"] = hit(ranks, k)
-        metrics[f"ndcg@{k}"] = torch.where(inside, 1 / torch.log2(place + 1), 0.0).mean().item()
+        metrics[f"ndcg@{k}"] = torch.where(inside, 1 / torch.log2(position + 1), 0.0).mean().item()
     return metrics
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -22,7 +22,7 @@ from teracon_fast.data import Split, TaskData, check_tasks, split_task
 from teracon_fast.data.seeds import derived_seed
 from teracon_fast.errors import CheckpointError
 from teracon_fast.files import atomic_write
-from teracon_fast.methods import Method
+from teracon_fast.methods import EncodeUsers, Method
 from teracon_fast.train.checkpoint import RunState, forget_best, load_best, load_task, save_best, save_task
 from teracon_fast.train.evaluation import evaluate
 from teracon_fast.train.folder import (
@@ -199,21 +199,21 @@ class Run(Callbacks):
     def load_best(self, trainer: Trainer) -> None:
         trainer.method.load_changing_state(load_best(self.folder))
 
-    def measure(self, method: Method, number: int, part: Literal["valid", "test"]) -> dict[str, float]:
-        """Metrics of one task (from 1) on its validation or test samples; a stop signal interrupts it."""
+    def test(self, task: int, encode: EncodeUsers) -> dict[str, float]:
+        """Test metrics of one task (from 0); a stop signal interrupts it."""
 
         def progress(done: int, total: int) -> None:
-            self.observer.on_evaluate(number, part, done, total)
+            self.observer.on_evaluate(task + 1, "test", done, total)
             self.stop.poll()
 
-        data, samples = self.dataset.tasks[number - 1], getattr(self.splits[number - 1], part)
-        return evaluate(method, data, number - 1, samples, self.config.evaluate_batch_size, progress)
+        data, samples = self.dataset.tasks[task], self.splits[task].test
+        return evaluate(self.method, data, task, samples, self.config.evaluate_batch_size, progress, encode)
 
     def finish(self, trainer: Trainer) -> None:
         """Save the task's weights, test every task so far with them, and move to the next task."""
         method, at, number = trainer.method, trainer.state, trainer.task + 1
         trainer.count_seconds()
-        tests = [self.measure(method, task, "test") for task in range(1, number + 1)]
+        tests = [self.test(task, encode) for task, encode in method.encoders(range(number)).items()]
         options = self.config.task_options(self.order[number - 1])
         save_task(self.folder, method, {"epoch": at.best_epoch + 1, "options": options})
         fields = {

@@ -81,7 +81,7 @@ def test_missing_package_of_the_command_line_itself(package: str) -> None:
     code = f"import sys; sys.modules[{package!r}] = None; from teracon_fast.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert result.stderr.startswith(f"error: the package {package} is missing")
+    assert result.stderr.startswith(f"error: package {package} is not installed")
     assert "pip install 'teracon-fast[train]'" in result.stderr
 
 
@@ -93,8 +93,8 @@ def test_missing_package_of_one_command(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = RUNNER.invoke(app, ["report", str(run)])
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: the package matplotlib is missing (needed for: pictures")
-    assert RUNNER.invoke(app, ["report", str(run), "--no-pictures"]).exit_code == 0
+    assert result.stderr.startswith("error: package matplotlib is not installed (needed for: plots")
+    assert RUNNER.invoke(app, ["report", str(run), "--no-plots"]).exit_code == 0
 
 
 def test_advice_is_only_for_optional_packages() -> None:
@@ -139,4 +139,4 @@ def test_doctor_fails_when_the_encoder_is_broken(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("teracon_fast.FastTCN.encode", lambda self, x, requests: [torch.ones(5, 32)])
     result = RUNNER.invoke(app, ["doctor"])
-    assert result.exit_code == 1 and "two ways to encode differ" in result.stdout
+    assert result.exit_code == 1 and "two ways of encoding differ" in result.stdout

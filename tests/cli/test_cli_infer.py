@@ -73,7 +73,7 @@ def test_embed_one_some_and_all_tasks(folders: tuple[str, str], tmp_path: Path) 
         (["embed", "--task", "7"], "task: got 7, expected 1 to 3"),
         (["predict", "--task", "9"], "task: got 9, expected 1 to 3"),
         (["recommend", "-k", "99"], "top-k: got 99, expected 1 to 41"),
-        (["recommend", "--unseen", "hide"], "unseen: got 'hide', expected one of error, pad, drop"),
+        (["recommend", "--unseen", "hide"], "--unseen: got 'hide'; expected one of error, pad, drop"),
         (["recommend", "--after", "5"], "got task 5, expected 1 to 3"),
         (["recommend", "--backend", "warp"], "warp"),
         (["recommend", "--device", "tpu"], "device: got 'tpu'"),
@@ -93,5 +93,5 @@ def test_unseen_item_is_named_with_its_line(folders: tuple[str, str], tmp_path: 
     source.write_text("101\n102,555\n")
     arguments = ["embed", folders[1], "-i", str(source), "-o", str(tmp_path / "out.parquet")]
     result = RUNNER.invoke(app, arguments)
-    assert result.exit_code == 2 and f"{source}:2: item '555'" in result.stderr
+    assert result.exit_code == 2 and f"{source}:2: got item '555'" in result.stderr
     assert invoke(*arguments, "--unseen", "drop").startswith("wrote ")

@@ -54,7 +54,7 @@ def test_events_become_a_data_set(log: Path, tmp_path: Path) -> None:
     ("more", "message"),
     [
         (["--user", "nobody"], "nobody"),
-        (["--windows", "sideways"], "option windows: got 'sideways'; expected one of last, several"),
+        (["--windows", "sideways"], "--windows: got 'sideways'; expected one of last, several"),
         (["--length", "long"], "Invalid value for '--length'"),
     ],
 )

@@ -68,7 +68,7 @@ def test_log_gets_few_plain_lines() -> None:
     console = Console(file=out, force_terminal=False, width=200)
     watch(ConsoleObserver(console, clock), clock, seconds_a_step=LOG_SECONDS / 2)
     lines = out.getvalue().splitlines()
-    assert lines[0] == "T2 of 3: click [x] (10 batches of 64, at most 4 epochs, going on at epoch 2, batch 3)"
+    assert lines[0] == "T2 of 3: click [x] (10 batches of 64, at most 4 epochs, resuming at epoch 2, batch 4)"
     # Seven steps of half an interval each: three lines, with the rate of one batch of 64 in 15 s.
     assert [line.split("  ")[:3] for line in lines[1:4]] == [
         ["T2 epoch 2/4", "5/10", "4 users/s"],
@@ -81,12 +81,29 @@ def test_log_gets_few_plain_lines() -> None:
         == "  T2 epoch 2:  loss 2.0000  valid mrr@5 0.5000  hit@1 0.2500  ndcg@5 0.5000  4 users/s  *best so far"
     )
     assert lines[5:] == [
-        "  T2 done: 2 epochs, 12.5 s",
+        "  T2 finished: 2 epochs, 12.5 s",
         "    test T1:  mrr@5 0.5000  hit@1 0.2500  ndcg@5 0.5000",
         "    test T2:  accuracy 0.7500",
         "done [all]",
     ]
     assert "\x1b" not in out.getvalue()
+
+
+def test_other_methods_show_what_they_log() -> None:
+    clock, out = Clock(), io.StringIO()
+    observer = ConsoleObserver(Console(file=out, force_terminal=False, width=200), clock)
+    own = {"class_loss": 2.0, "attention_loss": 0.5, "method": {"open_mask_share": [0.25, 0.5], "free": 0.1}}
+    metrics = {"accuracy": 0.75, "hit@1": 0.75}
+    with observer:
+        observer.on_valid({"task": 2, "epoch": 0, "phase": "train", "metrics": metrics, "best": False, "loss": 2.5, **own})
+        observer.on_valid({"task": 2, "epoch": 0, "phase": "retrain", "metrics": metrics, "best": False, "loss": 2.5})
+        clock.now += LOG_SECONDS
+        observer.on_step(Step(2, 0, 0, 10, 64, {"step": 0, "loss": 0.002}))
+    assert out.getvalue().splitlines() == [
+        "  T2 epoch 1:  loss 2.0000  attention 0.5000  open mask share 0.25 0.5  free 0.1  valid accuracy 0.7500",
+        "  T2 retrain epoch 1:  loss 2.5000  valid accuracy 0.7500",
+        "T2 epoch 1  1/10    step 0: loss 2.00e-03",
+    ]
 
 
 def test_terminal_gets_bars_that_go_away() -> None:

@@ -115,7 +115,7 @@ def test_train_resume_refuse_and_begin_anew(tmp_path: Path, monkeypatch: pytest.
     # The same command goes on.
     resumed = RUNNER.invoke(app, arguments(data, run))
     assert resumed.exit_code == 0, resumed.output
-    assert "T1 of 3" not in resumed.stdout and "T2 of 3: click" in resumed.stdout and "going on at" in resumed.stdout
+    assert "T1 of 3" not in resumed.stdout and "T2 of 3: click" in resumed.stdout and "resuming at" in resumed.stdout
     assert "BWT (%)" in resumed.stdout and "\x1b" not in resumed.stdout
     result = json.loads((run / "results.json").read_text())
     assert result["tasks"] == ["next", "click", "age"]

@@ -46,11 +46,11 @@ def test_samples_that_do_not_exist_are_refused(task: TaskData, resident: bool) -
 def test_a_gpu_keeps_sequences_of_up_to_a_quarter_of_its_free_memory(
     task: TaskData, free: float, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from teracon_fast.data import device
+    from teracon_fast.data import loader
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free * task.sequences.nbytes), 1 << 40))
-    assert device._fits(task, torch.device("cuda", 0)) == fits
-    assert not device._fits(task, torch.device("cpu"))
+    assert loader._fits(task, torch.device("cuda", 0)) == fits
+    assert not loader._fits(task, torch.device("cpu"))
 
 
 def test_resident_sequences_do_not_depend_on_the_files(tmp_path: Path) -> None:

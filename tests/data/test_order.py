@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tiny_data import write_tiny
 
 from teracon_fast.data import TaskSequence, split_task
 from teracon_fast.data.order import NOISE, arranged, noisy_task, parse_order, with_noise
 from teracon_fast.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TaskSequence:
+    """Three tasks of 80 users: the next item, 30 classes, 4 classes; sequences of 6 items."""
+    return write_tiny(tmp_path_factory.mktemp("order") / "tiny", tasks=3, rows=80, length=6)
 
 
 def test_orders() -> None:

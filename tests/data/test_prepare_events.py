@@ -65,7 +65,7 @@ def test_by_hand(tmp_path: Path, form: str) -> None:
     assert labels_of(out, 2) == [(4, "20"), (30, "40")]
     assert list(data.tasks[2].label_ids()) == ["20", "40"]
     assert summary.users == 2 and summary.items == 4
-    assert summary.notes == ("1 users left out: no window of 2 events",)
+    assert summary.notes == ("1 users skipped: no window of 2 events",)
 
 
 def test_several_windows(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_constant_labels(tmp_path: Path) -> None:
     prepare(path, tmp_path / "out", labels=("age",), label_value="constant")
     assert labels_of(tmp_path / "out", 1) == [(4, "20"), (30, "40")]
     # User 30's city is "y" at time 1, and "x" in row 0 at time 5.
-    with pytest.raises(DataError, match=r"log.parquet:0: column 'city' is 'x'; expected the user's earlier value"):
+    with pytest.raises(DataError, match=r"log.parquet:0: column 'city': got 'x'; expected the user's earlier value"):
         prepare(path, tmp_path / "other", labels=("city",), label_value="constant")
 
 
@@ -166,7 +166,7 @@ def test_constant_labels(tmp_path: Path) -> None:
 def test_item_zero_needs_a_prefix(tmp_path: Path, items: list[Any]) -> None:
     path = write(tmp_path, {"user": [1, 1, 1], "item": items, "time": [3, 2, 1]})
     with pytest.raises(
-        DataError, match=r"log.parquet:0: column 'item' is '0'; expected another id, because 0 is the pad"
+        DataError, match=r"log.parquet:0: column 'item': got '0'; expected another id, since 0 is the pad"
     ):
         prepare(path, tmp_path / "out")
     prepare(path, tmp_path / "out", item_prefix="i", length=3)
@@ -183,28 +183,28 @@ def changed(column: str, row: int, value: Any) -> Callable[[str], dict[str, list
 
 
 BROKEN: dict[str, tuple[Callable[[str], dict[str, list[Any]]], int | None, str]] = {
-    "empty user": (changed("user", 3, None), 3, "column 'user' is empty"),
-    "empty item": (changed("item", 2, None), 2, "column 'item' is empty"),
+    "empty user": (changed("user", 3, None), 3, "column 'user': got an empty value"),
+    "empty item": (changed("item", 2, None), 2, "column 'item': got an empty value"),
     "blank item": (changed("item", 2, " "), 2, "expected an integer or text"),
-    "nan item": (changed("item", 2, "NaN"), 2, "column 'item' is 'NaN'; expected an integer or text"),
-    "empty time": (changed("time", 6, None), 6, "column 'time' is empty"),
+    "nan item": (changed("item", 2, "NaN"), 2, "column 'item': got 'NaN'; expected an integer or text"),
+    "empty time": (changed("time", 6, None), 6, "column 'time': got an empty value"),
     "nan time": (
-        lambda form: {**LOG, "time": [1.0, 2.0, float("nan"), 4.0, 5.0, 6.0, 7.0]}, 2, "column 'time' is 'NaN'; expected a",
+        lambda form: {**LOG, "time": [1.0, 2.0, float("nan"), 4.0, 5.0, 6.0, 7.0]}, 2, "column 'time': got 'NaN'; expected a",
     ),
     "text time": (
         lambda form: {**LOG, "time": ["1", "2", "soon", "4", "5", "6", "7"]}, 2,
-        "column 'time' is 'soon'; expected numbers, dates or date-times in all rows",
+        "column 'time': got 'soon'; expected numbers, dates or date-times in all rows",
     ),
     "text among dates": (
-        lambda form: {**LOG, "time": ["2024-05-01T10:00:00"] * 5 + ["soon", "2024-05-02T10:00:00"]}, 5, "column 'time' is 'soon'",
+        lambda form: {**LOG, "time": ["2024-05-01T10:00:00"] * 5 + ["soon", "2024-05-02T10:00:00"]}, 5, "'time': got 'soon'",
     ),
-    "no times at all": (lambda form: {**LOG, "time": list("abcdefg")}, 0, "column 'time' is 'a'; expected numbers, dates"),
+    "no times at all": (lambda form: {**LOG, "time": list("abcdefg")}, 0, "column 'time': got 'a'; expected numbers, dates"),
     "no such column": (lambda form: {name: LOG[name] for name in ("user", "time", "age", "city")}, None, "no column 'item'"),
     "no rows": (lambda form: {name: [] for name in LOG}, None, "no rows"),
     "label never known": (
-        lambda form: {**LOG, "city": [None] * 6 + ["x"]}, None, "label column 'city': no user with 2 events has a value",
+        lambda form: {**LOG, "city": [None] * 6 + ["x"]}, None, "column 'city': got no value for any user with 2 events",
     ),
-    "one event each": (lambda form: {**LOG, "user": [1, 2, 3, 4, 5, 6, 7]}, None, "no user has 2 events"),
+    "one event each": (lambda form: {**LOG, "user": [1, 2, 3, 4, 5, 6, 7]}, None, "got no user with 2 events"),
 }  # fmt: skip
 
 
@@ -239,7 +239,7 @@ def test_times_that_are_lists_or_dates_as_text(tmp_path: Path) -> None:
 
 def test_list_column_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, {"user": [1, 1], "item": [[1], [2]], "time": [1, 2]})
-    with pytest.raises(DataError, match=r"column 'item' holds List\(Int64\); expected integers or text"):
+    with pytest.raises(DataError, match=r"column 'item': got List\(Int64\); expected integers or text"):
         prepare(path, tmp_path / "out")
 
 
@@ -258,7 +258,7 @@ def test_no_file_no_parquet_other_suffix(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="log.parquet: not readable as Parquet"):
         prepare(tmp_path / "log.parquet", tmp_path / "out")
     (tmp_path / "log.txt").write_text("user,item,time\n")
-    with pytest.raises(DataError, match=r"expected a .parquet or .csv file"):
+    with pytest.raises(DataError, match=r"expected .parquet or .csv"):
         prepare(tmp_path / "log.txt", tmp_path / "out")
     (tmp_path / "log.csv").write_text("")
     with pytest.raises(DataError, match="log.csv:1: no column 'user'"):
@@ -268,12 +268,12 @@ def test_no_file_no_parquet_other_suffix(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels": ("time",)}, "expected different names"),
-        ({"labels": ("next_item",)}, "rename the column"),
-        ({"length": 1}, "length >= 2"),
-        ({"min_items": 0}, "1 <= min_items"),
-        ({"stride": 2}, "no meaning with windows=last"),
-        ({"windows": "several", "max_windows": 0}, "max_windows 0: expected at least 1"),
+        ({"labels": ("time",)}, "expected distinct names"),
+        ({"labels": ("next_item",)}, "rename it"),
+        ({"length": 1}, "a length of at least 2"),
+        ({"min_items": 0}, "1 to length items"),
+        ({"stride": 2}, "without --windows several"),
+        ({"windows": "several", "max_windows": 0}, "--max-windows 0: expected at least 1"),
     ],
 )
 def test_options_out_of_range(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -298,7 +298,7 @@ def test_extended_with_more_events(tmp_path: Path) -> None:
     (tmp_path / "old" / "users.parquet").unlink()
     summary = prepare(path, tmp_path / "anew", extend=tmp_path / "old", **options)
     assert rows_of(tmp_path / "anew")[0] == (0, ["a", "k"])
-    assert any("users numbered anew" in note for note in summary.notes)
+    assert any("users are renumbered" in note for note in summary.notes)
 
 
 def test_rare_items_share_buckets(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_rare_items_share_buckets(tmp_path: Path) -> None:
     path = write(tmp_path, log)
     summary = prepare(path, tmp_path / "out", min_count=2, buckets=1, length=4)
     assert rows_of(tmp_path / "out") == [(1, [*"aba", "<bucket 1 of 1>"]), (2, [*"aba", "<bucket 1 of 1>"])]
-    assert any("2 rare items share the buckets (in 2 places)" in note for note in summary.notes)
-    with pytest.raises(ConfigError, match="got min_count 2 and no buckets"):
+    assert any("2 rare items share the buckets (2 occurrences)" in note for note in summary.notes)
+    with pytest.raises(ConfigError, match="--min-count 2 without --buckets"):
         prepare(path, tmp_path / "other", min_count=2)
     assert not (tmp_path / "other").exists()

@@ -84,7 +84,7 @@ def test_1m_by_hand(tmp_path: Path) -> None:
     assert [(task.rows, task.samples, task.labels) for task in summary.tasks[:3]] == [(2, 2, 4), (1, 2, 2), (2, 2, 1)]
     assert summary.mean_length == pytest.approx((4 + 3 + 4 + 4 + 4 + 4) / 11)
     assert summary.pad_share == pytest.approx(1 - summary.mean_length / 3)
-    assert any("1 users left out" in note for note in summary.notes)
+    assert any("1 users skipped" in note for note in summary.notes)
     assert "T2 4-star (label): 1 users, 1 rows, 2 samples, 2 labels" in str(summary)
     json.dumps(summary.as_dict())
 
@@ -235,20 +235,20 @@ BROKEN = {
     "single colons": (broken_line(2, "7:10:1:10"), "ratings.dat:2", "got 1 fields"),
     "text between separators": (broken_line(2, "7:x:10::1::10"), "ratings.dat:2", "got 3 fields"),
     "first line": (broken_line(1, "nonsense"), "ratings.dat:1", "expected 4 fields"),
-    "text id": (broken_line(5, "7::sixty::4::5"), "ratings.dat:5", "MovieID is 'sixty'; expected an integer"),
-    "empty field": (broken_line(5, "7::::4::5"), "ratings.dat:5", "MovieID is ''; expected an integer"),
+    "text id": (broken_line(5, "7::sixty::4::5"), "ratings.dat:5", "got MovieID 'sixty'; expected an integer"),
+    "empty field": (broken_line(5, "7::::4::5"), "ratings.dat:5", "got MovieID ''; expected an integer"),
     "empty line": (broken_line(5, ""), "ratings.dat:5", "an empty line"),
-    "nan rating": (broken_line(6, "7::20::nan::15"), "ratings.dat:6", "Rating is 'nan'; expected a number"),
-    "rating off the scale": (broken_line(6, "7::20::6::15"), "ratings.dat:6", "rating is 6.0; expected 0.5"),
-    "rating between steps": (broken_line(6, "7::20::3.7::15"), "ratings.dat:6", "rating is 3.7"),
-    "pad as movie": (broken_line(7, "7::0::5::40"), "ratings.dat:7", "movie id is 0; expected a positive id"),
-    "time missing": (broken_line(7, "7::70::5::"), "ratings.dat:7", "Timestamp is ''"),
-    "huge id": (broken_line(7, "7::" + "9" * 400 + "::5::40"), "ratings.dat:7", "MovieID is '999"),
-    "empty ratings": (lambda folder: write_1m(folder, ratings=[""]), "ratings.dat:1", "the first line is empty"),
+    "nan rating": (broken_line(6, "7::20::nan::15"), "ratings.dat:6", "got Rating 'nan'; expected a number"),
+    "rating off the scale": (broken_line(6, "7::20::6::15"), "ratings.dat:6", "got rating 6.0; expected 0.5"),
+    "rating between steps": (broken_line(6, "7::20::3.7::15"), "ratings.dat:6", "got rating 3.7"),
+    "pad as movie": (broken_line(7, "7::0::5::40"), "ratings.dat:7", "got movie id 0; expected a positive id"),
+    "time missing": (broken_line(7, "7::70::5::"), "ratings.dat:7", "got Timestamp ''"),
+    "huge id": (broken_line(7, "7::" + "9" * 400 + "::5::40"), "ratings.dat:7", "got MovieID '999"),
+    "empty ratings": (lambda folder: write_1m(folder, ratings=[""]), "ratings.dat:1", "got an empty first line"),
     "users too short": (broken_user(2, "7::M::1::10"), "users.dat:2", "got 4 fields"),
-    "users text age": (broken_user(2, "7::M::old::10::4"), "users.dat:2", "Age is 'old'"),
-    "users no gender": (broken_user(1, "2::::25::15::5"), "users.dat:1", "Gender is ''"),
-    "user twice": (broken_user(3, "7::F::1::10::4"), "users.dat:3", "user 7 has a second line"),
+    "users text age": (broken_user(2, "7::M::old::10::4"), "users.dat:2", "got Age 'old'"),
+    "users no gender": (broken_user(1, "2::::25::15::5"), "users.dat:1", "got Gender ''"),
+    "user twice": (broken_user(3, "7::F::1::10::4"), "users.dat:3", "got a second line of user 7"),
     "user missing": (lambda folder: write_1m(folder, users=USERS[1:]), "users.dat", "no line for user 2"),
 }
 
@@ -266,17 +266,17 @@ def test_broken_files_are_refused_with_file_and_line(tmp_path: Path, name: str) 
 def test_wrong_csv_header(tmp_path: Path) -> None:
     (tmp_path / "ratings.csv").write_text("user,movie,rating,timestamp\n1,2,3.0,4\n")
     with pytest.raises(
-        DataError, match=r"ratings.csv:1: the header is 'user,movie,rating,timestamp'; expected 'userId"
+        DataError, match=r"ratings.csv:1: got header 'user,movie,rating,timestamp'; expected 'userId"
     ):
         prepare(tmp_path, tmp_path / "out")
 
 
 def test_csv_error_counts_the_header_line(tmp_path: Path) -> None:
     write_25m(tmp_path, ["1,10,3.0,100", "1,11,x,101"])
-    with pytest.raises(DataError, match=r"ratings.csv:3: rating is 'x'"):
+    with pytest.raises(DataError, match=r"ratings.csv:3: got rating 'x'"):
         prepare(tmp_path, tmp_path / "out")
     write_25m(tmp_path, ["1,10,3.0,100", "1,11,3.2,101"])
-    with pytest.raises(DataError, match=r"ratings.csv:3: rating is 3.2"):
+    with pytest.raises(DataError, match=r"ratings.csv:3: got rating 3.2"):
         prepare(tmp_path, tmp_path / "out")
 
 
@@ -287,29 +287,29 @@ def test_header_alone(tmp_path: Path) -> None:
 
 
 def test_everybody_likes_everything(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="every movie is rated 4 or 5 stars"):
+    with pytest.raises(DataError, match="got only ratings of 4 and 5 stars"):
         prepare(write_1m(tmp_path, RATINGS[-2:]), tmp_path / "out")
 
 
 def test_a_star_that_nobody_gave_is_no_task(tmp_path: Path) -> None:
     summary = prepare(write_1m(tmp_path, ["1::10::3::1", "1::11::4::2"], users=None), tmp_path / "out")
     assert [task.name for task in summary.tasks] == ["clicking", "4-star"]
-    assert any("no 5-star task" in note for note in summary.notes)
+    assert any("task 5-star skipped" in note for note in summary.notes)
 
 
 def test_missing_source_and_options(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected a folder with ratings.dat"):
         prepare(tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(ConfigError, match="movielens needs SOURCE"):
+    with pytest.raises(ConfigError, match="movielens: got no SOURCE"):
         prepare(None, tmp_path / "out")
-    with pytest.raises(ConfigError, match="min_items 4"):
+    with pytest.raises(ConfigError, match="--min-items 4"):
         prepare(write_1m(tmp_path), tmp_path / "out", length=3, min_items=4)
 
 
 def test_existing_output_is_kept_unless_overwrite(tmp_path: Path) -> None:
     write_1m(tmp_path)
     prepare(tmp_path, tmp_path / "out", length=3)
-    with pytest.raises(DataError, match="exists already"):
+    with pytest.raises(DataError, match="already exists"):
         prepare(tmp_path, tmp_path / "out", length=4)
     assert open_dataset(tmp_path / "out").length == 3
     prepare(tmp_path, tmp_path / "out", length=4, overwrite=True)

@@ -56,16 +56,16 @@ def test_missing_later_files_are_named(tmp_path: Path) -> None:
     summary = prepare(write(tmp_path, finetune_like=None, gender=None), tmp_path / "out")
     assert [task.name for task in summary.tasks] == ["watching", "clicking", "age", "life_status"]
     assert summary.notes == (
-        "no original_desen_finetune_like_nouserID.csv: no task thumb-up",
-        "no original_desen_gender.csv: no task gender",
+        "task thumb-up skipped: no original_desen_finetune_like_nouserID.csv",
+        "task gender skipped: no original_desen_gender.csv",
     )
     assert open_dataset(tmp_path / "out").source["notes"] == list(summary.notes)
 
 
 def test_first_file_must_exist(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"original_desen_pretrain.csv: no such file; it is the first task"):
+    with pytest.raises(DataError, match=r"original_desen_pretrain.csv: no such file; expected the first task"):
         prepare(write(tmp_path, pretrain=None), tmp_path / "out")
-    with pytest.raises(ConfigError, match="ttl needs SOURCE"):
+    with pytest.raises(ConfigError, match="ttl: got no SOURCE"):
         prepare(None, tmp_path / "out")
 
 

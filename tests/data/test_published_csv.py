@@ -133,9 +133,9 @@ REFUSED = {
     "blank line between": (b"1,2\n\n3,4\n", False, 2, "blank line"),
     "several blank lines between": (b"1,2\n3,4\n\r\n\n\n3,4\n", False, 3, "blank line"),
     "blank first line": (b"\n1,2\n", False, 1, "blank line"),
-    "trailing comma": (b"1,2\n3,\n", False, 2, "ends with ','"),
+    "trailing comma": (b"1,2\n3,\n", False, 2, "comma at the end of the line"),
     "empty id": (b"1,2\n,3\n", False, 2, "empty item id"),
-    "labels in a task-1 file": (b"1,2\n1,2,,3\n", False, 2, "labels=True"),
+    "labels in a task-1 file": (b"1,2\n1,2,,3\n", False, 2, "without labels"),
     "no labels": (b"1,2,,3\n1,2\n", True, 2, "no ',,'"),
     "single comma at the end": (b"1,2,,3\n1,2,\n", True, 2, "no ',,'"),
     "empty label": (b"1,2,,3\n1,2,,\n", True, 2, "empty label"),
@@ -147,7 +147,7 @@ REFUSED = {
     "only a byte order mark": (b"\xef\xbb\xbf", False, None, "no rows"),
     "gzip": (b"\x1f\x8b\x08\x00abc", False, None, "gzip"),
     "zip": (b"PK\x03\x04abc", False, None, "zip"),
-    "Parquet": (b"PAR1abc", False, None, "read_parquet"),
+    "Parquet": (b"PAR1abc", False, None, "got Parquet"),
     "UTF-16": ("1,2\n".encode("utf-16"), False, None, "UTF-16"),
 }
 
@@ -182,8 +182,8 @@ def test_a_missing_file_and_wrong_options_are_refused_at_the_call(tmp_path: Path
         read_sequences_csv(tmp_path / "absent.csv", False)
     path = written(tmp_path, b"1,2\n")
     for options, reason in [
-        ({"pad": "right"}, "pad="),
-        ({"empty_labels": "x"}, "empty_labels="),
+        ({"pad": "right"}, "padding: got"),
+        ({"empty_labels": "x"}, "empty labels: got"),
         ({"length": 0}, "length"),
     ]:
         with pytest.raises(DataError, match=reason):
@@ -195,6 +195,6 @@ def test_a_missing_file_and_wrong_options_are_refused_at_the_call(tmp_path: Path
 def test_a_binary_file_without_newlines_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("teracon_fast.data.published_csv._MAX_LINE_BYTES", 1 << 10)
     path = written(tmp_path, b"1," * 4096)
-    with pytest.raises(DataError, match="line longer than") as caught:
+    with pytest.raises(DataError, match="line of over") as caught:
         list(read_sequences_csv(path, False, block_bytes=256))
     assert caught.value.line == 1

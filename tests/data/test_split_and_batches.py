@@ -95,7 +95,7 @@ def test_split_takes_other_fractions_and_refuses_wrong_ones() -> None:
     for fractions in ((0.8, 0.1, 0.2), (1.1, -0.1, 0.0), (0.5, 0.5)):
         with pytest.raises(ConfigError, match="fractions"):
             split_task(task, fractions=fractions)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="by="):
+    with pytest.raises(ConfigError, match="split: got"):
         split_task(task, by="row")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="seed"):
         split_task(task, seed=-1)

@@ -156,7 +156,7 @@ def test_a_given_dictionary_holds_task_1_too(tmp_path: Path) -> None:
     assert data.tasks[0].sequences.tolist() == [[0, 2], [2, 1]] and data.num_items == 4
     assert data.tasks[0].samples.tolist() == [[0, 2], [1, 1]]
     with (
-        pytest.raises(DataError, match="'40' is not in"),
+        pytest.raises(DataError, match="'40', which task 1 does not have"),
         DatasetWriter(tmp_path / "other", "x", items=items) as writer,
     ):
         writer.add_task("a", "next_item", WATCH)
@@ -170,11 +170,11 @@ def test_repeated_labels(tmp_path: Path) -> None:
             writer.add_task("a", "next_item", WATCH)
             meta = writer.add_task("b", "label", WATCH, labels=labels, duplicates=duplicates)  # type: ignore[arg-type]
         assert open_dataset(tmp_path / duplicates).tasks[1].samples.tolist() == samples
-        assert meta.notes[-1].startswith("1 labels given twice to one row")
+        assert meta.notes[-1].startswith("1 labels given twice to a row")
     csv = tmp_path / "b.csv"
     csv.write_text("7,,1,2\n7,,3,4,3\n")
     with (
-        pytest.raises(DataError, match="label '3' occurs twice") as caught,
+        pytest.raises(DataError, match="got label '3' twice") as caught,
         DatasetWriter(tmp_path / "e", "x") as writer,
     ):
         writer.add_task("a", "next_item", np.array([[7]]))
@@ -203,23 +203,23 @@ def refused(tmp_path: Path, reason: str, add) -> None:
     ("reason", "arguments", "options"),
     [
         ("expected 'next_item' for task 1", ("b", "next_item", WATCH), {}),
-        ("two tasks are named", ("a", "label", WATCH), {"labels": np.zeros(3, int)}),
+        ("got two tasks named", ("a", "label", WATCH), {"labels": np.zeros(3, int)}),
         ("no labels", ("b", "label", WATCH), {}),
         ("no labels", ("b", "label", WATCH), {"labels": (np.zeros(0, int), np.zeros(0, int))}),
-        ("label rows run from 0 to 3", ("b", "label", WATCH), {"labels": np.zeros(4, int)}),
-        ("label rows run from -1", ("b", "label", WATCH), {"labels": (np.array([-1]), np.array([1]))}),
-        ("two 1-D arrays of one length", ("b", "label", WATCH), {"labels": (np.array([0]), np.array([1, 2]))}),
+        ("got label rows 0 to 3", ("b", "label", WATCH), {"labels": np.zeros(4, int)}),
+        ("got label rows -1", ("b", "label", WATCH), {"labels": (np.array([-1]), np.array([1]))}),
+        ("1-D arrays of equal length", ("b", "label", WATCH), {"labels": (np.array([0]), np.array([1, 2]))}),
         ("labels: got ids of dtype float64", ("b", "label", WATCH), {"labels": np.zeros(3)}),
         ("items: got ids of dtype float64", ("b", "label", WATCH * 1.0), {"labels": np.zeros(3, int)}),
         ("rows of 3 items; expected 4", ("b", "label", WATCH[:, 1:]), {"labels": np.zeros(3, int)}),
         (r"shape \(12,\)", ("b", "label", WATCH.ravel()), {"labels": np.zeros(12, int)}),
-        ("has no rows", ("b", "label", WATCH[:0]), {"labels": np.zeros(0, int)}),
+        ("got no rows", ("b", "label", WATCH[:0]), {"labels": np.zeros(0, int)}),
         ("2 groups for more rows", ("b", "label", WATCH), {"labels": np.zeros(3, int), "groups": np.arange(2)}),
         ("4 groups for 3 rows", ("b", "label", WATCH), {"labels": np.zeros(3, int), "groups": np.arange(4)}),
         ("groups float64", ("b", "label", WATCH), {"labels": np.zeros(3, int), "groups": np.zeros(3)}),
-        ("unseen='x'", ("b", "label", WATCH), {"labels": np.zeros(3, int), "unseen": "x"}),
-        ("duplicates='x'", ("b", "label", WATCH), {"labels": np.zeros(3, int), "duplicates": "x"}),
-        ("one row of the block per label", ("b", "label", [Block(WATCH, np.array([3]), np.array([1]))]), {}),
+        ("unseen items: got 'x'", ("b", "label", WATCH), {"labels": np.zeros(3, int), "unseen": "x"}),
+        ("duplicate labels: got 'x'", ("b", "label", WATCH), {"labels": np.zeros(3, int), "duplicates": "x"}),
+        ("a row of the block for each label", ("b", "label", [Block(WATCH, np.array([3]), np.array([1]))]), {}),
     ],
 )
 def test_wrong_tasks_are_refused_and_leave_nothing(tmp_path: Path, reason: str, arguments, options) -> None:
@@ -231,10 +231,10 @@ def test_wrong_tasks_are_refused_and_leave_nothing(tmp_path: Path, reason: str, 
 
 
 def test_wrong_first_tasks_are_refused_and_leave_nothing(tmp_path: Path) -> None:
-    refused(tmp_path, "no task was added", lambda writer: None)
+    refused(tmp_path, "got no tasks", lambda writer: None)
     refused(tmp_path, "expected 'next_item' for task 1", lambda writer: writer.add_task("a", "label", WATCH))
     refused(
-        tmp_path, "but got labels", lambda writer: writer.add_task("a", "next_item", WATCH, labels=np.zeros(3, int))
+        tmp_path, "got labels; expected none", lambda writer: writer.add_task("a", "next_item", WATCH, labels=np.zeros(3, int))
     )
     with pytest.raises(DataError, match="length 0"):
         DatasetWriter(tmp_path / "data", "x", 0)
@@ -242,7 +242,7 @@ def test_wrong_first_tasks_are_refused_and_leave_nothing(tmp_path: Path) -> None
 
 def test_an_existing_folder_is_replaced_only_when_asked_and_only_by_a_whole_one(tmp_path: Path) -> None:
     path = write(tmp_path / "data")
-    with pytest.raises(DataError, match="exists already"):
+    with pytest.raises(DataError, match="already exists"):
         DatasetWriter(path, "other")
     with pytest.raises(RuntimeError, match="boom"), DatasetWriter(path, "other", overwrite=True) as writer:
         writer.add_task("a", "next_item", WATCH)
@@ -306,14 +306,14 @@ BROKEN = {
     "no items": (lambda p: change_json(p, num_items=0), "num_items = 0; expected a positive int"),
     "no tasks": (lambda p: change_json(p, tasks=[]), "no tasks"),
     "task is no object": (lambda p: change_json(p, tasks=[1]), "name = None"),
-    "task kind": (lambda p: change_task(p, 1, kind="label"), "task 1 is of kind 'label'"),
+    "task kind": (lambda p: change_task(p, 1, kind="label"), "task 1: got kind 'label'"),
     "missing array": (lambda p: (p / "task2/samples.npy").unlink(), "samples.npy.*missing"),
     "missing task": (lambda p: os.rename(p / "task3", p / "task4"), "task3"),
     "truncated array": (lambda p: os.truncate(p / "task1/sequences.npy", 150), "sequences.npy.*truncated"),
     "empty array file": (lambda p: os.truncate(p / "task1/sequences.npy", 0), "sequences.npy.*truncated"),
     "bytes after the array": (
         lambda p: (p / "task1/lengths.npy").open("ab").write(b"x"),
-        "has 141 bytes; expected 140",
+        "got 141 bytes; expected 140",
     ),
     "an archive": (lambda p: np.savez((p / "task1/lengths.npy").open("wb"), a=[1]), "archive"),
     "pickled objects": (lambda p: np.save(p / "task1/lengths.npy", np.array([None]), allow_pickle=True), "lengths.npy"),
@@ -336,14 +336,14 @@ BROKEN = {
     "wrong length": (lambda p: edit(p / "task1/lengths.npy", put(1, 2)), "lengths.npy:1: got length 2; the row has 3"),
     "label is not the last item": (
         lambda p: edit(p / "task1/samples.npy", put((2, 1), 1)),
-        "samples.npy:2: the label is not",
+        "samples.npy:2: got a label other than",
     ),
-    "rows out of order": (lambda p: edit(p / "task1/samples.npy", put((2, 0), 1)), "its rows in order"),
+    "rows out of order": (lambda p: edit(p / "task1/samples.npy", put((2, 0), 1)), "one per row, in order"),
     "items of another set": (lambda p: Dictionary(["0"]).save(p / "items.parquet"), "got 1 ids; expected 5"),
     "labels of another set": (lambda p: Dictionary(["0"]).save(p / "task2/labels.parquet"), "got 1 ids; expected 2"),
     "truncated dictionary": (lambda p: os.truncate(p / "items.parquet", 20), "items.parquet.*truncated"),
     "no dictionary": (lambda p: (p / "task2/labels.parquet").unlink(), "labels.parquet.*missing"),
-    "task 1 without all items": (lambda p: change_task(p, 1, num_labels=4), "expected num_items 5"),
+    "task 1 without all items": (lambda p: change_task(p, 1, num_labels=4), "expected 5, one per item"),
 }
 
 
@@ -408,8 +408,8 @@ def test_buckets_in_a_data_set(tmp_path: Path) -> None:
     assert data.tasks[0].sequences.tolist() == [[0, 0, 5, 3], [0, 3, 3, rare], [4, 5, 3, 4]]
     assert data.tasks[0].samples[:, 1].tolist() == [3, rare, 4]
     assert data.tasks[1].sequences.tolist() == [[3, stranger, 0, rare]]
-    assert first.notes == ["1 rare items share the buckets (in 1 places)"]
-    assert any("2 places hold an item without an index of its own" in note for note in second.notes)
+    assert first.notes == ["1 rare items share the buckets (1 occurrences)"]
+    assert any("2 items without an index of their own" in note for note in second.notes)
     with DatasetWriter(tmp_path / "more", "small", extend=tmp_path / "data", min_count=2) as writer:
         writer.add_task("watch", "next_item", np.array([[300, 300, 8, 7]]))
     more = open_dataset(tmp_path / "more")
@@ -420,11 +420,11 @@ def test_buckets_in_a_data_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_count": 2}, "got min_count 2 and no buckets"),
-        ({"buckets": 2}, "got 2 buckets and min_count 1: nothing would train them"),
-        ({"min_count": 0, "buckets": 2}, "got min_count 0, buckets 2; expected at least 1 and at least 0"),
-        ({"extend": "old", "min_count": 2, "buckets": 3}, "got 3 buckets; expected the 0 of the data set that is extended"),
-        ({"extend": "old", "items": Dictionary(["0", "7"])}, "got an item dictionary and extend"),
+        ({"min_count": 2}, "--min-count 2 without --buckets"),
+        ({"buckets": 2}, "--buckets 2 without --min-count above 1"),
+        ({"min_count": 0, "buckets": 2}, "--min-count 0, --buckets 2: expected at least 1 and at least 0"),
+        ({"extend": "old", "min_count": 2, "buckets": 3}, "--buckets 3: expected the 0 of the data set that is extended"),
+        ({"extend": "old", "items": Dictionary(["0", "7"])}, "got an item dictionary and options"),
     ],
 )
 def test_buckets_that_cannot_be_are_refused(tmp_path: Path, options: dict, message: str) -> None:

@@ -20,9 +20,12 @@ from teracon_fast import Request
 from teracon_fast.data import open_dataset
 from teracon_fast.data.user_input import Inputs
 from teracon_fast.errors import ConfigError, DataError, TeraconError
-from teracon_fast.infer import commands as inference
-from teracon_fast.infer.commands import TrainedRun, embed, measure, open_run, predict, recommend
-from teracon_fast.model.checkpoints import load_model
+from teracon_fast.infer import predictor
+from teracon_fast.infer.measure import measure
+from teracon_fast.infer.open import TrainedRun, open_run
+from teracon_fast.infer.predictor import embed, predict, recommend
+from teracon_fast.methods import Teracon
+from teracon_fast.model.checkpoints import read_tensors
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +49,9 @@ def hidden_of(run: TrainedRun, rows: list[list[int]], task: int) -> torch.Tensor
         recent = items[-LENGTH:]
         if recent:
             x[row, LENGTH - len(recent) :] = torch.tensor([item - 100 if item else 0 for item in recent])
+    assert isinstance(run.method, Teracon)
     with torch.no_grad():
-        return torch.cat([run.model.encode(one[None], [Request(task - 1)], run.s)[0] for one in x])
+        return torch.cat([run.method.model.encode(one[None], [Request(task - 1)], 50.0)[0] for one in x])
 
 
 ROWS = [[101, 102, 103], [140, 120, 0, 130], list(range(101, 125)), [0, 0, 105], [117]]
@@ -60,7 +64,7 @@ def write_csv(path: Path, rows: list[list[int]], tail: str = "") -> Path:
 
 def test_dictionary_is_the_expected_one(run: TrainedRun) -> None:
     assert run.items.ids.tolist() == ["0", *map(str, ITEMS)]
-    assert [task.name for task in run.tasks] == ["next", "click", "age"] and run.s == 50.0
+    assert [task.name for task in run.tasks] == ["next", "click", "age"] and run.order == (1, 2, 3)
 
 
 def test_embed_csv_pads_truncates_and_equals_the_model(run: TrainedRun, tmp_path: Path) -> None:
@@ -127,11 +131,11 @@ def test_prepared_folder_is_mapped_by_raw_id(folders: tuple[Path, Path], run: Tr
     assert table["row"].to_pylist() == [0, 1] and table["group"].to_pylist() == [70, 71]
     got = np.asarray(table["task_2"].to_pylist(), dtype=np.float32)
     np.testing.assert_allclose(got, hidden_of(run, rows.tolist(), 2), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ConfigError, match="got task 2, expected 1 to 1"):
+    with pytest.raises(ConfigError, match="got task 2; expected 1 to 1"):
         inputs_of(run, tmp_path / "other", task=2)
     with DatasetWriter(tmp_path / "strange", name="other", length=3) as writer:
         writer.add_task("next", "next_item", np.asarray([[0, 110, 120], [140, 555, 130]]))
-    with pytest.raises(DataError, match=r"strange:1: item '555'"):
+    with pytest.raises(DataError, match=r"strange:1: got item '555'"):
         list(inputs_of(run, tmp_path / "strange").blocks(10))
 
 
@@ -154,7 +158,7 @@ def test_users_without_items_are_all_pads(run: TrainedRun, tmp_path: Path) -> No
 
 def brute_force(run: TrainedRun, rows: list[list[int]], task: int, k: int, exclude_seen: bool) -> list[list[str]]:
     """Best labels by sorting all scores in Python."""
-    head, ids = run.model.head(task - 1), run.tasks[task - 1].labels.ids
+    head, ids = run.method.head(task - 1), run.tasks[task - 1].labels.ids
     with torch.no_grad():
         scores = head(hidden_of(run, rows, task))
     best = []
@@ -197,7 +201,7 @@ def test_predict_gives_probabilities(run: TrainedRun, tmp_path: Path) -> None:
     table = parquet.read_table(output)
     assert table.column_names == ["line", "label", "probability", "p_mid", "p_old", "p_young"]
     with torch.no_grad():
-        expected = torch.softmax(run.model.head(2)(hidden_of(run, ROWS, 3)), 1).numpy()
+        expected = torch.softmax(run.method.head(2)(hidden_of(run, ROWS, 3)), 1).numpy()
     got = np.stack([table[name].to_numpy() for name in table.column_names[3:]], axis=1)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     assert table["label"].to_pylist() == [["mid", "old", "young"][best] for best in expected.argmax(1)]
@@ -209,7 +213,7 @@ def test_blocks_are_gathered_into_row_groups(run: TrainedRun, tmp_path: Path, mo
     embed(run, inputs_of(run, source), output, [2], batch_size=2)
     whole = parquet.read_table(output)
     assert parquet.ParquetFile(output).num_row_groups == 1
-    monkeypatch.setattr(inference, "ROW_GROUP_BYTES", 4 * (8 + 4 * 8))  # four users: a key and eight numbers each
+    monkeypatch.setattr(predictor, "ROW_GROUP_BYTES", 4 * (8 + 4 * 8))  # four users: a key and eight numbers each
     embed(run, inputs_of(run, source), output, [2], batch_size=2)
     file = parquet.ParquetFile(output)
     assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [4] * 5
@@ -228,7 +232,7 @@ def test_an_interrupted_output_leaves_no_file_and_no_thread(run: TrainedRun, tmp
             write(run, inputs_of(run, source), output, batch_size=2, progress=stop)
         assert threading.active_count() == before and not output.exists()
     data = inputs_of(run, source)
-    with closing(inference.encode_blocks(run, data, [3], batch_size=2)) as blocks:
+    with closing(predictor.encode_blocks(run, data, [3], batch_size=2)) as blocks:
         next(blocks)
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
@@ -236,7 +240,7 @@ def test_an_interrupted_output_leaves_no_file_and_no_thread(run: TrainedRun, tmp
 
 def test_unseen_items(run: TrainedRun, tmp_path: Path) -> None:
     source, output = write_csv(tmp_path / "users.csv", [[101], [102, 999, 103], [998, 104]]), tmp_path / "out.parquet"
-    with pytest.raises(DataError, match=r"users.csv:2: item '999' is not in the run's item dictionary"):
+    with pytest.raises(DataError, match=r"users.csv:2: got item '999', which the run has not seen"):
         embed(run, inputs_of(run, source), output, [1])
     assert list(tmp_path.iterdir()) == [source]  # nothing half-written
     for unseen, rows in (("pad", [[101], [102, 0, 103], [0, 104]]), ("drop", [[101], [102, 103], [104]])):
@@ -249,15 +253,15 @@ def test_unseen_items(run: TrainedRun, tmp_path: Path) -> None:
     parquet.write_table(pa.table({"items": pa.array([[101], old], pa.list_(pa.int32()))}), tmp_path / "u.parquet")
     embed(run, inputs_of(run, tmp_path / "u.parquet"), output, [1])
     parquet.write_table(pa.table({"items": [[101], [102, 103], [104, 997]]}), tmp_path / "u.parquet")
-    with pytest.raises(DataError, match=r"u.parquet:2: item '997'"):
+    with pytest.raises(DataError, match=r"u.parquet:2: got item '997'"):
         embed(run, inputs_of(run, tmp_path / "u.parquet"), output, [1], batch_size=2)
 
 
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
-        ({"thing": [[1]]}, "has no column of item lists; got thing"),
-        ({"items": [1]}, "column 'items' is int64, expected lists"),
+        ({"thing": [[1]]}, "got columns thing; expected item lists"),
+        ({"items": [1]}, "column 'items': got int64; expected lists"),
         ({"items": [[1.5]]}, "expected lists of integers or strings"),
         ({"items": [[101], None]}, r"u.parquet:1: column 'items': got null"),
         ({"items": [[101], [102, None]]}, r"u.parquet:1: column 'items': got a null item"),
@@ -272,7 +276,7 @@ def test_bad_parquet_is_refused(columns: dict[str, Any], reason: str, run: Train
 def test_bad_requests_are_refused(run: TrainedRun, tmp_path: Path) -> None:
     source, output = write_csv(tmp_path / "users.csv", ROWS), tmp_path / "out.parquet"
     inputs = inputs_of(run, source)
-    with pytest.raises(ConfigError, match="got 4, expected 1 to 3"):
+    with pytest.raises(ConfigError, match=r"got task '4', expected a name or number of 1 \(next\), 2 \(click\), 3 \(age\)"):
         embed(run, inputs, output, [1, 4])
     with pytest.raises(ConfigError, match="top-k: got 42, expected 1 to 41"):
         recommend(run, inputs, output, 1, 42)
@@ -280,13 +284,13 @@ def test_bad_requests_are_refused(run: TrainedRun, tmp_path: Path) -> None:
         recommend(run, inputs, output, 3, 2, exclude_seen=True)
     with pytest.raises(ConfigError, match=r"expected a name ending in \.parquet"):
         embed(run, inputs, tmp_path / "out.csv", [1])
-    with pytest.raises(ConfigError, match="unseen: got 'ignore'"):
+    with pytest.raises(ConfigError, match="--unseen: got 'ignore'"):
         inputs_of(run, source, unseen="ignore")
     with pytest.raises(ConfigError, match="expected a .csv, .txt or .parquet file"):
         inputs_of(run, write_csv(tmp_path / "users.json", ROWS))
     with pytest.raises(DataError, match="no such file"):
         inputs_of(run, tmp_path / "nothing.csv")
-    with pytest.raises(DataError, match="has no column 'who'"):
+    with pytest.raises(DataError, match="no column 'who'"):
         parquet.write_table(pa.table({"items": [[101]]}), tmp_path / "u.parquet")
         inputs_of(run, tmp_path / "u.parquet", user_column="who")
     with pytest.raises(TeraconError, match="'score' has the name of an output column"):
@@ -296,7 +300,7 @@ def test_bad_requests_are_refused(run: TrainedRun, tmp_path: Path) -> None:
 
 
 def test_predict_refuses_many_labels(run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "MAX_PREDICTED", 2)
+    monkeypatch.setattr(predictor, "MAX_PREDICTED", 2)
     with pytest.raises(ConfigError, match=r"task 3 \(age\) has 3 labels, expected at most 2"):
         predict(run, inputs_of(run, write_csv(tmp_path / "u.csv", ROWS)), tmp_path / "out.parquet", 3)
 
@@ -307,7 +311,7 @@ def test_metrics_are_those_of_training(folders: tuple[Path, Path], run: TrainedR
     final = json.loads((folders[1] / "results.json").read_text())["final"]
     assert {str(number): metrics for number, metrics in measure(run).items()} == final
     first = open_run(folders[1], after=1, device="cpu")
-    assert len(first.tasks) == 1 and first.model.num_tasks == 1
+    assert [str(task) for task in first.tasks] == ["task 1 (next)"] and first.method.task == 0
     found = measure(first, data=folders[0])
     assert found[1]["mrr@5"] == json.loads((folders[1] / "results.json").read_text())["R"][0][0]
     with pytest.raises(ConfigError, match="split: got 'all'"):
@@ -319,7 +323,7 @@ def test_other_data_are_refused(folders: tuple[Path, Path], run: TrainedRun, tmp
 
     import tiny_run
 
-    with pytest.raises(ConfigError, match="labels of task 3 are not those"):
+    with pytest.raises(ConfigError, match=r"labels of task 3 \(age\) are not those"):
         measure(run, tiny_run.write_dataset(tmp_path / "other", ages=("a", "b", "c")))
     short = tmp_path / "run"
     shutil.copytree(folders[1], short)
@@ -333,21 +337,64 @@ def test_unfinished_task_is_not_used(folders: tuple[Path, Path], tmp_path: Path)
 
     run = tmp_path / "run"
     shutil.copytree(folders[1], run)
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    ends = [index for index, line in enumerate(lines) if '"task_end"' in line]
-    (run / "metrics.jsonl").write_text("".join(lines[: ends[1] + 3]))
-    assert open_run(run).model.num_tasks == 2  # task3.safetensors is there, but task 3 was still in training
-    with pytest.raises(ConfigError, match="got task 3, expected 1 to 2"):
-        open_run(run, after=3)
-    (run / "metrics.jsonl").write_text("".join(lines[:2]))
+    (run / "checkpoints" / "task3.safetensors").unlink()
+    assert open_run(run).method.task == 1
+    for after in (3, "age", "x"):
+        with pytest.raises(ConfigError, match=rf"got task '{after}', expected a name or number of 1 \(next\), 2 \(click\)$"):
+            open_run(run, after=after)
+    for task in (1, 2):
+        (run / "checkpoints" / f"task{task}.safetensors").unlink()
     with pytest.raises(ConfigError, match="no task is finished yet"):
         open_run(run)
     with pytest.raises(ConfigError, match=r"no config\.toml"):
         open_run(tmp_path)
 
 
+def test_tasks_are_named_or_counted(folders: tuple[Path, Path], run: TrainedRun, tmp_path: Path) -> None:
+    assert [run.task(which).number for which in (1, "2", "age", " click ")] == [1, 2, 3, 2]
+    assert [task.name for task in open_run(folders[1], after="click", device="cpu").tasks] == ["next", "click"]
+    for wrong in (0, 4, -1, "", "Age"):
+        with pytest.raises(ConfigError, match="expected a name or number"):
+            run.task(wrong)
+    source = write_csv(tmp_path / "users.csv", ROWS)
+    for name, tasks in (("a", [2, 3]), ("b", ["click", "age"])):
+        embed(run, inputs_of(run, source), tmp_path / f"{name}.parquet", tasks)
+    assert parquet.read_table(tmp_path / "a.parquet").equals(parquet.read_table(tmp_path / "b.parquet"))
+    with pytest.raises(ConfigError, match=r"got task 3 \(age\) twice"):
+        embed(run, inputs_of(run, source), tmp_path / "c.parquet", ["age", 1, 3])
+
+
+def test_encoders_are_made_once_for_all_blocks(run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[list[int]] = []
+    encoders = run.method.encoders
+
+    def counted(tasks: Any) -> Any:
+        made.append(list(tasks))
+        return encoders(tasks)
+
+    monkeypatch.setattr(run.method, "encoders", counted)
+    monkeypatch.setattr(run.method, "encoder", None)
+    source = write_csv(tmp_path / "users.csv", ROWS)
+    embed(run, inputs_of(run, source), tmp_path / "out.parquet", ["age", "next"], batch_size=1)
+    predict(run, inputs_of(run, source), tmp_path / "out.parquet", "age", batch_size=2)
+    measure(run, batch_size=10)
+    assert made == [[2, 0], [2], [0, 1, 2]]
+
+
 def test_weights_are_the_checkpoint(folders: tuple[Path, Path], run: TrainedRun) -> None:
-    expected = load_model(folders[1] / "checkpoints" / "task3.safetensors").state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in run.model.state_dict().items())
-    assert not run.model.training
+    expected = read_tensors(folders[1] / "checkpoints" / "task3.safetensors")
+    state = run.method.state_dict()
+    assert expected and all(torch.equal(state[name], value) for name, value in expected.items())
+    assert not run.method.training and not any(parameter.requires_grad for parameter in run.method.parameters())
     assert open_dataset(folders[0]).num_items == len(run.items)
+
+
+def test_backend_is_the_runs_unless_another_is_asked_for(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(folders[1], run)
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace('backend = "auto"', 'backend = "torch"'))
+    assert open_run(run, device="cpu").method.sizes.backend == "torch"
+    assert open_run(run, device="cpu", backend="auto").method.sizes.backend == "auto"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from pyarrow import parquet
-from test_continual import StopAt, assert_same_run, tiny_config
+from tiny_run import StopAt, assert_same_run, tiny_config
 from typer.testing import CliRunner
 
 from teracon_fast.cli.app import app
@@ -20,7 +20,9 @@ from teracon_fast.data import DatasetWriter, open_dataset
 from teracon_fast.data.dictionaries import bucket_number
 from teracon_fast.data.user_input import UNSEEN, Inputs
 from teracon_fast.errors import ConfigError, DataError
-from teracon_fast.infer.commands import TrainedRun, embed, measure, open_run, recommend
+from teracon_fast.infer.measure import measure
+from teracon_fast.infer.open import TrainedRun, open_run
+from teracon_fast.infer.predictor import embed, recommend
 from teracon_fast.train.evaluation import evaluate
 from teracon_fast.train.folder import RunStopped
 from teracon_fast.train.run import task_split, train
@@ -79,8 +81,8 @@ def test_rare_items_are_trained_as_their_buckets(home: Path, run: TrainedRun) ->
     assert {bucket(raw) for raw in RARE} == set(range(1, BUCKETS + 1))
     sequences = data.tasks[0].sequences
     assert int((sequences > 0).sum() - (sequences > BUCKETS).sum()) == len(RARE)
-    initial = open_run(home / "run", after=1, device="cpu").model
-    assert not torch.equal(initial.embeding.weight[1 : 1 + BUCKETS], run.model.embeding.weight[1 : 1 + BUCKETS])
+    first, last = (opened.method.state_dict()["model.embeding.weight"] for opened in (open_run(home / "run", 1, "cpu"), run))
+    assert not torch.equal(first[1 : 1 + BUCKETS], last[1 : 1 + BUCKETS])
     assert data.tasks[1].num_labels == len(COMMON) + 2, "labels of later tasks are raw: no buckets"
 
 
@@ -117,12 +119,11 @@ def test_every_policy_on_csv_parquet_and_prepared_folders(unseen: Any, run: Trai
     padded = np.array([[0] * (3 - len(row)) + row for row in MIXED])
     with DatasetWriter(tmp_path / "other", "other") as writer:
         writer.add_task("next", "next_item", padded)
-    with torch.no_grad():
-        expected = run.model.encoder(run.s)(torch.from_numpy(indices(unseen)), 1).numpy()
+    expected = run.method.encode(torch.from_numpy(indices(unseen)), 1).numpy()
     for source in (csv(tmp_path / "u.csv", MIXED), tmp_path / "u.parquet", tmp_path / "other"):
         inputs = Inputs(source, run.items, run.length, unseen)
         assert np.concatenate([block.x for block in inputs.blocks(3)]).tolist() == indices(unseen).tolist()
-        assert (inputs.unseen_places, inputs.unseen_users) == (4, 3)
+        assert (inputs.unseen_items, inputs.unseen_users) == (4, 3)
         embed(run, Inputs(source, run.items, run.length, unseen), tmp_path / "out.parquet", [2])
         got = np.asarray(parquet.read_table(tmp_path / "out.parquet")["task_2"].to_pylist(), dtype=np.float32)
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
@@ -134,14 +135,14 @@ def test_a_folder_with_the_same_buckets_keeps_them(run: TrainedRun, home: Path) 
 
 
 def test_error_is_the_default_and_names_the_item(run: TrainedRun, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="item '901' is not in the run's item dictionary; --unseen pad, drop or bucket"):
+    with pytest.raises(DataError, match="got item '901', which the run has not seen; --unseen pad, drop or bucket"):
         list(Inputs(csv(tmp_path / "u.csv", MIXED), run.items, run.length).blocks(10))
 
 
 def test_neither_pad_nor_bucket_is_recommended(run: TrainedRun, home: Path, tmp_path: Path) -> None:
     """Even where their scores are the highest."""
     source, output = csv(tmp_path / "u.csv", MIXED), tmp_path / "out.parquet"
-    head = run.model.head(0)
+    head = run.method.head(0)
     kept = head.bias.detach().clone()
     try:
         with torch.no_grad():
@@ -162,7 +163,7 @@ def test_bucket_needs_buckets(home: Path, tmp_path: Path) -> None:
     write(tmp_path / "data")
     train(tiny_config(tmp_path / "data", tmp_path / "run", num_tasks=1, first__epochs=1))
     run, source = open_run(tmp_path / "run", device="cpu"), csv(tmp_path / "u.csv", MIXED)
-    with pytest.raises(ConfigError, match="the run's item dictionary has no buckets, expected error, pad or drop"):
+    with pytest.raises(ConfigError, match="the run has no buckets; expected error, pad or drop"):
         Inputs(source, run.items, run.length, "bucket")
     with pytest.raises(ConfigError, match="has no buckets"):
         measure(run, home / "data", unseen="bucket")
@@ -204,10 +205,10 @@ def test_evaluation_on_data_with_strangers(unseen: Any, run: TrainedRun, home: P
         own = open_dataset(home / "data").tasks[number - 1]
         samples = np.stack([np.arange(kept.sum()), target[kept]], 1).astype(np.int32)
         by_hand = replace(own, sequences=index[kept].astype(np.int32), samples=samples)
-        metrics = evaluate(run.model, by_hand, number - 1, np.arange(int(kept.sum())), run.s)
+        metrics = evaluate(run.method, by_hand, number - 1, np.arange(int(kept.sum())))
         assert found[number] == pytest.approx(metrics, rel=1e-6)
         places = (~np.isin(sequences[np.unique(chosen[kept, 0])], COMMON)).sum()
-        assert words == f"T{number} {task.name}: {places:,} items unseen by the run, {(~kept).sum():,} samples left out for " \
+        assert words == f"T{number} {task.name}: {places:,} unseen items, {(~kept).sum():,} samples left out because of " \
             "their labels"  # fmt: skip
     assert len(said) == 3
     with pytest.raises(ConfigError, match="--unseen pad, drop or bucket reads others by raw id"):
@@ -229,7 +230,7 @@ def test_from_the_command_line(home: Path, tmp_path: Path) -> None:
             arguments = [*command, str(home / "run"), "-i", str(source), "-o", str(output), "--unseen", unseen]
             result = CliRunner().invoke(app, arguments)
             assert result.exit_code == 0, result.output
-            assert f"4 items that the run has not seen, of 3 users, {fate}" in result.stdout
+            assert f"4 items unknown to the run, of 3 users, {fate}" in result.stdout
     result = CliRunner().invoke(app, ["embed", str(home / "run"), "-i", str(source), "-o", str(output)])
     assert result.exit_code == 2 and "item '901'" in result.stderr
     log = tmp_path / "log.csv"

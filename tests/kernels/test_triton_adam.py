@@ -1,4 +1,4 @@
-"""Adam's Triton kernels beside PyTorch's Adam, and deferred steps beside those that were not."""
+"""Adam's Triton kernels beside PyTorch's Adam, and lazy steps beside those that were not."""
 
 from __future__ import annotations
 
@@ -71,19 +71,19 @@ def by_torch(start: Tensor, steps: list[tuple[Tensor, Tensor]], dtype: torch.dty
         (40, 20, torch.float32, (0.3, 0.9)), (20, 300, torch.float32, (0.9, 0.99)),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("lazy", [False, True])
 def test_error_is_that_of_torchs_adam_in_float32(
-    device: torch.device, rows: int, channels: int, dtype: torch.dtype, betas: tuple[float, float], deferred: bool
+    device: torch.device, rows: int, channels: int, dtype: torch.dtype, betas: tuple[float, float], lazy: bool
 ) -> None:
     state = fresh(device, rows, channels)
     start, steps = state.parameter.clone(), list(gradients(rows, channels, dtype))
     for step, (items, values) in enumerate(steps, 1):
         given, constants = (items.to(device), values.to(device)), (*numbers(step, *betas), *betas, 1e-8)
-        if deferred:
+        if lazy:
             kernels.step(*state.arrays(), state.last, *given, state.history, step, *constants)
         else:
             kernels.whole_step(*state.arrays(), *given, *constants)
-    if deferred:
+    if lazy:
         assert int(state.last.min()) < STEPS or rows == 1, "no row is behind, so nothing is tested"
         kernels.catch_up(*state.arrays(), state.last, None, state.history, STEPS, *betas, 1e-8)
     exact, naive = (by_torch(start, steps, kind, betas) for kind in (torch.float64, torch.float32))
@@ -119,8 +119,8 @@ def test_steps_that_are_taken_later_have_the_same_bits(
     assert torch.equal(later.history, torch.tensor([numbers(step, *betas) for step in range(1, STEPS + 1)], device=device))
 
 
-@pytest.mark.parametrize("deferred", [False, True])
-def test_repeats_are_added_up_in_the_order_of_occurrence(device: torch.device, deferred: bool) -> None:
+@pytest.mark.parametrize("lazy", [False, True])
+def test_repeats_are_added_up_in_the_order_of_occurrence(device: torch.device, lazy: bool) -> None:
     """With beta1 = 0 the first moment is the gradient. Runs end before, at and behind what is read at once."""
     lengths = [1, 2, 3, 0, kernels._TOGETHER, kernels._TOGETHER + 1, kernels._TOGETHER + 2, 2 * kernels._TOGETHER + 1, 0, 70]
     items = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
@@ -131,7 +131,7 @@ def test_repeats_are_added_up_in_the_order_of_occurrence(device: torch.device, d
         expected[item] += value
     state = fresh(device, len(lengths), 20)
     given, constants = (items.to(device), values.to(device)), (*numbers(1, 0.0, 0.999), 0.0, 0.999, 1e-8)
-    if deferred:
+    if lazy:
         kernels.step(*state.arrays(), state.last, *given, state.history, 1, *constants)
     else:
         kernels.whole_step(*state.arrays(), *given, *constants)

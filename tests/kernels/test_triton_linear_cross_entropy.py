@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton_here import require_triton
 
+from teracon_fast.ops.heads import Head
 from teracon_fast.ops.linear_cross_entropy import torch as plain
+from teracon_fast.ops.linear_cross_entropy.api import Backward, Inputs
 
 require_triton()
 
@@ -147,14 +149,15 @@ def test_what_is_not_finite_is_as_in_plain_pytorch(device: torch.device) -> None
         values = (hidden[row : row + 1], weight, logits[row])
         known = (targets[:1], rows[:1])
         losses, statistics, _, rank = kernels.forward(*values, *known, True)
-        expected, sums, kept, none, *_ = plain.forward(*values, *known, True, False)
+        inputs = Inputs(Head(*values), *known, 0.0, "torch", True, False)
+        expected, kept, *_ = plain.forward(inputs)
         torch.testing.assert_close(losses, expected, equal_nan=True)
         before = (logits[row] > logits[row, 7]).sum() + (logits[row, :7] == logits[row, 7]).sum()
         assert int(rank[0]) == (45 if row == 0 else int(before))
         grad = torch.ones(1, device=device)
         got = kernels.backward(grad, *values, *known, statistics, True, True, 0.0)
         filtered = kernels.backward(grad, *values, *known, statistics, True, True, 1e-9)
-        truth = plain.backward(grad, *values, *known, sums, kept, none, 0.0, True, True)
+        truth = plain.backward(Backward(grad, inputs, kept, True, True)).head
         for one, other, by_plain in zip(got, filtered, truth, strict=True):
             torch.testing.assert_close(one, by_plain, equal_nan=True, rtol=1e-4, atol=1e-6)
             assert one.isnan().equal(other.isnan()), "what is not a number must not be filtered out"

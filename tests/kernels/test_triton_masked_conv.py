@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 from triton_here import require_triton
 
-from teracon_fast import packing
+from teracon_fast import ops, packing
 from teracon_fast.ops.masked_conv import torch as plain
+from teracon_fast.ops.masked_conv.api import Backward, Inputs, Needs, Parameters
+from teracon_fast.ops.masked_conv.api import Tables as AllTables
+from teracon_fast.ops.registration import flat
 from teracon_fast.packing import ResidualTable, Streams, TapTable
 
 require_triton()
@@ -30,7 +33,7 @@ def tables(
     """Tables of ragged users: all of them in the first request, the first two in the others, without their last items."""
     users = np.arange(len(lengths))
     streams = [Streams(users), *(Streams(users[:2], drop_last) for _ in range(requests - 1))]
-    packed = packing.pack(np.array(lengths), streams, packing.geometry(length, (1, 2), kernel_size, every))
+    packed = ops.pack(np.array(lengths), streams, packing.geometry(length, (1, 2), kernel_size, every))
     residual = packed.residuals[layer // 2]
     return packed.convolutions[layer].to(device), ResidualTable(*(table.to(device) for table in residual))
 
@@ -72,19 +75,13 @@ def by_torch(
     need_input: bool = True, need_weight: bool = True, addend: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """The same by the `torch` backend in another dtype."""
-    x, weight, bias, ln_weight, ln_bias, mask, added, grad = (value.to(dtype) for value in values)
+    x, *parameters, added, grad = (value.to(dtype) for value in values)
+    tables = AllTables(*table.tensors, list(table.rows_per_request), *back)
     addend = None if addend is None else addend.to(dtype)
-    rows = list(table.rows_per_request)
-    added_rows = (added, back.rows) if residual else (None, None)
-    out, *kept = plain.forward(
-        x, weight, bias, ln_weight, ln_bias, mask, table.taps, table.readers, len(table.bag_offsets) - 1, rows,
-        table.row_ends, *added_rows, EPS, "auto", True, addend,
-    )  # fmt: skip
-    gradients = plain.backward(
-        grad, x, weight, ln_weight, ln_bias, mask, table.taps, table.readers, table.bag_rows, table.bag_offsets, rows,
-        table.row_ends, back.readers if residual else None, *kept, EPS, "auto", need_input, need_weight, addend is not None,
-    )  # fmt: skip
-    return [out, *gradients]
+    inputs = Inputs(x, Parameters(*parameters), tables, added if residual else None, addend, EPS, "torch", "auto", True)
+    out, kept = plain.forward(inputs)
+    needs = Needs(need_input, need_weight, residual, addend is not None)
+    return [out, *flat(plain.backward(Backward(grad, inputs, kept, needs)))]
 
 
 def assert_as_exact(values: list[Tensor], table: TapTable, back: ResidualTable, got: list[Tensor], **options: Any) -> None:

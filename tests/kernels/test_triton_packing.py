@@ -17,7 +17,7 @@ from triton_here import require_triton
 
 require_triton()
 
-from teracon_fast import FastTCN, Request, packing
+from teracon_fast import FastTCN, Request, ops, packing
 from teracon_fast.errors import ShapeError
 from teracon_fast.kernels import packing as kernels
 from teracon_fast.ops import backends
@@ -27,13 +27,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def built(*case: Any, padded: bool = False) -> packing.PackedBatch:
-    return packing.pack(*case, device=DEVICE, backend="triton", padded=padded)
+    return ops.pack(*case, device=DEVICE, backend="triton", padded=padded)
 
 
 def assert_as_on_the_host(case: Pass, padded: bool) -> None:
     result = built(*case, padded=padded)
     assert all(tensor.device.type == DEVICE.type and tensor.data_ptr() % 16 == 0 for tensor in tensors(result))
-    assert_same(result.to(torch.device("cpu")), packing.pack(*case, padded=padded))
+    assert_same(result.to(torch.device("cpu")), ops.pack(*case, padded=padded))
 
 
 @settings(max_examples=30, deadline=None)
@@ -78,7 +78,7 @@ def test_more_streams_and_longer_ones_than_a_program_takes_at_once() -> None:
     lengths[::20] = 50
     requests = [Streams(np.array([3, 7])), Streams(np.arange(140))]
     case = lengths, requests, packing.geometry(50, (3,), 3, True)
-    host = packing.pack(*case)
+    host = ops.pack(*case)
     assert max(np.diff(host.convolutions[0].bag_offsets.numpy())) > kernels._SIZES.rows
     assert_as_on_the_host(case, False)
 
@@ -101,14 +101,14 @@ def test_a_model_trains_on_them_as_on_the_hosts(monkeypatch: pytest.MonkeyPatch)
         loss = last + model.next_item_loss(x, 2.0)
         return [loss, *torch.autograd.grad(loss, parameters)]
 
-    expected, host = results(), packing.pack
+    expected, host = results(), ops.pack
     calls = []
 
     def pack(lengths: Any, requests: Any, geo: Any, device: torch.device, backend: str, padded: bool) -> packing.PackedBatch:
         calls.append(backend)
         return host(lengths, requests, geo, device, "triton", padded)
 
-    monkeypatch.setattr(packing, "pack", pack)
+    monkeypatch.setattr(ops, "pack", pack)
     for one, other in zip(results(), expected, strict=True):
         assert torch.equal(one, other)
     assert calls == ["torch"] * 2, "the model's own backend is what it asks for"
@@ -126,7 +126,7 @@ def test_nothing_waits_for_the_device(padded: bool, monkeypatch: pytest.MonkeyPa
     launched: list[tuple[str, tuple[int, ...]]] = []
     lengths, geometry = np.array([9, 0, 4, 9]), packing.geometry(9, (1, 4))
     requests = [Streams(np.arange(4)), Streams(np.array([2, 3]), 1)]
-    host = packing.pack(lengths, requests, geometry)
+    host = ops.pack(lengths, requests, geometry)
     bags = sum(table.bag_offsets.shape[0] - 1 for table in host.convolutions)
     monkeypatch.setattr(kernels, "launch", lambda kernel, grid, *_, **__: launched.append((kernel.__name__, grid)))
     monkeypatch.setattr(backends, "resolve", lambda *_: "triton")
@@ -143,7 +143,7 @@ def test_nothing_waits_for_the_device(padded: bool, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch, Calls(told):
         for name in ("unique", "nonzero", "tensor", "as_tensor", "masked_select", "where"):
             patch.setattr(torch, name, None)
-        result = packing.pack(lengths, requests, geometry, torch.device("meta"), padded=padded)
+        result = ops.pack(lengths, requests, geometry, torch.device("meta"), padded=padded)
     assert len(sent) == 1, "all of a batch goes in one buffer"
     sizes = buckets.sizes(host)
     assert buckets.sizes(result) == (buckets.bucket(sizes) if padded else sizes)

@@ -92,7 +92,7 @@ def test_steps_of_task_1_with_rows_left_behind_by_the_optimizer(monkeypatch: pyt
     plain, replayed = network(1), network(1)
     step_graphs = StepGraphs(replayed, record=RECORD)
     optimizers = [make_optimizer(model, 1e-2) for model in (plain, replayed)]
-    assert all(optimizer.deferred for optimizer in optimizers)
+    assert all(optimizer.lazy for optimizer in optimizers)
     for step in range(3):
         x, _ = batch(2, step)
         one, other = (
@@ -117,7 +117,7 @@ def test_sparse_gradients_of_a_recording_and_rows_left_behind(monkeypatch: pytes
         for model, optimizer, used in zip((plain, replayed), optimizers, (None, step_graphs), strict=True):
             t1_step(model, optimizer, x, 2.0, graphs=used)
             gradient = model.embeding.stored.grad
-            assert optimizer.deferred and gradient is not None and gradient.is_sparse and not gradient.is_coalesced()
+            assert optimizer.lazy and gradient is not None and gradient.is_sparse and not gradient.is_coalesced()
     behind = replayed.embeding.stored.detach().clone()
     same_weights(replayed, plain)
     assert not torch.equal(behind, replayed.embeding.weight), "no row was behind, so nothing was tested"

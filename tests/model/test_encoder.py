@@ -61,7 +61,7 @@ def test_states_are_those_of_the_packed_pass(
     model = network(channels, dilations)
     model.algorithm = algorithm
     x = users(70, length)
-    got = Encoder(model, S).encode(x, 1, drop_last)
+    got = Encoder(model, model.masks(S)).encode(x, 1, drop_last)
     exact = packed_pass(network(channels, dilations).double(), x, 1, drop_last)
     assert distance(got, exact) <= 2 * distance(packed_pass(model, x, 1, drop_last), exact) + 1e-6
 
@@ -70,13 +70,13 @@ def test_states_are_those_of_the_packed_pass(
 @pytest.mark.parametrize("kernel_size", [2, 4])
 def test_other_numbers_of_taps(kernel_size: int) -> None:
     model, x = network(kernel_size=kernel_size), users(40, 17)
-    assert distance(Encoder(model, S).encode(x, 0), packed_pass(model, x, 0, 0)) < 1e-5
+    assert distance(Encoder(model, model.masks(S)).encode(x, 0), packed_pass(model, x, 0, 0)) < 1e-5
 
 
 @needs_kernels
 def test_bfloat16_rows_are_near() -> None:
     model, x = network(48), users(70, 17)
-    got, exact = Encoder(model, S, precision="bf16").encode(x, 2), packed_pass(model, x, 2, 0)
+    got, exact = Encoder(model, model.masks(S), precision="bf16").encode(x, 2), packed_pass(model, x, 2, 0)
     assert got.dtype == torch.float32 and 0 < distance(got, exact) < 0.03
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         cast = model.encode(x, [Request(2)], S)[0]
@@ -87,7 +87,7 @@ def test_bfloat16_rows_are_near() -> None:
 def test_blocks_threads_and_neighbours_change_nothing() -> None:
     """Many blocks of users, one user alone, all of them on three threads: the same bits."""
     model, x = network(16, (1, 4)), users(900, 30)
-    encoder = Encoder(model, S)
+    encoder = Encoder(model, model.masks(S))
     together = encoder.encode(x, 1)
     before = torch.get_num_threads()
     try:
@@ -101,7 +101,7 @@ def test_blocks_threads_and_neighbours_change_nothing() -> None:
 @needs_kernels
 def test_no_users_and_nothing_but_pads() -> None:
     model = network()
-    encoder = Encoder(model, S)
+    encoder = Encoder(model, model.masks(S))
     assert encoder.encode(torch.zeros(0, 9, dtype=torch.int64), 0).shape == (0, 20)
     x = torch.zeros(3, 9, dtype=torch.int32)
     torch.testing.assert_close(encoder.encode(x, 0), packed_pass(model, x, 0, 0))
@@ -135,13 +135,13 @@ def test_it_works_without_the_kernels() -> None:
     assert not Encoder.serves(model)
     torch.testing.assert_close(model.encoder(S)(x, 1, 1), packed_pass(model, x, 1, 1))
     with pytest.raises(ConfigError, match="needs float32 parameters on the CPU and the backend 'cpu'"):
-        Encoder(model)
+        Encoder(model, model.masks(S))
 
 
 @needs_kernels
 def test_what_does_not_fit_is_refused() -> None:
     model, x = network(), users(20, 13)
-    encoder = Encoder(model, S)
+    encoder = Encoder(model, model.masks(S))
     with pytest.raises(ShapeError, match="x is torch.float32"):
         encoder.encode(x.float(), 0)
     with pytest.raises(ShapeError, match="drop_last is 13, expected 0 to 12"):
@@ -151,9 +151,9 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"task is 3, expected 0\.\.2"):
         encoder.encode(x, 3)
     with pytest.raises(ConfigError, match="precision is 'fp16'"):
-        Encoder(model, precision="fp16")  # type: ignore[arg-type]
+        Encoder(model, model.masks(S), precision="fp16")  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match="masks are"):
-        Encoder(model, masks=torch.ones(2, 3, 20))
+        Encoder(model, torch.ones(2, 3, 20))
     for stranger in (40, -1):
         x[2, -1] = stranger
         with pytest.raises(RuntimeError, match=f"x has item {stranger} in row 2, out of range: expected 0 to 39"):

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from teracon_fast.errors import ConfigError
-from teracon_fast.model import masks
+from teracon_fast.model.masks import annealed_scale
+from teracon_fast.ops.task_masks import check_variant, relation_width
+from teracon_fast.ops.task_masks import torch as masks
 from teracon_fast.reference import losses
 from teracon_fast.reference.masks import relation_mask
 
@@ -16,7 +18,7 @@ from teracon_fast.reference.masks import relation_mask
 @pytest.mark.parametrize("s", [0.02, 3.0, 50.0])
 def test_relation_masks_equal_the_equation(variant: str, num_tasks: int, s: float) -> None:
     torch.manual_seed(0)
-    width = masks.relation_width(num_tasks, variant)  # type: ignore[arg-type]
+    width = relation_width(num_tasks, variant)  # type: ignore[arg-type]
     e = torch.randn(4, num_tasks, 7, dtype=torch.float64, requires_grad=True)
     w = torch.randn(4, num_tasks, width, dtype=torch.float64, requires_grad=True)
     b = torch.randn(4, num_tasks, dtype=torch.float64, requires_grad=True)
@@ -44,17 +46,17 @@ def test_rho_equals_the_equation() -> None:
 
 
 def test_annealing_ends() -> None:
-    assert masks.annealed_scale(0, 12.5) == pytest.approx(1 / 50)
-    assert masks.annealed_scale(12, 12.5) == pytest.approx((50 - 0.02) * 12 / 12.5 + 0.02)
-    assert masks.annealed_scale(0, 10, parity="paper") == pytest.approx(1 / 50)
-    assert masks.annealed_scale(9, 10, parity="paper") == pytest.approx(50)
-    assert masks.annealed_scale(9, 9.5, parity="paper") == pytest.approx(50)
-    assert masks.annealed_scale(0, 1, parity="paper") == pytest.approx(1 / 50)
+    assert annealed_scale(0, 12.5) == pytest.approx(1 / 50)
+    assert annealed_scale(12, 12.5) == pytest.approx((50 - 0.02) * 12 / 12.5 + 0.02)
+    assert annealed_scale(0, 10, parity="paper") == pytest.approx(1 / 50)
+    assert annealed_scale(9, 10, parity="paper") == pytest.approx(50)
+    assert annealed_scale(9, 9.5, parity="paper") == pytest.approx(50)
+    assert annealed_scale(0, 1, parity="paper") == pytest.approx(1 / 50)
 
 
 def test_unknown_variant_is_refused() -> None:
     with pytest.raises(ConfigError, match="'negative', expected one of"):
-        masks.check_variant("negative")
+        check_variant("negative")
 
 
 def test_masks_of_some_tasks_and_their_gradient() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_rank_and_topk_equal_a_full_stable_sort_with_many_ties(
 def test_the_torch_backend_takes_some_rows_at_a_time(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, order = [], []
     for size in (1 << 20, block_bytes):
-        monkeypatch.setattr(sys.modules["teracon_fast.ops.linear_rank.torch"], "_BLOCK_BYTES", size)
+        monkeypatch.setattr(importlib.import_module("teracon_fast.ops.linear_rank.torch"), "_BLOCK_BYTES", size)
         torch.manual_seed(1)
         head, targets, row_of = whole_numbers(40, 12), torch.randint(12, (90,)), torch.randint(40, (90,))
         expected.append(ops.linear_rank(*head, targets, row_of, backend="torch"))
@@ -66,7 +66,7 @@ def test_the_torch_backend_takes_some_rows_at_a_time(block_bytes: int, monkeypat
 def test_the_cpu_backend_holds_the_best_of_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     head, exclude = whole_numbers(40, 200), [torch.arange(i) for i in range(40)]
     whole = ops.linear_topk(*head, 5, exclude, backend="cpu")
-    monkeypatch.setattr(sys.modules["teracon_fast.ops.linear_rank.cpu"], "_HELD_BYTES", 8 * 5 * 7)
+    monkeypatch.setattr(importlib.import_module("teracon_fast.ops.linear_rank.cpu"), "_HELD_BYTES", 8 * 5 * 7)
     parts = ops.linear_topk(*head, 5, exclude, backend="cpu")
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 

@@ -14,14 +14,15 @@ from torch import Tensor
 from teracon_fast import env_report, ops, packing
 from teracon_fast.errors import ShapeError
 from teracon_fast.ops.backends import BackendError
-from teracon_fast.ops.masked_conv.api import _masked_conv
+from teracon_fast.ops.masked_conv.api import Inputs, Parameters, Tables, _masked_conv
+from teracon_fast.ops.registration import flat
 from teracon_fast.packing import ResidualTable, Streams, TapTable
 
 
 def tables(lengths: list[int], length: int = 9, layer: int = 1, every: bool = False) -> tuple[TapTable, ResidualTable]:
     geometry = packing.geometry(length, (1, 2), 3, every)
     users = np.arange(len(lengths))
-    packed = packing.pack(np.array(lengths), [Streams(users), Streams(users[:2])], geometry)
+    packed = ops.pack(np.array(lengths), [Streams(users), Streams(users[:2])], geometry)
     return packed.convolutions[layer], packed.residuals[layer // 2]
 
 
@@ -107,16 +108,13 @@ def test_mask_of_exactly_zero_has_its_gradient() -> None:
 def test_opcheck() -> None:
     table, back = tables([2, 9, 5])
     v = inputs(table, back)
-    arguments = (
-        *v[:6], table.taps, table.readers, table.bag_rows, table.bag_offsets, list(table.rows_per_request), table.row_ends,
-        v[6], back.rows, back.readers, 1e-8, "torch", "auto",
-    )  # fmt: skip
-    torch.library.opcheck(_masked_conv, (*arguments, True, None))
     addend = torch.randn(table.taps.shape[0], 5, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(_masked_conv, (*arguments, True, addend))
-    without = [a.detach() if isinstance(a, Tensor) and a.requires_grad else a for a in arguments]
-    torch.library.opcheck(_masked_conv, (*without, False, None))
-    torch.library.opcheck(_masked_conv, (*without, True, addend))
+    given = Tables(*table.tensors, list(table.rows_per_request), *back)
+    for values in (v, [value.detach() for value in v]):
+        for added in (None, addend):
+            save = added is not None or values is v
+            arguments = Inputs(values[0], Parameters(*values[1:6]), given, values[6], added, 1e-8, "torch", "auto", save)
+            torch.library.opcheck(_masked_conv, tuple(flat(arguments)))
 
 
 def test_compiles_as_one_graph() -> None:
@@ -192,7 +190,7 @@ def test_no_rows_and_rows_that_read_only_zeros(backend: str) -> None:
 @pytest.mark.parametrize("kernel_size", [2, 4])
 def test_other_numbers_of_taps(kernel_size: int) -> None:
     geometry = packing.geometry(11, (1, 2), kernel_size, True)
-    table = packing.pack(np.array([11, 4, 7]), [Streams(np.arange(3))], geometry).convolutions[2]
+    table = ops.pack(np.array([11, 4, 7]), [Streams(np.arange(3))], geometry).convolutions[2]
     shapes = [(table.rows_in, 20), (20, 20, kernel_size), (20,), (20,), (20,), (1, 20)]
     values = [torch.randn(shape).requires_grad_() for shape in shapes]
     padded = torch.cat([values[0], values[0].new_zeros(1, 20)])

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from teracon_fast import ops, packing
 from teracon_fast.errors import ShapeError
-from teracon_fast.ops.masked_conv import torch as _torch_masked_conv
+from teracon_fast.ops import rows
 from teracon_fast.packing import ResidualTable, Streams, TapTable
 
 
 def tables(lengths: list[int], layer: int = 1, every: bool = False) -> tuple[TapTable, ResidualTable]:
     geometry = packing.geometry(9, (1, 2), 3, every)
     users = np.arange(len(lengths))
-    packed = packing.pack(np.array(lengths), [Streams(users), Streams(users[:2])], geometry)
+    packed = ops.pack(np.array(lengths), [Streams(users), Streams(users[:2])], geometry)
     return packed.convolutions[layer], packed.residuals[layer // 2]
 
 
@@ -51,7 +51,7 @@ def test_error_is_that_of_the_same_arithmetic_in_the_same_dtype(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """err(op, exact) <= 2 err(naive, exact), outputs and every gradient, in several chunks of rows."""
-    monkeypatch.setattr(_torch_masked_conv, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(rows, "_CHUNK_BYTES", 1)
     table, back = tables([0, 4, 9, 9, 7, 1] * 20, every=True)
     assert table.taps.shape[0] > 128
     values = inputs(table, back, 7, 5, dtype)

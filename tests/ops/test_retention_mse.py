@@ -204,7 +204,7 @@ def test_the_form_that_measures_faster_is_taken(monkeypatch: pytest.MonkeyPatch)
     few, many = pair(4, 40, 8, 0.1), pair(40, 40, 8, 0.1)
     called = []
     by_gram = _cpu_retention_mse._by_gram
-    monkeypatch.setattr(_cpu_retention_mse, "_by_gram", lambda *a: called.append(len(a[0])) or by_gram(*a))
+    monkeypatch.setattr(_cpu_retention_mse, "_by_gram", lambda *a: called.append(len(a[0].hidden)) or by_gram(*a))
     ops.retention_mse(*few, backend="cpu"), ops.retention_mse(*many, backend="cpu")
     assert called == [40]
 

@@ -3,6 +3,7 @@ tests/test_masks.py and tests/kernels/test_triton_masks.py."""
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -11,11 +12,10 @@ from torch import Tensor
 
 from teracon_fast import FastTCN, env_report, ops
 from teracon_fast.errors import ConfigError, ShapeError
-from teracon_fast.model import masks
-from teracon_fast.model.masks import MaskVariant
 from teracon_fast.ops import MaskParameters
 from teracon_fast.ops.backends import BackendError, of_model
-from teracon_fast.ops.task_masks.triton import _task_masks
+from teracon_fast.ops.task_masks import MaskVariant, relation_width
+from teracon_fast.ops.task_masks import torch as masks
 
 # On a GPU the kernels are tested in tests/kernels: these tests are of the CPU.
 BACKENDS = [name for name in env_report()["backends"]["task_masks"] if name != "triton" or not torch.cuda.is_available()]
@@ -30,7 +30,7 @@ def parameters(
     if variant is None:
         return MaskParameters(embeddings)
     shape = 4, tasks if chosen is None else chosen
-    weights = torch.randn(*shape, masks.relation_width(tasks, variant), dtype=dtype).requires_grad_()
+    weights = torch.randn(*shape, relation_width(tasks, variant), dtype=dtype).requires_grad_()
     return MaskParameters(embeddings, weights, torch.randn(shape, dtype=dtype).requires_grad_(), variant)
 
 
@@ -124,11 +124,14 @@ def test_autocast_changes_nothing(backend: str) -> None:
 
 @TRITON
 def test_opcheck() -> None:
+    triton = importlib.import_module("teracon_fast.ops.task_masks.triton")
     values, teacher, plain = parameters(3), [part.detach() for part in leaves(parameters(2))], parameters(2, None)
-    none = None, None, None
-    torch.library.opcheck(_task_masks, (*values[:3], 2.0, None, True, [0, 1, 2], *teacher, True, 6.0, 2))
-    torch.library.opcheck(_task_masks, (*parameters(3, chosen=2)[:3], 0.0, torch.tensor(2.0), True, [2, 0], *none, False, 0.0, 0))
-    torch.library.opcheck(_task_masks, (*plain[:3], 2.0, None, True, [0, 1], plain.embeddings.detach(), None, None, True, 6.0, 1))
+    for own, scale, tasks, past in (
+        (values, (2.0, None), [0, 1, 2], (*teacher, True, 6.0, 2)),
+        (parameters(3, chosen=2), (0.0, torch.tensor(2.0)), [2, 0], (None, None, None, False, 0.0, 0)),
+        (plain, (2.0, None), [0, 1], (plain.embeddings.detach(), None, None, True, 6.0, 1)),
+    ):
+        torch.library.opcheck(triton._task_masks, (*own[:3], True, *scale, tasks, *past))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

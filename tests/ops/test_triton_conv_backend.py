@@ -16,7 +16,8 @@ from teracon_fast import FastTCN, env_report, ops, packing
 from teracon_fast.model.fast_tcn import Request
 from teracon_fast.ops import backends
 from teracon_fast.ops.backends import BackendError, resolve
-from teracon_fast.ops.masked_conv.api import _masked_conv
+from teracon_fast.ops.masked_conv.api import Inputs, Parameters, Tables, _masked_conv
+from teracon_fast.ops.registration import flat
 from teracon_fast.packing import Streams
 
 require_triton()
@@ -35,7 +36,7 @@ def deterministic() -> Iterator[None]:
 def packed(every: bool = False) -> packing.PackedBatch:
     users = np.arange(3)
     requests = [Streams(users), Streams(users[1:], 1)]
-    return packing.pack(np.array(LENGTHS), requests, packing.geometry(9, (1,), 3, every)).to(DEVICE)
+    return ops.pack(np.array(LENGTHS), requests, packing.geometry(9, (1,), 3, every)).to(DEVICE)
 
 
 def model(backend: str) -> FastTCN:
@@ -93,13 +94,11 @@ def test_schema_and_fake() -> None:
     shapes = [(table.rows_in, 5), (5, 5, 3), (5,), (5,), (5,), (2, 5)]
     values = [torch.randn(shape, device=DEVICE) for shape in shapes]
     added = torch.randn(back.readers.shape[0], 5, device=DEVICE)
-    arguments = (
-        *values, table.taps, table.readers, table.bag_rows, table.bag_offsets, list(table.rows_per_request), table.row_ends,
-        added, back.rows, back.readers, 1e-8, "triton", "auto",
-    )  # fmt: skip
+    given = Tables(*table.tensors, list(table.rows_per_request), *back)
     addend = torch.randn(table.taps.shape[0], 5, device=DEVICE)
-    for rest in ((True, None), (False, None), (True, addend)):
-        torch.library.opcheck(_masked_conv, (*arguments, *rest), test_utils=("test_schema", "test_faketensor"))
+    for before, save in ((None, True), (None, False), (addend, True)):
+        arguments = Inputs(values[0], Parameters(*values[1:]), given, added, before, 1e-8, "triton", "auto", save)
+        torch.library.opcheck(_masked_conv, tuple(flat(arguments)), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_it_runs_on_request_only_and_is_refused_where_it_cannot_run() -> None:

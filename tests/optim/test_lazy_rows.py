@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from teracon_fast import FastTCN, Request, ops
 from teracon_fast.optim import lazy_rows
 from teracon_fast.optim.adam import Adam
-from teracon_fast.optim.lazy_rows import Deferred
+from teracon_fast.optim.lazy_rows import LazyRows
 from teracon_fast.train import loop
 from teracon_fast.train.loop import make_optimizer
 
 
-def deferring(model: FastTCN, monkeypatch: pytest.MonkeyPatch) -> Adam:
+def lazy_adam(model: FastTCN, monkeypatch: pytest.MonkeyPatch) -> Adam:
     """The optimiser of a model whose embedding counts as large."""
     monkeypatch.setattr(loop, "LAZY_FROM", 1)
     optimizer = make_optimizer(model, 1e-2)
-    assert optimizer.deferred
+    assert optimizer.lazy
     return optimizer
 
 
@@ -37,8 +37,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> tuple[FastTCN, Adam, FastTCN]:
     """A model with rows that are behind, its optimiser, and the model that it must be."""
     model, data = small_model(), batches(12)
     plain = copy.deepcopy(model)
-    optimizer, dense = deferring(model, monkeypatch), make_optimizer(plain, 1e-2)
-    dense.deferred = False
+    optimizer, dense = lazy_adam(model, monkeypatch), make_optimizer(plain, 1e-2)
+    dense.lazy = False
     for x in data:
         t1_step(model, optimizer, x, 3.0)
         t1_step(plain, dense, x, 3.0)
@@ -85,7 +85,7 @@ def test_encoding_brings_up_to_date_what_it_reads(users: int, monkeypatch: pytes
 def test_a_training_step_takes_no_row_that_it_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer, expected = trained(monkeypatch)
     took = []
-    monkeypatch.setattr(Deferred, "catch_up", lambda self, parameter, items=None: took.append(items))
+    monkeypatch.setattr(LazyRows, "catch_up", lambda self, parameter, items=None: took.append(items))
     t1_step(model, optimizer, torch.full((2, 5), 3), 3.0)
     assert took and all(items is not None and bool((items == 3).all()) for items in took)
 
@@ -95,7 +95,7 @@ def test_training_that_was_interrupted_goes_on_to_the_same_bits(monkeypatch: pyt
     model, optimizer, _ = trained(monkeypatch)
     saved = pickle.dumps((model.state_dict(), optimizer.state_dict()))
     again, rest = small_model(), batches(6)
-    other = deferring(again, monkeypatch)
+    other = lazy_adam(again, monkeypatch)
     state, moments = pickle.loads(saved)
     again.load_state_dict(state)
     other.load_state_dict(moments)
@@ -113,7 +113,7 @@ def test_updates_that_come_back_to_life(betas: tuple[float, float]) -> None:
     """A learning rate too small to change anything, then a large one, then none, and constants that change."""
     mine, other = nn.Parameter(torch.randn(20, 40)), nn.Parameter(torch.zeros(20, 40))
     other.data.copy_(mine.data)
-    ours = Adam([mine], betas=betas, fused=True, deferred=True)
+    ours = Adam([mine], betas=betas, fused=True, lazy=True)
     theirs = torch.optim.Adam([other], betas=betas, fused=True)
     for step in range(60):
         for group in (ours.param_groups[0], theirs.param_groups[0]):
@@ -134,7 +134,7 @@ def test_more_steps_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(lazy_rows, "_MOST_STEPS", 7)
     mine, other = nn.Parameter(torch.randn(20, 40)), nn.Parameter(torch.zeros(20, 40))
     other.data.copy_(mine.data)
-    ours, theirs = Adam([mine], fused=True, deferred=True), torch.optim.Adam([other], fused=True)
+    ours, theirs = Adam([mine], fused=True, lazy=True), torch.optim.Adam([other], fused=True)
     for _ in range(40):
         present = torch.rand(20) < 0.1
         gradient = torch.randn(20, 40) * present[:, None]
@@ -148,12 +148,12 @@ def test_more_steps_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None
 @COMPILED
 def test_a_copied_optimizer_and_a_lost_one() -> None:
     weight = nn.Parameter(torch.ones(4, 3))
-    optimizer = Adam([weight], lr=0.1, deferred=True)
+    optimizer = Adam([weight], lr=0.1, lazy=True)
     for row in (0, 1, 2):
         weight.grad = by_rows(torch.ones(4, 3), torch.arange(4) == row)
         optimizer.step()
     copied = pickle.loads(pickle.dumps(optimizer))
-    assert copied.deferred and torch.equal(copied.param_groups[0]["params"][0], weight)
+    assert copied.lazy and torch.equal(copied.param_groups[0]["params"][0], weight)
     weight.grad = by_rows(torch.ones(4, 3), torch.arange(4) == 3)
     optimizer.step()
     before = weight.detach().clone()

@@ -23,12 +23,12 @@ Make = Callable[..., Adam]
 V = 150  # more than two blocks of rows of the kernel
 
 
-@pytest.fixture(params=[pytest.param(kind, marks=COMPILED) for kind in ("compiled", "compiled deferred")] + ["torch"])
+@pytest.fixture(params=[pytest.param(kind, marks=COMPILED) for kind in ("compiled", "compiled lazy")] + ["torch"])
 def adam(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes our Adam: with the compiled kernels, all rows in each step or rows left behind, and without them."""
     if request.param == "torch":
         monkeypatch.setattr(native, "available", lambda: False)
-    return partial(Adam, deferred=request.param != "compiled")
+    return partial(Adam, lazy=request.param != "compiled")
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -33,10 +33,10 @@ Make = Callable[..., Adam]
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
 
 
-@pytest.fixture(params=[False, True], ids=["all rows", "deferred"])
+@pytest.fixture(params=[False, True], ids=["all rows", "lazy"])
 def adam(request: pytest.FixtureRequest) -> Make:
     """Makes our Adam by the Triton kernels."""
-    return partial(Adam, deferred=request.param, backend="triton")
+    return partial(Adam, lazy=request.param, backend="triton")
 
 
 def parameter(*shape: int) -> nn.Parameter:
@@ -79,12 +79,12 @@ def test_steps_are_close_to_torchs(adam: Make, shape: tuple[int, ...]) -> None:
     assert ours.state[mine]["step"] == 8 and list(ours.state_dict()["state"][0]) == list(theirs.state_dict()["state"][0])
 
 
-def test_deferred_steps_have_the_bits_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lazy_steps_have_the_bits_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also beyond the steps that are remembered, with constants that change, and with a dense gradient between."""
     monkeypatch.setattr(lazy_rows, "_MOST_STEPS", 5)
     mine = parameter(V, 20)
     other = twin(mine)
-    later, at_once = Adam([mine], lr=1e-2, deferred=True, backend="triton"), Adam([other], lr=1e-2, backend="triton")
+    later, at_once = Adam([mine], lr=1e-2, lazy=True, backend="triton"), Adam([other], lr=1e-2, backend="triton")
     for step, gradient in enumerate(gradients((V, 20), 16)):
         for w, optimizer in ((mine, later), (other, at_once)):
             if step == 9:
@@ -125,7 +125,7 @@ def test_a_save_and_a_load_in_the_middle(adam: Make, fused: bool | None) -> None
     assert_same(mine, again)
     assert second.state[again]["step"] == 8
     copied = pickle.loads(pickle.dumps(second))
-    assert copied.backend == "triton" and copied.deferred == second.deferred
+    assert copied.backend == "triton" and copied.lazy == second.lazy
 
 
 class Waits(AssertionError):
@@ -236,7 +236,7 @@ def model_and_optimizer(monkeypatch: pytest.MonkeyPatch, large: bool) -> tuple[F
     model = FastTCN(num_items=30, channels=8, dilations=[1, 2], backend="triton").to(DEVICE)
     monkeypatch.setattr(loop, "LAZY_FROM", 1 if large else 10**9)
     optimizer = make_optimizer(model, 1e-2)
-    assert optimizer.backend == "triton" and optimizer.deferred == large and model.sparse_embedding_grad
+    assert optimizer.backend == "triton" and optimizer.lazy == large and model.sparse_embedding_grad
     if DEVICE == "cpu":
         model.backend = "torch"
     return model, optimizer
@@ -298,7 +298,7 @@ def test_auto_and_torch_do_not_run_these_kernels(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(kernels, "launch", unexpected)
     for backend in ("auto", "torch", "triton"):
         weight = parameter(4, 2)
-        optimizer = Adam([weight], backend=backend, deferred=True)
+        optimizer = Adam([weight], backend=backend, lazy=True)
         weight.grad = next(iter(gradients((4, 2), 1)))
         if backend == "triton":
             with pytest.raises(AssertionError, match="a Triton kernel ran"):

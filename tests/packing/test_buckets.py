@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from packed_tables import Pass, assert_same, passes
 from torch import Tensor
 
-from teracon_fast import FastTCN, Request, packing
+from teracon_fast import FastTCN, Request, ops, packing
 from teracon_fast.errors import ShapeError
 from teracon_fast.ops import native
 from teracon_fast.packing import PackedBatch, Streams, buckets
@@ -21,7 +21,7 @@ from teracon_fast.packing import PackedBatch, Streams, buckets
 
 def small() -> PackedBatch:
     geometry = packing.geometry(9, (1, 4))
-    return packing.pack(np.array([9, 0, 4, 9]), [Streams(np.arange(4)), Streams(np.array([2, 3]), 1)], geometry)
+    return ops.pack(np.array([9, 0, 4, 9]), [Streams(np.arange(4)), Streams(np.array([2, 3]), 1)], geometry)
 
 
 @pytest.mark.parametrize(
@@ -55,11 +55,11 @@ def test_a_full_bucket_of_bags_still_gets_an_empty_one() -> None:
 @settings(max_examples=60, deadline=None)
 @given(passes())
 def test_what_is_added_reads_nothing_and_is_read_by_nothing(case: Pass) -> None:
-    packed = packing.pack(*case)
+    packed = ops.pack(*case)
     wanted = buckets.bucket(buckets.sizes(packed))
     result = buckets.pad(packed)
     assert buckets.sizes(result) == wanted
-    assert_same(packing.pack(*case, padded=True), result)
+    assert_same(ops.pack(*case, padded=True), result)
     assert torch.equal(result.cells[: len(packed.cells)], packed.cells) and not result.cells[len(packed.cells) :].any()
     for table, real in zip(result.convolutions, packed.convolutions, strict=True):
         rows, more = len(real.taps), len(table.taps)
@@ -80,7 +80,7 @@ def test_what_is_added_reads_nothing_and_is_read_by_nothing(case: Pass) -> None:
 
 def test_equal_tables_stay_one() -> None:
     geometry = packing.geometry(9, (1, 4) * 4, every_position=True)
-    packed = packing.pack(np.array([3, 9]), [Streams(np.arange(2))], geometry, padded=True)
+    packed = ops.pack(np.array([3, 9]), [Streams(np.arange(2))], geometry, padded=True)
     assert len({id(table) for table in packed.convolutions}) == 4
 
 
@@ -101,14 +101,14 @@ def test_a_model_gives_the_same_results_and_gradients(
         loss = (one * torch.arange(1, 9)).sum() - other.square().sum() + model.next_item_loss(x, 2.0)
         return [one, other, loss, *torch.autograd.grad(loss, parameters)]
 
-    expected, pack = results(), packing.pack
+    expected, pack = results(), ops.pack
     seen: list[PackedBatch] = []
 
     def padded(*arguments: object) -> PackedBatch:
         seen.append(pack(*arguments[:-1], padded=True))
         return seen[-1]
 
-    monkeypatch.setattr(packing, "pack", padded)
+    monkeypatch.setattr(ops, "pack", padded)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     for found, value in zip(results(), expected, strict=True):
         torch.testing.assert_close(found, value, rtol=tolerance, atol=tolerance)
@@ -133,7 +133,7 @@ def test_sizes_that_do_not_fit_are_refused(change: Callable[[buckets.Sizes], buc
 
 def test_a_batch_without_users_cannot_be_padded_to_rows() -> None:
     geometry = packing.geometry(4, (1,))
-    empty = packing.pack(np.zeros(0, np.int64), [Streams(np.zeros(0, np.int64))], geometry, padded=True)
+    empty = ops.pack(np.zeros(0, np.int64), [Streams(np.zeros(0, np.int64))], geometry, padded=True)
     assert empty.cells.shape == (0,)
     with pytest.raises(ShapeError, match="without users"):
         buckets.pad(empty, replace(buckets.sizes(empty), rows=(256, 256, 256)))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from packed_tables import Pass, assert_same, passes
 from torch import Tensor
 
-from teracon_fast import packing
+from teracon_fast import ops, packing
 from teracon_fast.ops import native
 from teracon_fast.packing import PackedBatch, Streams
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 def in_numpy(lengths: np.ndarray, requests: list[Streams], geometry: packing.Geometry) -> PackedBatch:
     with mock.patch.object(native, "available", return_value=False):
-        return packing.pack(lengths, requests, geometry)
+        return ops.pack(lengths, requests, geometry)
 
 
 @settings(max_examples=200, deadline=None)
@@ -34,7 +34,7 @@ def test_tables_equal_numpy(case: Pass, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        result = packing.pack(*case)
+        result = ops.pack(*case)
     finally:
         torch.set_num_threads(before)
     assert_same(result, in_numpy(*case))
@@ -45,11 +45,11 @@ def test_tables_of_a_training_batch_equal_numpy(every_position: bool) -> None:
     lengths = np.random.default_rng(0).integers(0, 101, 300)
     requests = [Streams(np.arange(300)), Streams(np.arange(0, 300, 3), 1), Streams(np.zeros(0, np.int64))]
     geometry = packing.geometry(100, (1, 4) * 4, every_position=every_position)
-    assert_same(packing.pack(lengths, requests, geometry), in_numpy(lengths, requests, geometry))
+    assert_same(ops.pack(lengths, requests, geometry), in_numpy(lengths, requests, geometry))
 
 
 def test_equal_layers_share_their_table() -> None:
-    packed = packing.pack(np.array([3, 9]), [Streams(np.arange(2))], packing.geometry(9, (1, 4) * 4, every_position=True))
+    packed = ops.pack(np.array([3, 9]), [Streams(np.arange(2))], packing.geometry(9, (1, 4) * 4, every_position=True))
     assert len({id(table) for table in packed.convolutions}) == 4  # of dilations 1, 2, 4 and 8
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_tables import Pass, assert_same, passes, tensors
 
-from teracon_fast import Request, packing
+from teracon_fast import Request, ops, packing
 from teracon_fast.errors import ShapeError
 from teracon_fast.ops.backends import BackendError
 from teracon_fast.packing import Streams
@@ -106,14 +106,14 @@ def test_cone_has_the_published_row_counts() -> None:
 
 def test_pads_and_cone_leave_a_third_of_the_work() -> None:
     lengths = np.array(TTL_LENGTHS * 50)
-    packed = packing.pack(lengths, [Streams(np.arange(1000))], packing.geometry(100, (1, 4) * 4))
+    packed = ops.pack(lengths, [Streams(np.arange(1000))], packing.geometry(100, (1, 4) * 4))
     assert 1000 * 1600 / packed.convolution_rows == pytest.approx(3.1, abs=0.1)
 
 
 def test_all_pad_users_share_every_row() -> None:
     geometry = packing.geometry(50, (1, 4))
-    one = packing.pack(np.array([0]), [Streams(np.arange(1))], geometry)
-    many = packing.pack(np.zeros(100, np.int64), [Streams(np.arange(100))], geometry)
+    one = ops.pack(np.array([0]), [Streams(np.arange(1))], geometry)
+    many = ops.pack(np.zeros(100, np.int64), [Streams(np.arange(100))], geometry)
     assert many.convolution_rows == one.convolution_rows
     assert len(set(many.outputs[0].tolist())) == 1
 
@@ -127,7 +127,7 @@ def test_readers_are_the_transpose_of_taps(case: dict, every_position: bool) -> 
         for _, users, drop in case["requests"]
     ]
     geometry = packing.geometry(case["length"], tuple(case["dilations"]), case["kernel_size"], every_position)
-    packed = packing.pack(np.array(case["lengths"]), streams, geometry)
+    packed = ops.pack(np.array(case["lengths"]), streams, geometry)
     for table in packed.convolutions:
         taps, readers = table.taps.numpy(), table.readers.numpy()
         forward = sorted((int(t), k, r) for r, row in enumerate(taps) for k, t in enumerate(row) if t >= 0)
@@ -158,11 +158,11 @@ def test_item_zero_inside_a_sequence_is_an_item_like_any_other() -> None:
 def test_what_the_host_builds_for_a_gpu_goes_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing.PackedBatch, "copied", lambda packed, device: (packed, device))
     case, gpu = (np.array([3, 0]), [Streams(np.arange(2))], packing.geometry(4, (1,))), torch.device("cuda", 0)
-    packed, device = packing.pack(*case, gpu, "torch")
-    assert_same(packed, packing.pack(*case))
+    packed, device = ops.pack(*case, gpu, "torch")
+    assert_same(packed, ops.pack(*case))
     assert device == gpu
-    with pytest.raises(BackendError, match="cannot run packing, expected"):
-        packing.pack(*case, gpu, "numpy")
+    with pytest.raises(BackendError, match="cannot run pack, expected"):
+        ops.pack(*case, gpu, "numpy")
 
 
 def test_no_users_and_no_requests() -> None:
@@ -186,7 +186,7 @@ def test_no_users_and_no_requests() -> None:
 )
 def test_arguments_out_of_range_are_refused(lengths: list[int], users: list[int], drop: int, message: str) -> None:
     with pytest.raises(ShapeError, match=message):
-        packing.pack(np.array(lengths), [Streams(np.array(users), drop)], packing.geometry(6, (1,)))
+        ops.pack(np.array(lengths), [Streams(np.array(users), drop)], packing.geometry(6, (1,)))
 
 
 def test_geometry_refuses_impossible_networks() -> None:
@@ -198,7 +198,7 @@ def test_geometry_refuses_impossible_networks() -> None:
 @settings(max_examples=30, deadline=None)
 @given(passes())
 def test_a_copy_in_one_buffer_is_the_same_batch(case: Pass) -> None:
-    packed = packing.pack(*case)
+    packed = ops.pack(*case)
     result = packed.copied(torch.device("cpu"))
     assert_same(result, packed)
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors(result) if tensor.numel()}) <= 1

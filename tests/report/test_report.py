@@ -1,4 +1,4 @@
-"""The report: what is read from a run folder, what the tables say, and pictures without overlapping or clipped text."""
+"""The report: what is read from a run folder, what the tables say, and plots without overlapping or clipped text."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_run import NAMES, write_run
+from matplotlib.figure import Figure
+from synthetic_run import NAMES, write_run, write_run_of
 
 from teracon_fast.errors import DataError, TeraconError
 from teracon_fast.report import plots
-from teracon_fast.report.run_report import draw, load_run, markdown, summary_rows, task_rows, write_report
+from teracon_fast.report.run_report import draw, load_run, markdown, method_rows, summary_rows, task_rows, write_report
 
 
 def test_matrix_bwt_and_similarity_are_those_of_the_files(tmp_path: Path) -> None:
@@ -36,7 +37,7 @@ def test_unfinished_run_gives_the_rows_it_has(tmp_path: Path) -> None:
     # Killed in the middle of writing a step of task 3.
     (run / "metrics.jsonl").write_text("".join(lines[: ends[1] + 4]) + lines[ends[1] + 4][:30])
     record = load_run(run)
-    assert record.c == {1: 6.0, 2: 5.0, 3: 5.0}
+    assert record.method == "teracon" and record.c == {2: 5.0, 3: 5.0}
     np.testing.assert_array_equal(record.matrix[:2], whole.matrix[:2])
     assert np.isnan(record.matrix[2]).all()
     expected = 100 * (record.matrix[1, 0] - record.matrix[0, 0]) / record.matrix[0, 0]
@@ -75,15 +76,11 @@ def test_tables(tmp_path: Path) -> None:
     assert training[2][5].count(",") == 1
 
 
-@pytest.mark.parametrize("tasks", [2, 8])
-def test_every_picture_fits_and_no_text_overlaps(tasks: int, tmp_path: Path) -> None:
+def require_legible(figures: dict[str, Figure]) -> None:
+    """No text of a plot is clipped, and none overlaps another."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
-    record = load_run(write_run(tmp_path / "run", tasks, epochs=3, steps=10))
-    figures = draw(record)
-    expected = ["r_matrix", "similarity", "similarity_by_layer", "rho", "learning_curves", "losses"]
-    assert list(figures) == expected
     for name, figure in figures.items():
         with plots.style():
             canvas = FigureCanvasAgg(figure)
@@ -113,6 +110,46 @@ def test_every_picture_fits_and_no_text_overlaps(tasks: int, tmp_path: Path) -> 
         assert not clashes, f"{name}: {clashes}"
 
 
+@pytest.mark.parametrize("tasks", [2, 8])
+def test_every_plot_fits_and_no_text_overlaps(tasks: int, tmp_path: Path) -> None:
+    figures = draw(load_run(write_run(tmp_path / "run", tasks, epochs=3, steps=10)))
+    expected = ["r_matrix", "similarity", "similarity_by_layer", "rho", "learning_curves", "losses"]
+    assert list(figures) == expected
+    require_legible(figures)
+
+
+@pytest.mark.parametrize(
+    ("method", "losses", "numbers", "phases"),
+    [
+        ("sinmo", [], [], ["train"]),
+        ("mtl", ["class_loss", "first_task_loss"], [], ["train"]),
+        ("hat", ["class_loss", "attention_loss"], ["free_channels", "shares"], ["train"]),
+        ("conure", ["class_loss"], ["free_weights", "sparsity"], ["train", "retrain"]),
+    ],
+)
+def test_a_run_of_any_method(method: str, losses: list[str], numbers: list[str], phases: list[str], tmp_path: Path) -> None:
+    record = load_run(write_run_of(method, tmp_path / method, losses, numbers, phases))
+    assert record.method == method and record.c == {} and record.pairs == {}
+    assert record.matrix[2].tolist() == [0.2, 0.2, 0.2] and record.bwt[:2] == [0.0, 0.0]
+    figures = draw(record)
+    assert list(figures) == ["r_matrix", "learning_curves", "losses"]
+    require_legible(figures)
+    axes = figures["learning_curves"].axes[0]
+    drawn = [list(line.get_xdata()) for line in axes.lines if line.get_linestyle() != "None"]  # type: ignore[arg-type]
+    assert drawn == [[1, 2], [3, 4]][: len(phases)]
+    smooth = figures["losses"].axes[0].lines[1::2]
+    assert len(smooth) == max(1, len(losses))
+    assert list(smooth[0].get_xdata()) == [*range(20 * len(phases))]  # type: ignore[arg-type]
+    heading, rows = method_rows(record)
+    assert heading == ["task", *(name.replace("_", " ").replace("shares", "shares (T1, T2, ...)") for name in numbers)]
+    last = "0.75" if len(phases) > 1 else "0.25"
+    cells = [[", ".join(["0.5"] * i) if name == "shares" else last for name in numbers] for i in (1, 2, 3)]
+    assert rows == ([[f"T{i} {NAMES[i - 1]}", *cells[i - 1]] for i in (1, 2, 3)] if numbers else [])
+    page = markdown(record, [])
+    assert f"Method: `{method}`." in page and "rho" not in page
+    assert ("After the last epoch" in page) == bool(numbers)
+
+
 def test_report_files_are_whole_and_linked(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 2, epochs=2, steps=8)
     page, *images = write_report(run)
@@ -127,7 +164,7 @@ def test_report_files_are_whole_and_linked(tmp_path: Path) -> None:
 
 
 def cells(cosines: list[float]) -> tuple[str, list[str]]:
-    """Title and numbers of a similarity picture with one cell a cosine."""
+    """Title and numbers of a similarity plot with one cell per cosine."""
     figure = plots.similarity_by_layer({(2, 1): np.asarray(cosines)}, ["a", "b"])
     assert figure is not None
     return figure.axes[0].get_title(), [text.get_text() for text in figure.axes[0].texts]
@@ -147,8 +184,9 @@ def test_similarity_numbers_do_not_overstate() -> None:
 
 def test_losses_show_epoch_means_where_few_steps_are_logged() -> None:
     few = plots.LossCurves(
-        np.asarray([0.0, 20.0]), np.asarray([3.0, 2.0]), np.asarray([1e-12, 0.5]),
-        np.asarray([9.0, 19.0, 29.0]), np.asarray([2.5, 2.0, 1.5]), np.asarray([0.2, 0.3, 0.4]),
+        np.asarray([0.0, 20.0]), {"class_loss": np.asarray([3.0, 2.0]), "retention_loss": np.asarray([1e-12, 0.5])},
+        np.asarray([9.0, 19.0, 29.0]),
+        {"class_loss": np.asarray([2.5, 2.0, 1.5]), "retention_loss": np.asarray([0.2, 0.3, 0.4])},
     )  # fmt: skip
     figure = plots.losses({2: few}, ["a", "b"])
     assert figure is not None

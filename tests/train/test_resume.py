@@ -19,10 +19,7 @@ from tiny_data import write_tiny
 from teracon_fast.methods import METHODS
 
 TASKS, KILLS = 6, 10
-FLAGS = (
-    "--channels 8 --dilations 1,2 --epochs 2 --batch-size 32 --lr 0.01 --checkpoint-every-steps 2 --log-every 2 "
-    "--evaluate-batch-size 32 --threads 1 --no-tensorboard --no-report"
-).split()  # fmt: skip
+FLAGS = ["--channels", "8", "--dilations", "1,2", "--epochs", "2", "--batch-size", "32", "--lr", "0.01", "--checkpoint-every-steps", "2", "--log-every", "2", "--evaluate-batch-size", "32", "--threads", "1", "--no-tensorboard", "--no-report"]  # fmt: skip
 # Children fork from a server that has the imports done (torch's optimizers import torch._dynamo at their first step) but has
 # never computed, so that a start takes a fraction of a second.
 PROCESSES = multiprocessing.get_context("forkserver")

@@ -21,7 +21,7 @@ from teracon_fast.config import RunConfig, load_config
 from teracon_fast.data import TaskSequence, open_dataset
 from teracon_fast.errors import CheckpointError, ConfigError
 from teracon_fast.model.checkpoints import load_model, read_notes
-from teracon_fast.model.masks import similarity
+from teracon_fast.ops.task_masks import similarity
 from teracon_fast.train.evaluation import evaluate
 from teracon_fast.train.folder import RunStopped, locked
 from teracon_fast.train.log import TIME_FIELDS, Observer, RunLog, Step, TaskStart

@@ -23,7 +23,7 @@ import teracon_fast
 from teracon_fast import FastTCN, packing
 from teracon_fast.data import Batch
 from teracon_fast.methods import METHODS, Sizes, StepContext
-from teracon_fast.model import masks
+from teracon_fast.ops.task_masks import torch as masks
 from teracon_fast.packing.transfers import HostCopy
 from teracon_fast.train.loop import train_step
 
@@ -233,7 +233,7 @@ def test_columns_are_made_once_for_a_device(watch: Watch) -> None:
     parts = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.randn(2, 3)
     masks._kept_columns.cache_clear()
     masks.relation_masks(*parts, 1.0)
-    assert watch.found == ["tensor in _columns of model/masks.py"] * 3
+    assert watch.found == ["tensor in _columns of ops/task_masks/torch.py"] * 3
     masks.relation_masks(*parts, 2.0)
     assert len(watch.found) == 3
 

@@ -1,4 +1,4 @@
-"""Preparers: raw downloads -> a prepared task sequence. `PREPARERS` is what `teracon prepare NAME SOURCE OUTPUT` chooses from."""
+"""Preparers: raw downloads -> a prepared task sequence. `PREPARERS` are those of `teracon prepare NAME`."""
 
 from teracon_fast.data.prepare.preparer import Option, Preparer, Summary, TaskSummary
 

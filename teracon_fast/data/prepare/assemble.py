@@ -1,4 +1,4 @@
-"""Task rows -> prepared folder and summary: the last step of every preparer."""
+"""Task rows -> prepared folder and summary, the last step of every preparer."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from teracon_fast.data.layout import Kind
 from teracon_fast.data.prepare.preparer import Summary, TaskSummary
 from teracon_fast.data.store import DatasetWriter, open_dataset
 from teracon_fast.data.task_files import Unseen
-from teracon_fast.errors import DataError
 
-_ROWS_PER_BLOCK = 65_536  # rows turned back into raw ids at once
+_ROWS_PER_BLOCK = 65_536  # rows converted to raw ids at once
 
 
 @dataclass(frozen=True)
 class TaskRows:
-    """One task, its items as codes.
+    """One task, with items as codes.
 
     Attributes:
         name, kind: as in `DatasetWriter.add_task`.
@@ -30,7 +29,7 @@ class TaskRows:
         groups: int64 [N], the user of each row.
         label_rows: int64 [S], the row of each label; None for a next_item task.
         labels: [S], raw labels, integers or strings.
-        unseen: what happens to items that no row of the first task has.
+        unseen: treatment of items that the first task does not have.
     """
 
     name: str
@@ -40,20 +39,6 @@ class TaskRows:
     label_rows: NDArray[np.int64] | None = None
     labels: NDArray[Any] | None = None
     unseen: Unseen = "error"
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse an existing output before work is done that could not be kept.
-
-    Raises:
-        DataError: `output` exists, and `overwrite` is False or it is no prepared data set.
-    """
-    if not output.exists():
-        return
-    if not overwrite:
-        raise DataError(output, "exists already; expected a new folder, or overwrite=true")
-    if not (output / "dataset.json").is_file():
-        raise DataError(output, "exists and is not a prepared data set: not overwritten")
 
 
 def write_tasks(
@@ -70,16 +55,16 @@ def write_tasks(
     buckets: int | None,
     overwrite: bool,
 ) -> Summary:
-    """Write the tasks in their order.
+    """Write the tasks, in order, and summarise them.
 
     Args:
-        output: prepared folder to make.
+        output: prepared folder to create.
         name: name of the data set.
         item_ids: [V - 1] raw ids (integers or strings) of the item codes 1, 2, ...
         tasks: the first of kind next_item, the others of kind label, all of one length.
-        source: kept in dataset.json.
-        notes: kept in the summary.
-        began: `time.perf_counter()` at the start of the preparation.
+        source: recorded in dataset.json.
+        notes: recorded there too, and in the summary.
+        began: `time.perf_counter()` when the preparation started.
         extend, min_count, buckets, overwrite: as `DatasetWriter`.
     """
     pad = np.zeros(1, np.int64) if item_ids.dtype.kind in "iu" else np.array(["0"], dtype=object)
@@ -102,7 +87,7 @@ def _raw_blocks(raw: NDArray[Any], codes: NDArray[np.int32]) -> Iterator[NDArray
 
 
 def summarise(output: Path, *, notes: Sequence[str], began: float) -> Summary:
-    """The summary of a prepared folder; what the writer noted follows the preparer's own notes."""
+    """The summary of a prepared folder; the notes of the writer follow those of the preparer."""
     data = open_dataset(output, validate=False)
     tasks, said = [], list(notes)
     for task, meta in zip(data.tasks, data.metas, strict=True):

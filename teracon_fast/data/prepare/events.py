@@ -1,4 +1,4 @@
-"""Any event log (user, item, time) in Parquet or CSV, with label columns that become tasks."""
+"""Any event log (user, item, time) in Parquet or CSV; label columns become tasks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teracon_fast.data.dictionaries import Dictionary, DictionaryBuilder, as_numbers
-from teracon_fast.data.prepare.assemble import TaskRows, check_output, write_tasks
+from teracon_fast.data.prepare.assemble import TaskRows, write_tasks
 from teracon_fast.data.prepare.preparer import Summary
 from teracon_fast.data.prepare.tables import first_true, import_polars, read_columns, require_file
 from teracon_fast.data.prepare.windows import Histories, choose_windows, cut, group_by_user
+from teracon_fast.data.store import check_output
 from teracon_fast.errors import ConfigError, DataError
 
 
@@ -39,37 +40,37 @@ def prepare_events(
     buckets: int | None = None,
     overwrite: bool = False,
 ) -> Summary:
-    """Your own log: a Parquet or CSV file with one event a row (user, item, time), label columns become tasks.
+    """Your own log: a Parquet or CSV file with one event per row (user, item, time); label columns become tasks.
 
-    T1 (`next_item`) predicts the next item of a user's events in time order; equal times keep the order of the file, and the
-    file may be in any order. Each label column is one further task with one label a user, on the same rows as T1; a user
-    without a value (empty, or NaN) is left out of that task only. Users and items may be integers or text; dictionaries are
-    in ascending order, of numbers where all ids are whole numbers. Text users are numbered in that order; `users.parquet`
-    (id, index) in the prepared folder keeps the numbers. With `extend`, users that the earlier folder's `users.parquet` names
-    keep their numbers too, and so their side of a split by user.
+    T1 (`next_item`) predicts the next item of a user's events in time order; events at equal times keep the order of the file,
+    which may be in any order. Each label column is a further task with one label per user, on the same rows as T1; a user
+    without a value (empty or NaN) is left out of that task only. Users and items may be integers or text; dictionaries are in
+    ascending order, numeric if all ids are whole numbers. Text users are numbered in that order, and `users.parquet` (id, index)
+    in the prepared folder records the numbers. With `extend`, users in the earlier folder's `users.parquet` keep their numbers,
+    and so their part of a split by user.
 
     Args:
-        source: `.parquet` or `.csv` file (comma, header line).
-        output: prepared folder to write.
+        source: `.parquet` or `.csv` file (comma-separated, with a header).
+        output: prepared folder to create.
         user: name of the user column.
-        item: name of the item column. Item 0 is refused, because 0 is the pad: see `item_prefix`.
+        item: name of the item column. Item 0 is refused, since 0 is the pad; see --item-prefix.
         time: name of the time column: numbers, dates or date-times (ISO 8601 in CSV).
         labels: names of the label columns, in the order of their tasks.
-        label_value: "last" takes a user's latest value, "constant" refuses a user with two different values.
-        length: items in a row, left-padded.
-        windows: "last" cuts one window a user, the latest; "several" cuts the whole history (then split by user).
-        stride: with "several", events between the ends of two windows; none: `length`, so that they do not overlap.
-        max_windows: with "several", windows of each user, the latest; none: all.
-        min_items: leave out windows with fewer real items.
-        item_prefix: text put before every item id, for a log whose items are numbered from 0.
-        extend: prepared folder or run folder whose items and labels keep their indices; new ones follow them.
-        min_count: items that occur less often than this in T1 share the buckets.
-        buckets: how many buckets rare items share, each by a hash of its id; none: those of `extend`.
+        label_value: "last" takes a user's latest value, "constant" refuses users with different values.
+        length: items per row, left-padded.
+        windows: "last" takes one window per user, the latest; "several" takes the whole history (then split by user).
+        stride: with "several", events between the ends of two windows; none: the length, so that windows do not overlap.
+        max_windows: with "several", number of windows per user, the latest ones; none: all.
+        min_items: skip windows with fewer real items.
+        item_prefix: text prepended to every item id, for a log whose items are numbered from 0.
+        extend: prepared folder or run folder whose items and labels keep their indices; new ones follow.
+        min_count: items that occur less often in T1 share the buckets.
+        buckets: number of buckets that rare items share by a hash of their ids; none: as in the extended data set.
         overwrite: replace an existing prepared folder.
 
     Raises:
-        DataError: no such file, a column missing, an empty or NaN user, item or time, an item that is the pad, a column of
-            another type, with file and row (Parquet, from 0) or line (CSV, from 1); no window left.
+        DataError: no such file, a column missing or of the wrong type, an empty or NaN user, item or time, the pad as an item,
+            no window left; names file and row (Parquet, from 0) or line (CSV, from 1).
         ConfigError: an option is out of range.
     """
     began = _now()
@@ -83,7 +84,7 @@ def prepare_events(
         if (extend / "users.parquet").is_file():
             user_names, users = _extended(Dictionary.load(extend / "users.parquet"), user_names, users)
         else:
-            notes.append(f"users numbered anew, so that a split by user is another one: {extend} has no users.parquet")
+            notes.append(f"{extend} has no users.parquet: users are renumbered, which changes a split by user")
     histories = group_by_user(users, log.times(time))
     item_ids, item_codes = log.items(item, item_prefix)
     several = windows == "several"
@@ -91,7 +92,7 @@ def prepare_events(
         histories.starts, length, stride=stride, max_windows=max_windows if several else 1, min_items=min_items
     )
     if len(chosen) == 0:
-        raise DataError(log.path, f"no user has {min_items} events")
+        raise DataError(log.path, f"got no user with {min_items} events")
     sequences = cut(item_codes[histories.order], chosen, length)
     groups = histories.users[chosen.owner]
     tasks = [TaskRows("next_item", "next_item", sequences, groups)]
@@ -101,12 +102,12 @@ def prepare_events(
         known[position] = True
         rows = np.flatnonzero(known[chosen.owner])
         if len(rows) == 0:
-            raise DataError(log.path, f"label column {column!r}: no user with {min_items} events has a value")
+            raise DataError(log.path, f"column {column!r}: got no value for any user with {min_items} events")
         of_row = values[np.searchsorted(position, chosen.owner[rows])]
         numbers = np.arange(len(rows), dtype=np.int64)
         tasks.append(TaskRows(column, "label", sequences[rows], groups[rows], numbers, of_row))
     left_out = len(histories.users) - len(np.unique(chosen.owner))
-    notes += [f"{left_out:,} users left out: no window of {min_items} events"] if left_out else []
+    notes += [f"{left_out:,} users skipped: no window of {min_items} events"] if left_out else []
     options = {
         "length": length,
         "windows": windows,
@@ -134,7 +135,7 @@ def prepare_events(
 
 
 def _extended(known: Dictionary, names: list[str], users: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int64]]:
-    """Names and numbers of the users when those of `known` keep their numbers and the others follow them."""
+    """Names and numbers of the users: those of `known` keep their numbers, the others follow."""
     builder = DictionaryBuilder(False, known)
     codes = builder.add(np.array(names, dtype=object))
     found, index_of_code = builder.finish()
@@ -158,20 +159,20 @@ def _check_options(
 ) -> None:
     columns = [user, item, time, *labels]
     if len(set(columns)) < len(columns):
-        raise ConfigError(f"columns {', '.join(columns)}: expected different names")
+        raise ConfigError(f"columns: got {', '.join(columns)}; expected distinct names")
     if "next_item" in labels:
-        raise ConfigError("labels: a column 'next_item' would have the name of the first task; rename the column")
+        raise ConfigError("--labels: got a column named 'next_item', as is the first task; rename it")
     if length < 2 or not 1 <= min_items <= length:
-        raise ConfigError(f"length {length}, min_items {min_items}: expected length >= 2 and 1 <= min_items <= length")
-    for name, value in (("stride", stride), ("max_windows", max_windows)):
+        raise ConfigError(f"--length {length}, --min-items {min_items}: expected a length of at least 2, and 1 to length items")
+    for name, value in (("stride", stride), ("max-windows", max_windows)):
         if value is not None and value < 1:
-            raise ConfigError(f"{name} {value}: expected at least 1")
+            raise ConfigError(f"--{name} {value}: expected at least 1")
         if value is not None and windows == "last":
-            raise ConfigError(f"{name} {value} has no meaning with windows=last; expected windows=several")
+            raise ConfigError(f"--{name} {value} without --windows several: the only window of a user is the latest")
 
 
 class _EventFile:
-    """The needed columns of an event log, checked one at a time."""
+    """The columns needed of an event log, each checked when read."""
 
     def __init__(self, path: Path, columns: list[str]) -> None:
         self.path = path
@@ -182,7 +183,7 @@ class _EventFile:
         elif path.suffix.lower() in (".parquet", ".pq"):
             self._table = read_columns(path, columns, filled=())
         else:
-            raise DataError(path, "expected a .parquet or .csv file")
+            raise DataError(path, f"got a file ending in {path.suffix!r}; expected .parquet or .csv")
 
     def _read_csv(self, columns: list[str]) -> Any:
         require_file(self.path, f"CSV with the columns {', '.join(columns)}")
@@ -194,7 +195,7 @@ class _EventFile:
         ragged = self._ragged_line(len(header))
         if ragged is not None:
             raise ragged
-        # Ids and labels stay text, so that "007" and "7" stay two ids; the type of time comes from the whole column.
+        # Ids and labels stay text, so that "007" and "7" stay distinct; the type of time is inferred from the whole column.
         text = {name: self._polars.String for name in columns if name != columns[2]}
         try:
             table = self._polars.read_csv(
@@ -206,16 +207,16 @@ class _EventFile:
         blank = table.select(self._polars.all_horizontal(self._polars.all().is_null())).to_series().to_numpy()
         filled = np.flatnonzero(~blank)
         if len(filled) == 0:
-            raise DataError(self.path, "no rows below the header")
-        return table.head(filled[-1] + 1)  # without the blank lines at the end
+            raise DataError(self.path, "got no rows below the header")
+        return table.head(filled[-1] + 1)  # without blank lines at the end
 
     def _ragged_line(self, expected: int) -> DataError | None:
-        """The first line with another number of fields than the header: polars would fill or refuse it without a line."""
+        """The first line whose number of fields differs from the header: polars would fill it, or not say which line it is."""
         with open(self.path, encoding="utf-8-sig", errors="replace", newline="") as file:
             lines = csv.reader(file)
             for fields in lines:
                 if fields and len(fields) != expected:
-                    reason = f"got {len(fields)} fields; expected {expected} as in the header"
+                    reason = f"got {len(fields)} fields; expected {expected}, as in the header"
                     return DataError(self.path, reason, line=lines.line_num)
         return None
 
@@ -224,8 +225,8 @@ class _EventFile:
         if row is None:
             return
         got = self._table[column][row]
-        found = "empty" if got is None or (isinstance(got, str) and not got) else repr(str(got))
-        raise DataError(self.path, f"column {column!r} is {found}; expected {expected}", line=self._line(row))
+        found = "an empty value" if got is None or (isinstance(got, str) and not got) else repr(str(got))
+        raise DataError(self.path, f"column {column!r}: got {found}; expected {expected}", line=self._line(row))
 
     def _line(self, row: int) -> int:
         return row + 2 if self.is_csv else row
@@ -245,7 +246,7 @@ class _EventFile:
         return _array(values)
 
     def _no_times(self, values: Any) -> NDArray[np.bool_]:
-        """[E] rows that are no number where others are, else no date where others are; all where no such row stands out."""
+        """bool [E]: the rows that are not numbers, if others are; else those that are not dates, if others are; else all."""
         wrong = values.is_null()  # none
         if values.dtype == self._polars.String:
             wrong = values.cast(self._polars.Float64, strict=False).is_null()
@@ -256,7 +257,7 @@ class _EventFile:
         return found if found.any() else np.ones(len(values), dtype=bool)
 
     def users(self, column: str) -> tuple[list[str] | None, NDArray[np.int64]]:
-        """int64 [E] user of each event; for text users also the texts, whose positions are the users."""
+        """int64 [E] user of each event; text users are positions in the returned list of names."""
         values = self._ids(column)
         if values.dtype == self._polars.Int64:
             return None, _array(values)
@@ -269,7 +270,7 @@ class _EventFile:
         if prefix:
             values = prefix + values.cast(self._polars.String)
         pad = (values.cast(self._polars.String) == "0").to_numpy()
-        self._refuse(pad, column, "another id, because 0 is the pad; option item_prefix renames all items")
+        self._refuse(pad, column, "another id, since 0 is the pad; --item-prefix renames all items")
         if values.dtype == self._polars.Int64:
             ids, codes = np.unique(_array(values), return_inverse=True)
             return ids, codes.astype(np.int32) + 1
@@ -292,12 +293,12 @@ class _EventFile:
             changed = (np.diff(owner) == 0) & (np.diff(codes[rows]) != 0)
             wrong = np.zeros(len(known), dtype=bool)
             wrong[rows[1:][changed]] = True
-            self._refuse(wrong, column, "the user's earlier value, one a user; label_value=last takes the latest")
+            self._refuse(wrong, column, "the user's earlier value; --label-value last takes the latest")
         last = np.append(owner[1:] != owner[:-1], True)[: len(owner)]
         return owner[last], values.gather(rows[last]).to_numpy()
 
     def _ids(self, column: str) -> Any:
-        """A column of ids as Int64, where all are whole numbers, or String; nothing empty."""
+        """A column of ids, none of them empty: Int64 if all are whole numbers, else String."""
         values = self._values(column, missing_is_error=True)
         if values.dtype == self._polars.String:
             distinct = values.unique().to_list()
@@ -306,7 +307,7 @@ class _EventFile:
         return values
 
     def _values(self, column: str, missing_is_error: bool) -> Any:
-        """A column as Int64 or String, null where it is empty or NaN."""
+        """A column as Int64 or String, null if empty or NaN."""
         polars, values, expected = self._polars, self._table[column], "an integer or text"
         dtype = values.dtype
         if dtype == polars.Categorical or dtype == polars.Enum or dtype == polars.Boolean:
@@ -325,7 +326,7 @@ class _EventFile:
         elif dtype == polars.Null:
             values = values.cast(polars.String)
         elif dtype != polars.String:
-            raise DataError(self.path, f"column {column!r} holds {dtype}; expected integers or text")
+            raise DataError(self.path, f"column {column!r}: got {dtype}; expected integers or text")
         if values.dtype == polars.String:
             nothing = values.str.strip_chars().str.to_lowercase().is_in(["", "nan"])
             values = values.set(nothing, None)
@@ -334,7 +335,7 @@ class _EventFile:
         return values
 
     def _coded(self, values: Any) -> tuple[list[str], NDArray[np.int32]]:
-        """The distinct texts, ascending, and int32 [E] positions in them."""
+        """The distinct texts, ascending, and the int32 [E] position of each value among them."""
         text = values.cast(self._polars.String)
         names: list[str] = sorted(text.unique().to_list())
         return names, text.cast(self._polars.Enum(names)).to_physical().to_numpy().astype(np.int32)

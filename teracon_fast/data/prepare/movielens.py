@@ -1,4 +1,4 @@
-"""MovieLens downloads -> the paper's ML task sequence (section 5), with the profile tasks of the 1M download behind it."""
+"""MovieLens downloads -> the paper's ML task sequence (section 5), followed by the profile tasks of the 1M download."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from teracon_fast.data.prepare.assemble import TaskRows, check_output, write_tasks
+from teracon_fast.data.prepare.assemble import TaskRows, write_tasks
 from teracon_fast.data.prepare.preparer import Summary
 from teracon_fast.data.prepare.tables import TextFormat, first_true, line_of_row, read_text_table
 from teracon_fast.data.prepare.windows import choose_windows, cut, group_by_user
+from teracon_fast.data.store import check_output
 from teracon_fast.errors import ConfigError, DataError
 
 _DOUBLE_COLON = TextFormat(
@@ -38,34 +39,34 @@ def prepare_movielens(
 ) -> Summary:
     """MovieLens 1M (ratings.dat, users.dat) or 25M (ratings.csv): next movie, 4-star, 5-star, then gender, age, occupation.
 
-    T1 (`clicking`) is the user's recent `length` movies rated neither 4 nor 5 stars, oldest first; its label is the last one.
-    T2 (`4-star`) and T3 (`5-star`) give one sample for each movie rated exactly 4.0 or 5.0. The 1M download adds `gender`,
-    `age` (the seven age bands) and `occupation`. The input of every task is the user's T1 sequence, as in the paper; users
-    without one are left out of all tasks. The paper puts no order between input and label: a label movie may have been rated
-    before some input movies. Equal timestamps, which the 1M download is full of, keep the order of the file.
+    T1 (`clicking`) is the user's latest `length` movies rated neither 4 nor 5 stars, oldest first; its label is the last one.
+    T2 (`4-star`) and T3 (`5-star`) have a sample for each movie rated exactly 4.0 or 5.0. The 1M download adds `gender`, `age`
+    (seven bands) and `occupation`. The input of every task is the user's T1 sequence, as in the paper; users without one are
+    left out of all tasks. As in the paper, a label movie may have been rated before some input movies. Ratings with equal
+    timestamps, of which the 1M download is full, keep the order of the file.
 
-    Half stars exist in the 25M download only. The paper excludes 4-starred and 5-starred movies from the input and names
-    nothing else, so a movie rated 4.5 is by default an ordinary input of T1 and never a label.
+    Half stars exist in the 25M download only. The paper excludes movies of 4 and 5 stars from the input and no others, so a
+    movie rated 4.5 is by default an input of T1 and never a label.
 
     Args:
-        source: folder with `ratings.dat` (and `users.dat`), or with `ratings.csv`; or that ratings file itself.
-        output: prepared folder to write.
-        length: items in a row, left-padded; the paper uses 30.
-        min_items: leave out users with fewer T1 items; 2 gives every T1 row an item to predict from.
-        half_star: what happens to a movie rated 4.5: "input" keeps it in T1, "drop" leaves it out.
-        extend: prepared folder or run folder whose items and labels keep their indices; new ones follow them.
-        min_count: items that occur less often than this in T1 share the buckets.
-        buckets: how many buckets rare items share, each by a hash of its id; none: those of `extend`.
+        source: folder with `ratings.dat` (and `users.dat`) or `ratings.csv`; or the ratings file itself.
+        output: prepared folder to create.
+        length: items per row, left-padded; the paper uses 30.
+        min_items: skip users with fewer T1 items; 2 gives every T1 row an item to predict from.
+        half_star: a movie rated 4.5 is kept in T1 ("input") or left out ("drop").
+        extend: prepared folder or run folder whose items and labels keep their indices; new ones follow.
+        min_count: items that occur less often in T1 share the buckets.
+        buckets: number of buckets that rare items share by a hash of their ids; none: as in the extended data set.
         overwrite: replace an existing prepared folder.
 
     Raises:
-        DataError: a file is missing or malformed (with its line), a rating is not one of 0.5, 1.0, ..., 5.0, a rating's
-            user is not in `users.dat`, or no user has a T1 sequence.
+        DataError: a file is missing or malformed (names the line), a rating is not one of 0.5, 1.0, ..., 5.0, the user of a
+            rating is not in `users.dat`, or no user has a T1 sequence.
         ConfigError: an option is out of range.
     """
     began = time.perf_counter()
     if length < 2 or not 1 <= min_items <= length:
-        raise ConfigError(f"length {length}, min_items {min_items}: expected length >= 2 and 1 <= min_items <= length")
+        raise ConfigError(f"--length {length}, --min-items {min_items}: expected a length of at least 2, and 1 to length items")
     check_output(output, overwrite)
     path, format = _find_ratings(Path(source))
     table = read_text_table(path, format)
@@ -76,13 +77,13 @@ def prepare_movielens(
     if half_star == "drop":
         clicked &= rating != 4.5
     if not clicked.any():
-        raise DataError(path, "every movie is rated 4 or 5 stars; expected others, which are the input of all tasks")
+        raise DataError(path, "got only ratings of 4 and 5 stars; expected others, which are the input of all tasks")
     clicks = np.flatnonzero(clicked)
     histories = group_by_user(user[clicks], stamp[clicks])
     item_ids, codes = np.unique(movie[clicks][histories.order], return_inverse=True)
     windows = choose_windows(histories.starts, length, max_windows=1, min_items=min_items)
     if len(windows) == 0:
-        raise DataError(path, f"no user has {min_items} movies rated neither 4 nor 5 stars")
+        raise DataError(path, f"got no user with {min_items} movies rated neither 4 nor 5 stars")
     sequences = cut(codes.astype(np.int32) + 1, windows, length)
     groups = histories.users[windows.owner]
 
@@ -91,17 +92,17 @@ def prepare_movielens(
     for stars in (4, 5):
         task = _star_task(f"{stars}-star", rating == stars, user, movie, stamp, sequences, groups)
         if task is None:
-            notes.append(f"no {stars}-star task: nobody with a T1 sequence gave {stars} stars")
+            notes.append(f"task {stars}-star skipped: no user with a T1 sequence gave {stars} stars")
         else:
             tasks.append(task)
     profiles = path.with_name("users.dat")
     if format is _DOUBLE_COLON and profiles.is_file():
         tasks += _profile_tasks(profiles, sequences, groups)
     elif format is _DOUBLE_COLON:
-        notes.append(f"no {profiles.name} beside {path.name}: no gender, age and occupation tasks")
+        notes.append(f"tasks gender, age and occupation skipped: no {profiles.name} beside {path.name}")
     left_out = len(np.unique(user)) - len(groups)
     if left_out:
-        notes.append(f"{left_out:,} users left out: fewer than {min_items} movies rated neither 4 nor 5 stars")
+        notes.append(f"{left_out:,} users skipped: fewer than {min_items} movies rated neither 4 nor 5 stars")
     return write_tasks(
         output,
         name="movielens",
@@ -131,13 +132,13 @@ def _find_ratings(source: Path) -> tuple[Path, TextFormat]:
     for name, format in formats.items():
         if (source / name).is_file():
             return source / name, format
-    raise DataError(source, "expected a folder with ratings.dat (1M) or ratings.csv (25M)")
+    raise DataError(source, "no ratings file; expected a folder with ratings.dat (1M) or ratings.csv (25M)")
 
 
 def _check_ratings(
     path: Path, format: TextFormat, user: NDArray[Any], movie: NDArray[Any], rating: NDArray[Any]
 ) -> None:
-    """Refuse ids below 1 (0 is the pad) and ratings off the star scale."""
+    """Refuse ids below 1 (0 is the pad) and ratings that are not on the star scale."""
     for name, values, wrong, expected in (
         ("user id", user, user < 1, "a positive id"),
         ("movie id", movie, movie < 1, "a positive id"),
@@ -145,7 +146,7 @@ def _check_ratings(
     ):
         row = first_true(wrong)
         if row is not None:
-            raise DataError(path, f"{name} is {values[row]}; expected {expected}", line=line_of_row(row, format))
+            raise DataError(path, f"got {name} {values[row]}; expected {expected}", line=line_of_row(row, format))
 
 
 def _star_task(
@@ -157,7 +158,7 @@ def _star_task(
     sequences: NDArray[np.int32],
     groups: NDArray[np.int64],
 ) -> TaskRows | None:
-    """One row a user who has starred movies and a T1 sequence, one sample a starred movie in time order."""
+    """One row per user with starred movies and a T1 sequence, one sample per starred movie, in time order."""
     chosen = np.flatnonzero(starred & np.isin(user, groups))
     if len(chosen) == 0:
         return None
@@ -173,11 +174,11 @@ def _profile_tasks(path: Path, sequences: NDArray[np.int32], groups: NDArray[np.
     known, first = np.unique(profile["UserID"], return_index=True)
     if len(known) < len(profile["UserID"]):
         repeated = np.setdiff1d(np.arange(len(profile["UserID"])), first)[0]
-        reason = f"user {profile['UserID'][repeated]} has a second line; expected one a user"
+        reason = f"got a second line of user {profile['UserID'][repeated]}; expected one per user"
         raise DataError(path, reason, line=line_of_row(int(repeated), _USERS))
     missing = np.setdiff1d(groups, known)
     if len(missing):
-        raise DataError(path, f"no line for user {missing[0]}, who has ratings ({len(missing)} such users)")
+        raise DataError(path, f"got no line for user {missing[0]}, who has ratings ({len(missing)} such users)")
     line = first[np.searchsorted(known, groups)]
     rows = np.arange(len(groups), dtype=np.int64)
     return [

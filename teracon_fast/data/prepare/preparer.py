@@ -1,11 +1,11 @@
-"""What a preparer is to the command line (name, help, typed options) and what it returns (a summary)."""
+"""What a preparer is to the command line (name, help, typed options), and the summary that it returns."""
 
 from __future__ import annotations
 
 import inspect
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import import_module
@@ -17,7 +17,7 @@ from teracon_fast.errors import ConfigError
 
 @dataclass(frozen=True)
 class TaskSummary:
-    """Size of one prepared task. `mean_length` is in real items a row; `users` counts distinct groups."""
+    """Size of one prepared task. `mean_length` counts real items per row, `users` distinct groups; `pad_share` is from 0 to 1."""
 
     name: str
     kind: str
@@ -36,14 +36,14 @@ class Summary:
     Attributes:
         name: name of the data set.
         path: the prepared folder.
-        length: items in a row, pads included.
-        items: distinct items and buckets, the pad not counted.
+        length: items per row, with pads.
+        items: distinct items and buckets, without the pad.
         users: distinct users of the first task.
-        mean_length: real items a row, over the rows of all tasks.
+        mean_length: real items per row, over the rows of all tasks.
         pad_share: share of pads, from 0 to 1, over the rows of all tasks.
         seconds: wall time of the preparation.
-        tasks: one entry a task, in the order of the sequence.
-        notes: what was left out and why, one sentence each.
+        tasks: in order.
+        notes: what was skipped and why, one sentence each.
     """
 
     name: str
@@ -64,11 +64,11 @@ class Summary:
     def __str__(self) -> str:
         lines = [
             f"{self.name}: {len(self.tasks)} tasks, {self.users:,} users, {self.items:,} items, length {self.length}, "
-            f"{self.mean_length:.1f} real items a row, {self.pad_share:.1%} pads, {self.seconds:.1f} s -> {self.path}"
+            f"{self.mean_length:.1f} real items per row, {self.pad_share:.1%} pads, {self.seconds:.1f} s -> {self.path}"
         ]
         lines += [
             f"  T{number} {task.name} ({task.kind}): {task.users:,} users, {task.rows:,} rows, {task.samples:,} samples, "
-            f"{task.labels:,} labels, {task.mean_length:.1f} real items a row"
+            f"{task.labels:,} labels, {task.mean_length:.1f} real items per row"
             for number, task in enumerate(self.tasks, start=1)
         ]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
@@ -76,44 +76,37 @@ class Summary:
 
 @dataclass(frozen=True)
 class Option:
-    """One named option of a preparer: its keyword, type, default and help text."""
+    """An option of a preparer: keyword, type, default and help text."""
 
     name: str
     annotation: Any
     default: Any
     help: str
 
+    @property
+    def kind(self) -> Any:
+        """The type of the option's values other than None."""
+        union = get_origin(self.annotation) in (Union, types.UnionType)
+        kinds = get_args(self.annotation) if union else (self.annotation,)
+        return next(kind for kind in kinds if kind is not type(None))
+
     def parse(self, text: str) -> Any:
-        """The value that a command line's text stands for; lists are separated by commas, "none" is None.
+        """A list or choice from its text on the command line; lists are comma-separated.
 
         Raises:
-            ConfigError: the text is no value of the option's type.
+            ConfigError: not one of the choices.
         """
-        kinds = (
-            get_args(self.annotation) if get_origin(self.annotation) in (Union, types.UnionType) else (self.annotation,)
-        )
-        if type(None) in kinds and text.lower() in ("none", ""):
-            return None
-        kind = next(kind for kind in kinds if kind is not type(None))
-        if get_origin(kind) is tuple:
+        if get_origin(self.kind) is tuple:
             return tuple(part.strip() for part in text.split(",") if part.strip())
-        if get_origin(kind) is Literal:
-            if text not in get_args(kind):
-                raise ConfigError(f"option {self.name}: got {text!r}; expected one of {', '.join(get_args(kind))}")
-            return text
-        if kind is bool:
-            if text.lower() not in ("true", "false"):
-                raise ConfigError(f"option {self.name}: got {text!r}; expected true or false")
-            return text.lower() == "true"
-        try:
-            return kind(text)
-        except ValueError as error:
-            raise ConfigError(f"option {self.name}: got {text!r}; expected {kind.__name__}") from error
+        if get_origin(self.kind) is Literal and text not in get_args(self.kind):
+            flag, choices = "--" + self.name.replace("_", "-"), ", ".join(get_args(self.kind))
+            raise ConfigError(f"{flag}: got {text!r}; expected one of {choices}")
+        return text
 
 
 @dataclass(frozen=True)
 class Preparer:
-    """A preparer by name. The module that does the work is imported at first use.
+    """A preparer by name. Its module is imported on first use.
 
     Attributes:
         name: name on the command line, and X in `teracon_fast.data.prepare.X:prepare_X`.
@@ -136,7 +129,7 @@ class Preparer:
 
     @cached_property
     def options(self) -> tuple[Option, ...]:
-        """The keyword-only parameters, with the help text that the docstring's `Args:` section gives them."""
+        """The keyword-only parameters, with their help texts from the `Args:` section of the docstring."""
         texts = _argument_texts(inspect.getdoc(self.function) or "")
         parameters = inspect.signature(self.function, eval_str=True).parameters.values()
         return tuple(
@@ -145,24 +138,9 @@ class Preparer:
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         )
 
-    def parse(self, texts: Mapping[str, str]) -> dict[str, Any]:
-        """Typed options from a command line's `name=text` pairs; "-" and "_" in a name are the same.
-
-        Raises:
-            ConfigError: an unknown option or a text that is no value of its type.
-        """
-        known = {option.name: option for option in self.options}
-        values: dict[str, Any] = {}
-        for name, text in texts.items():
-            key = name.replace("-", "_")
-            if key not in known:
-                raise ConfigError(f"preparer {self.name} has no option {name!r}; it has: {', '.join(known)}")
-            values[key] = known[key].parse(text)
-        return values
-
     @property
     def needs_source(self) -> bool:
-        """Whether the preparer has no data of its own to fall back on."""
+        """Whether the preparer needs a source, having no default one."""
         annotation = inspect.signature(self.function, eval_str=True).parameters["source"].annotation
         return type(None) not in get_args(annotation)
 
@@ -170,16 +148,16 @@ class Preparer:
         """Prepare `source` into the folder `output`.
 
         Raises:
-            ConfigError: an option is out of range, or `source` is None and the preparer needs one.
-            DataError: what the preparer says of its files.
+            ConfigError: an option is out of range, or no source though one is needed.
+            DataError: a file is missing or malformed.
         """
         if source is None and self.needs_source:
-            raise ConfigError(f"preparer {self.name} needs SOURCE, the raw data")
+            raise ConfigError(f"preparer {self.name}: got no SOURCE; expected the raw data")
         return self.function(source, output, **options)
 
 
 def _argument_texts(doc: str) -> dict[str, str]:
-    """name -> text of the entries of a docstring's `Args:` section."""
+    """Name -> text of each entry of a docstring's `Args:` section."""
     section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)*)", doc, flags=re.MULTILINE)
     texts: dict[str, str] = {}
     name = ""

@@ -1,4 +1,4 @@
-"""Raw tables -> arrays: the polars import, and numeric text files with the place of the first malformed line."""
+"""Raw tables -> arrays, by polars; errors in text files name the first malformed line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EXPECTED = {"int": "an integer", "float": "a number", "text": "text"}
 
 
 def import_polars() -> Any:
-    """The polars module, imported at first use.
+    """The polars module, imported on first use.
 
     Raises:
         TeraconError: polars is not installed.
@@ -27,7 +27,7 @@ def import_polars() -> Any:
     try:
         import polars
     except ImportError as error:
-        raise TeraconError("preparing raw data needs polars: pip install teracon-fast[train]") from error
+        raise TeraconError("preparing raw data needs polars; install it with pip install 'teracon-fast[train]'") from error
     return polars
 
 
@@ -44,12 +44,12 @@ def require_file(path: Path, what: str) -> Path:
 
 @dataclass(frozen=True)
 class TextFormat:
-    """A text file of separated columns without quoting.
+    """The format of a text file of separated columns without quoting.
 
     Attributes:
         columns: (name, kind) from left to right.
-        separator: one character, possibly doubled ("::").
-        header: whether the first line holds the column names.
+        separator: one character, or one doubled ("::").
+        header: whether the first line has the column names.
     """
 
     columns: tuple[tuple[str, Kind], ...]
@@ -57,17 +57,17 @@ class TextFormat:
     header: bool
 
     def describe(self) -> str:
-        """A line of the format, for messages."""
+        """What a line looks like, for messages."""
         return self.separator.join(name for name, _ in self.columns)
 
 
 def read_text_table(path: Path, format: TextFormat) -> dict[str, NDArray[Any]]:
     """The columns of a text file: int64 [N], float64 [N] or object [N] (text).
 
-    Blank lines at the end, CRLF, a byte-order mark and a last line without newline are accepted.
+    Blank lines at the end, CRLF, a byte order mark and a last line without newline are accepted.
 
     Raises:
-        DataError: no such file, no rows, another header or number of fields, an empty or non-numeric field, with its line.
+        DataError: no such file, no rows, another header or number of fields, an empty or non-numeric field; names the line.
     """
     polars = import_polars()
     require_file(path, f"lines of {format.describe()}")
@@ -77,7 +77,7 @@ def read_text_table(path: Path, format: TextFormat) -> dict[str, NDArray[Any]]:
     fillers = []
     for name, kind in format.columns:
         if schema and len(format.separator) == 2:
-            # polars splits at one character, so a doubled separator shows as an empty column in between.
+            # polars splits at single characters, so a doubled separator gives an empty column in between.
             fillers.append(f"before {name}")
             schema[fillers[-1]] = polars.String
         schema[name] = dtypes[kind]
@@ -87,38 +87,38 @@ def read_text_table(path: Path, format: TextFormat) -> dict[str, NDArray[Any]]:
             encoding="utf8-lossy",
         )  # fmt: skip
     except polars.exceptions.PolarsError as error:
-        raise _first_offence(path, format) or DataError(
-            path, f"expected lines of {format.describe()}: {error}"
+        raise _first_bad_line(path, format) or DataError(
+            path, f"not readable; expected lines of {format.describe()}: {error}"
         ) from error
     names = [name for name, _ in format.columns]
     broken = sum(table[name].null_count() for name in names) + sum(table[name].count() for name in fillers)
     broken += sum(int((~table[name].is_finite()).sum()) for name, kind in format.columns if kind == "float")
     if broken:
-        offence = _first_offence(path, format)
-        if offence is not None:
-            raise offence
+        bad_line = _first_bad_line(path, format)
+        if bad_line is not None:
+            raise bad_line
         table = table.drop_nulls(names)  # only blank lines at the end
     if table.height == 0:
-        raise DataError(path, f"no rows; expected lines of {format.describe()}")
+        raise DataError(path, f"got no rows; expected lines of {format.describe()}")
     return {name: table[name].to_numpy() for name in names}
 
 
 def _check_head(path: Path, format: TextFormat) -> None:
-    """Compare the first line with the format: polars would take the number of columns from it."""
+    """Check the first line, from which polars would take the number of columns."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         head = next(file, "").rstrip("\r\n")
     if not head:
-        raise DataError(path, f"the first line is empty; expected {format.describe()}", line=1)
+        raise DataError(path, f"got an empty first line; expected {format.describe()}", line=1)
     fields = head.split(format.separator)
     names = [name for name, _ in format.columns]
     if format.header and fields != names:
-        raise DataError(path, f"the header is {head!r}; expected {format.describe()!r}", line=1)
+        raise DataError(path, f"got header {head!r}; expected {format.describe()!r}", line=1)
     if not format.header and len(fields) != len(names):
         raise DataError(path, f"got {head[:80]!r}; expected {len(names)} fields: {format.describe()}", line=1)
 
 
-def _first_offence(path: Path, format: TextFormat) -> DataError | None:
-    """The first malformed line, found in a slow second pass that only a broken file needs."""
+def _first_bad_line(path: Path, format: TextFormat) -> DataError | None:
+    """The first malformed line, found by a slow second pass over a malformed file."""
     blank = None
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(islice(file, int(format.header), None), start=1 + int(format.header)):
@@ -127,7 +127,7 @@ def _first_offence(path: Path, format: TextFormat) -> DataError | None:
                 blank = blank or number
                 continue
             if blank is not None:
-                return DataError(path, f"an empty line; expected {format.describe()}", line=blank)
+                return DataError(path, f"got an empty line; expected {format.describe()}", line=blank)
             fields = text.split(format.separator)
             if len(fields) != len(format.columns):
                 reason = (
@@ -136,7 +136,7 @@ def _first_offence(path: Path, format: TextFormat) -> DataError | None:
                 return DataError(path, reason, line=number)
             for (name, kind), field in zip(format.columns, fields, strict=True):
                 if not _is_valid(field, kind):
-                    return DataError(path, f"{name} is {field[:40]!r}; expected {_EXPECTED[kind]}", line=number)
+                    return DataError(path, f"got {name} {field[:40]!r}; expected {_EXPECTED[kind]}", line=number)
     return None
 
 
@@ -155,10 +155,10 @@ def read_columns(path: Path, columns: Sequence[str], *, filled: Sequence[str]) -
     Args:
         path: the file.
         columns: columns to read.
-        filled: those of them that may not have empty fields.
+        filled: those that must not have empty fields.
 
     Raises:
-        DataError: no such file, no Parquet, a column missing, no rows, or an empty field, with its row (from 0).
+        DataError: no such file, not Parquet, a column missing, no rows, or an empty field (names the row, from 0).
     """
     polars = import_polars()
     require_file(path, f"Parquet with the columns {', '.join(columns)}")
@@ -166,16 +166,16 @@ def read_columns(path: Path, columns: Sequence[str], *, filled: Sequence[str]) -
         present = list(polars.read_parquet_schema(path))
         missing = [name for name in columns if name not in present]
         if missing:
-            raise DataError(path, f"no column {missing[0]!r}; it has {', '.join(present)}")
+            raise DataError(path, f"no column {missing[0]!r}; the file has {', '.join(present)}")
         table = polars.read_parquet(path, columns=list(columns))
     except polars.exceptions.PolarsError as error:
         raise DataError(path, f"not readable as Parquet: {error}") from error
     if table.height == 0:
-        raise DataError(path, "no rows")
+        raise DataError(path, "got no rows")
     for name in filled:
         row = first_true(table[name].is_null().to_numpy())
         if row is not None:
-            raise DataError(path, f"{name} is empty; expected a value", line=row)
+            raise DataError(path, f"column {name!r}: got an empty value; expected one", line=row)
     return table
 
 
@@ -185,6 +185,6 @@ def line_of_row(row: int, format: TextFormat) -> int:
 
 
 def first_true(mask: NDArray[np.bool_]) -> int | None:
-    """Position of the first True of a boolean vector; None when all are False."""
+    """Index of the first True in bool [n]; None if there is none."""
     position = int(mask.argmax()) if len(mask) else 0
     return position if len(mask) and mask[position] else None

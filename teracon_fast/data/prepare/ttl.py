@@ -1,14 +1,14 @@
-"""Tencent TL (TTL), the published files: one task a file, in the paper's order."""
+"""Tencent TL (TTL), the published files: one task per file, in the paper's order."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
 
-from teracon_fast.data.prepare.assemble import check_output, summarise
+from teracon_fast.data.prepare.assemble import summarise
 from teracon_fast.data.prepare.preparer import Summary
 from teracon_fast.data.published_csv import read_sequences_csv
-from teracon_fast.data.store import DatasetWriter
+from teracon_fast.data.store import DatasetWriter, check_output
 from teracon_fast.data.task_files import Unseen
 from teracon_fast.errors import DataError
 
@@ -34,25 +34,26 @@ def prepare_ttl(
     buckets: int | None = None,
     overwrite: bool = False,
 ) -> Summary:
-    """Tencent TL, published files: watching, clicking, thumb-up, age, gender, life status; tasks without a file are left out.
+    """Tencent TL, published files: watching, clicking, thumb-up, age, gender, life status; tasks without a file are skipped.
 
-    T1 is `original_desen_pretrain.csv`, a sequence a line; every later file has `sequence,,label[,label...]` lines, and each
-    label is one sample. The files name no users, so every line is a user of its own: a split by user keeps the labels of one
-    line together, but cannot join lines of different files.
+    T1 is `original_desen_pretrain.csv`, one sequence per line; later files have `sequence,,label[,label...]` lines, and each
+    label is a sample. The files do not name users, so each line is its own user: a split by user keeps the labels of a line
+    together, but cannot join lines of different files.
 
     Args:
         source: folder with the files.
-        output: prepared folder to write.
-        length: items in a row; shorter lines are padded on the left, longer ones keep their newest items. None: all lines must
-            be as long as the first, as the published ones are.
-        unseen: an item of a later file that T1 does not have: "error", "pad" or "drop" (taken out of its row).
-        extend: prepared folder or run folder whose items and labels keep their indices; new ones follow them.
-        min_count: items that occur less often than this in T1 share the buckets.
-        buckets: how many buckets rare items share, each by a hash of its id; none: those of `extend`.
+        output: prepared folder to create.
+        length: items per row; shorter lines are padded on the left, longer ones truncated to their newest items. None: all lines
+            must be as long as the first, as in the published files.
+        unseen: an item of a later file that T1 does not have is refused ("error"), replaced by the pad ("pad") or removed
+            ("drop").
+        extend: prepared folder or run folder whose items and labels keep their indices; new ones follow.
+        min_count: items that occur less often in T1 share the buckets.
+        buckets: number of buckets that rare items share by a hash of their ids; none: as in the extended data set.
         overwrite: replace an existing prepared folder.
 
     Raises:
-        DataError: the first file is missing, or a line is malformed (with file and line).
+        DataError: the first file is missing, or a line is malformed; names file and line.
     """
     began = time.perf_counter()
     folder = Path(source)
@@ -60,9 +61,9 @@ def prepare_ttl(
     present = {name: folder / file for name, file in TASK_FILES.items() if (folder / file).is_file()}
     if "watching" not in present:
         raise DataError(
-            folder / TASK_FILES["watching"], "no such file; it is the first task, and the others need its items"
+            folder / TASK_FILES["watching"], "no such file; expected the first task, whose items the others need"
         )
-    notes = [f"no {file}: no task {name}" for name, file in TASK_FILES.items() if name not in present]
+    notes = [f"task {name} skipped: no {file}" for name, file in TASK_FILES.items() if name not in present]
     about = {"preparer": "ttl", "files": {name: path.name for name, path in present.items()}, "notes": notes}
     with DatasetWriter(
         output, "ttl", length, about, extend=extend, min_count=min_count, buckets=buckets, overwrite=overwrite

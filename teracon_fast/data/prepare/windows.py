@@ -1,6 +1,5 @@
-"""Event logs -> left-padded windows: order events by user and time, choose windows, gather their items.
-
-Shared by the preparers. Everything is array arithmetic: no Python loop over users or windows.
+"""Event logs -> left-padded windows: order events by user and time, choose windows, gather their items. Vectorised over users
+and windows.
 """
 
 from __future__ import annotations
@@ -13,16 +12,16 @@ from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
 
-_CHUNK = 65_536  # windows gathered at once: bounds the index array of `cut` to about 50 MB at length 100
+_CHUNK = 65_536  # windows gathered at once: about 50 MB of indices in `cut` at length 100
 
 
 @dataclass(frozen=True)
 class Histories:
-    """Where each user's events lie in an event array ordered by (user, time).
+    """Events ordered by (user, time), and where each user's begin.
 
     Attributes:
-        order: int64 [E], positions in the original log; equal times keep the order of the log.
-        users: int64 [U], the user ids, ascending.
+        order: int64 [E], positions in the original log; events at equal times keep its order.
+        users: int64 [U], user ids, ascending.
         starts: int64 [U + 1]; events of `users[k]` are `order[starts[k]:starts[k + 1]]`.
     """
 
@@ -32,16 +31,16 @@ class Histories:
 
     @property
     def counts(self) -> Int64:
-        """int64 [U], events of each user."""
+        """int64 [U], number of events of each user."""
         return np.diff(self.starts)
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Half-open ranges of an ordered event array, sorted by user, then time.
+    """Half-open ranges of the ordered events, sorted by user, then time.
 
     Attributes:
-        owner: int64 [N], position in `Histories.users` of the user of each window.
+        owner: int64 [N], position of the window's user in `Histories.users`.
         begin: int64 [N], first event.
         end: int64 [N], one past the last event.
     """
@@ -55,22 +54,22 @@ class Windows:
 
     @property
     def lengths(self) -> NDArray[np.int32]:
-        """int32 [N], real items of each window."""
+        """int32 [N], number of real items in each window."""
         return (self.end - self.begin).astype(np.int32)
 
     def take(self, keep: NDArray[Any]) -> Windows:
-        """The windows selected by a boolean mask or by positions."""
+        """The windows selected by a boolean mask or by indices."""
         return Windows(self.owner[keep], self.begin[keep], self.end[keep])
 
 
 def group_by_user(user: Int64, time: NDArray[Any]) -> Histories:
-    """Order a log by user, then time, and mark where each user begins.
+    """Order a log by user, then time.
 
     Args:
         user: int64 [E].
         time: [E], any ordered numeric dtype.
     """
-    order = np.lexsort((time, user)).astype(np.int64, copy=False)  # lexsort is stable: ties keep the order of the log
+    order = np.lexsort((time, user)).astype(np.int64, copy=False)  # stable: ties keep the order of the log
     users, starts = np.unique(user[order], return_index=True)
     return Histories(order, users, np.append(starts, len(user)).astype(np.int64))
 
@@ -80,14 +79,14 @@ def choose_windows(
 ) -> Windows:
     """Windows that end at a user's last event, `stride` before it, 2 * `stride` before it, and so on.
 
-    A window reaches back `length` events or to the user's first event: only then it is shorter, and left-padded.
+    A window has `length` events, or fewer if it reaches the user's first event; it is then left-padded.
 
     Args:
         starts: int64 [U + 1], see `Histories`.
         length: items in a full window.
-        stride: events between two ends; None for `length`, so that no event is in two windows.
-        max_windows: keep only so many windows of each user, the latest; None for all, 1 for the last alone.
-        min_items: leave out windows with fewer real items.
+        stride: events between the ends of two windows; None: `length`, so that windows do not overlap.
+        max_windows: number of windows per user, the latest ones; None: all.
+        min_items: skip windows with fewer real items.
     """
     stride = length if stride is None else stride
     counts = np.diff(starts)
@@ -107,9 +106,9 @@ def cut(items: NDArray[Any], windows: Windows, length: int) -> NDArray[np.int32]
     """int32 [N, length]: the items of each window, padded on the left with 0.
 
     Args:
-        items: integer [E] in the order of `Histories.order`; 0 is the pad and so is no item.
+        items: integer [E] in the order of `Histories.order`; 0 is the pad, so not an item.
         windows: N windows of at most `length` items.
-        length: width of a row.
+        length: L.
     """
     rows = np.zeros((len(windows), length), dtype=np.int32)
     offsets = np.arange(-length, 0, dtype=np.int64)
@@ -122,6 +121,6 @@ def cut(items: NDArray[Any], windows: Windows, length: int) -> NDArray[np.int32]
 
 
 def latest(owner: Int64, count: int) -> NDArray[np.bool_]:
-    """bool [N]: the last `count` entries of each owner; `owner` is ascending."""
+    """bool [N]: the last `count` entries of each owner. owner: ascending."""
     end = np.searchsorted(owner, owner, side="right")
     return end - np.arange(len(owner)) <= count

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from teracon_fast.errors import ShapeError
-from teracon_fast.optim.lazy_rows import catch_up
+from teracon_fast.ops.embedding_rows.late_rows import catch_up
 
 
 def embedding_rows(weight: Tensor, items: Tensor, sparse: bool = False) -> Tensor:
@@ -25,8 +25,7 @@ def embedding_rows(weight: Tensor, items: Tensor, sparse: bool = False) -> Tenso
     the gradient: it is not coalesced, and holds the `items` and the upstream gradient themselves, which must not be written to
     until it has been used.
 
-    Rows of a weight that `optim.Adam(deferred=True)` has left behind are brought up to date first: the weight changes where it
-    lies, as by `Adam.flush`, in the rows that are read.
+    Rows of a weight that `optim.Adam(lazy=True)` has not updated yet are brought up to date first, in place, as by `Adam.flush`.
 
     `torch.compile` traces no sparse gradients: in compiled code the gradient is dense whatever `sparse` says, and no row is
     brought up to date (`Adam.flush` does so before).

@@ -17,34 +17,86 @@ from torch import Tensor
 
 from teracon_fast.errors import ShapeError
 from teracon_fast.ops import backends
-from teracon_fast.ops.heads import (
-    autocast_hidden,
-    check_head,
-    check_targets,
-    expect,
-    keep_gradients,
-    kept_gradients,
-    sums_dtype,
-)
-from teracon_fast.ops.linear_cross_entropy import cpu as _cpu_linear_cross_entropy
-from teracon_fast.ops.linear_cross_entropy import torch as _torch_linear_cross_entropy
-from teracon_fast.ops.linear_cross_entropy import triton as _triton_linear_cross_entropy
-from teracon_fast.ops.linear_cross_entropy.torch import Forward, Shape
+from teracon_fast.ops.checks import autocast, expect, sums_dtype
+from teracon_fast.ops.heads import Head, check_head, check_targets, keep_gradients, kept_gradients
+from teracon_fast.ops.registration import Gradient, Needs, flat, nested, register, save, saved
 
 
-class _Implementation(Protocol):
-    """What a backend's module offers: see `_torch_linear_cross_entropy` for the meaning of the arguments."""
+class Inputs(NamedTuple):
+    """All that the operation computes from: arguments of `linear_cross_entropy`; whether backward will follow (`save`), and
+    predictions are wanted."""
 
-    def kept_shapes(self, rows: int, labels: int, save: bool) -> tuple[Shape, Shape]: ...
+    head: Head
+    targets: Tensor
+    rows: Tensor
+    filter_eps: float
+    backend: str
+    save: bool
+    predict: bool
 
-    def forward(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, save: bool, predict: bool
-    ) -> Forward: ...
 
-    def backward(
-        self, grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor,
-        statistics: Tensor, kept: Tensor, highest: Tensor, filter_eps: float, need_hidden: bool, need_weight: bool, /,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+class Kept(NamedTuple):
+    """What backward needs: each row's maximum and sum of `exp(logit - maximum)` `[2, R]`, and what a backend adds to them."""
+
+    statistics: Tensor
+    logits: Tensor
+    highest: Tensor
+
+
+class Results(NamedTuple):
+    """Losses `[N]`; each row's best label `[R]` and each target's rank `[N]`, empty unless wanted."""
+
+    losses: Tensor
+    kept: Kept
+    best: Tensor
+    rank: Tensor
+
+
+class Backward(NamedTuple):
+    """What backward computes from; the gradient of the bias is always wanted."""
+
+    grad: Tensor
+    inputs: Inputs
+    kept: Kept
+    need_hidden: bool
+    need_weight: bool
+
+
+class Gradients(NamedTuple):
+    """Empty where they are not wanted."""
+
+    head: Head
+
+
+class ReducedInputs(NamedTuple):
+    """Inputs of the sum of all losses, each times its scale `[N]`."""
+
+    head: Head
+    targets: Tensor
+    rows: Tensor
+    scales: Tensor
+    filter_eps: float
+    predict: bool
+
+
+class Reduced(NamedTuple):
+    """The sum with its gradients, and predictions as in `Results`."""
+
+    total: Tensor
+    gradients: Head
+    best: Tensor
+    rank: Tensor
+
+
+class Backend(Protocol):
+    """What a backend's module offers. `cpu` has `reduced` too, and `rows_at_once` says where that is faster."""
+
+    def room(self, inputs: Inputs) -> Kept:
+        """What is kept, uninitialised."""
+
+    def forward(self, inputs: Inputs) -> Results: ...
+
+    def backward(self, inputs: Backward) -> Gradients: ...
 
 
 class CrossEntropy(NamedTuple):
@@ -63,11 +115,6 @@ class CrossEntropy(NamedTuple):
 
 
 Reduction = Literal["mean", "sum", "none"]
-_IMPLEMENTATIONS: dict[str, _Implementation] = {
-    "cpu": _cpu_linear_cross_entropy,
-    "torch": _torch_linear_cross_entropy,
-    "triton": _triton_linear_cross_entropy,
-}
 
 
 @overload
@@ -121,23 +168,20 @@ def linear_cross_entropy(
         BackendError: when an explicitly requested backend is not available for this input.
         IndexError or RuntimeError: when a target or a row number is out of range.
     """
-    hidden = autocast_hidden(hidden)
-    _check(hidden, weight, bias, targets, rows, target_weights, reduction, filter_eps)
-    if rows is None:
-        rows = torch.arange(hidden.shape[0], device=hidden.device)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, weight, bias))
-    dtype, count = sums_dtype(hidden.dtype), targets.shape[0]
+    head = Head(autocast(hidden), weight, bias)
+    rows = _check(head, targets, rows, target_weights, reduction, filter_eps)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in head)
+    dtype, count = sums_dtype(head.hidden.dtype), targets.shape[0]
     weights = None if target_weights is None else target_weights.detach().to(dtype)
-    if save and reduction != "none" and count and not torch.compiler.is_compiling():
-        size = hidden.shape[0], weight.shape[0], hidden.dtype, weight.dtype
-        if _implementation(backend, hidden) is _cpu_linear_cross_entropy and _cpu_linear_cross_entropy.rows_at_once(*size):
-            scales = hidden.new_ones(count, dtype=dtype) if weights is None else weights
-            scales = scales / scales.sum() if reduction == "mean" else scales
-            total, _, _, _, *found = _linear_cross_entropy_reduced(
-                hidden, weight, bias, targets, rows, scales, filter_eps, predictions
-            )
-            return CrossEntropy(total, *found) if predictions else total
-    losses, _, _, _, *found = _linear_cross_entropy(hidden, weight, bias, targets, rows, filter_eps, backend, save, predictions)
+    if save and reduction != "none" and count and not torch.compiler.is_compiling() and _reduces(head, backend):
+        scales = hidden.new_ones(count, dtype=dtype) if weights is None else weights
+        scales = scales / scales.sum() if reduction == "mean" else scales
+        total, _, _, _, *found = _linear_cross_entropy_reduced(
+            *flat(ReducedInputs(head, targets, rows, scales, filter_eps, predictions))
+        )
+        return CrossEntropy(total, *found) if predictions else total
+    inputs = Inputs(head, targets, rows, filter_eps, backend, save, predictions)
+    losses, _, _, _, *found = _linear_cross_entropy(*flat(inputs))
     loss: Tensor = losses if weights is None else losses * weights
     if reduction == "sum":
         loss = loss.sum()
@@ -147,121 +191,85 @@ def linear_cross_entropy(
 
 
 def _check(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor | None, target_weights: Tensor | None,
-    reduction: str, filter_eps: float,
-) -> None:  # fmt: skip
+    head: Head, targets: Tensor, rows: Tensor | None, target_weights: Tensor | None, reduction: str, filter_eps: float
+) -> Tensor:
+    """Rows of the targets."""
     name = "linear_cross_entropy"
     if reduction not in ("mean", "sum", "none"):
         raise ShapeError(f"{name}: reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
     if not 0.0 <= filter_eps < 1.0:
         raise ShapeError(f"{name}: filter_eps is {filter_eps}, expected 0 or a probability below 1")
-    check_head(name, hidden, weight, bias)
-    check_targets(name, hidden, targets, rows)
+    check_head(name, head)
+    rows = check_targets(name, head.hidden, targets, rows)
     if target_weights is not None:
         floating = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-        expect(name, "target_weights", target_weights, (targets.shape[0],), hidden, floating)
+        expect(name, "target_weights", target_weights, (targets.shape[0],), head.hidden, floating)
+    return rows
 
 
-def _implementation(backend: str, hidden: Tensor) -> _Implementation:
-    return _IMPLEMENTATIONS[backends.resolve(backend, "linear_cross_entropy", hidden.device, hidden.dtype)]
+def _implementation(head: Head, backend: str) -> Any:
+    return backends.implementation("linear_cross_entropy", backend, head.hidden.device, head.hidden.dtype)
 
 
-def _forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, filter_eps: float, backend: str, save: bool,
-    predict: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _implementation(backend, hidden).forward(hidden, weight, bias, targets, rows, save, predict)
+def _reduces(head: Head, backend: str) -> bool:
+    """Whether the backend forms the reduced loss with its gradients, and does so faster."""
+    rows_at_once = getattr(_implementation(head, backend), "rows_at_once", None)
+    hidden, weight, _ = head
+    return rows_at_once is not None and bool(rows_at_once(len(hidden), len(weight), hidden.dtype, weight.dtype))
 
 
-def _forward_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, filter_eps: float, backend: str, save: bool,
-    predict: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    implementation = _implementation(backend, hidden)
-    kept, highest = implementation.kept_shapes(hidden.shape[0], weight.shape[0], save)
-    sums = sums_dtype(hidden.dtype)
-    return (
-        hidden.new_empty(targets.shape[0], dtype=sums),
-        hidden.new_empty(2, hidden.shape[0], dtype=sums),
-        hidden.new_empty(kept, dtype=hidden.dtype if implementation is _torch_linear_cross_entropy else sums),
-        hidden.new_empty(highest, dtype=sums),
-        targets.new_empty(hidden.shape[0] if predict else 0),
-        targets.new_empty(targets.shape[0] if predict else 0),
-    )
+def predictions_of(hidden: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Uninitialised best labels `[R]` and ranks `[N]`, empty unless wanted."""
+    return targets.new_empty(len(hidden) if wanted else 0), targets.new_empty(len(targets) if wanted else 0)
 
 
-def _backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, statistics: Tensor,
-    kept: Tensor, highest: Tensor, filter_eps: float, backend: str, need_hidden: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _implementation(backend, hidden).backward(
-        grad, hidden, weight, bias, targets, rows, statistics, kept, highest, filter_eps, need_hidden, need_weight
-    )
+def _forward_fake(inputs: Inputs) -> Results:
+    hidden, targets = inputs.head.hidden, inputs.targets
+    losses = hidden.new_empty(targets.shape[0], dtype=sums_dtype(hidden.dtype))
+    kept = _implementation(inputs.head, inputs.backend).room(inputs)
+    return Results(losses, kept, *predictions_of(hidden, targets, inputs.predict))
 
 
-def _backward_fake(
-    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, statistics: Tensor,
-    kept: Tensor, highest: Tensor, filter_eps: float, backend: str, need_hidden: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
+def _backward_fake(backward: Backward) -> Gradients:
+    hidden, weight, bias = backward.inputs.head
+    return Gradients(Head(
+        hidden.new_empty(hidden.shape if backward.need_hidden else (0,)),
+        weight.new_empty(weight.shape if backward.need_weight else (0,)),
         bias.new_empty(bias.shape),
-    )
+    ))  # fmt: skip
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.filter_eps, ctx.backend, _, _ = inputs
-    ctx.save_for_backward(*tensors, *output[1:4])
-    ctx.set_materialize_grads(False)
+def _setup(ctx: Any, inputs: Inputs, results: Results) -> None:
+    save(ctx, inputs, results.kept)
 
 
-def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 9
-    need = ctx.needs_input_grad
-    gradients = _linear_cross_entropy_backward(grad, *ctx.saved_tensors, ctx.filter_eps, ctx.backend, need[0], need[1])
-    return (*(g if needed else None for g, needed in zip(gradients, need[:3], strict=True)), *(None,) * 6)
+def _gradient(ctx: Any, grad: Tensor, needs: Needs) -> Gradients:
+    inputs, kept = saved(ctx)
+    backward = Backward(grad, inputs, kept, needs["head_hidden"], needs["head_weight"])
+    found: Gradients = nested(Gradients, _linear_cross_entropy_backward(*flat(backward)))
+    return found
 
 
-def _reduced(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, scales: Tensor, filter_eps: float,
-    predict: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _cpu_linear_cross_entropy.reduced(hidden, weight, bias, targets, rows, scales, filter_eps, predict)
+def _reduced_fake(inputs: ReducedInputs) -> Reduced:
+    hidden = inputs.head.hidden
+    gradients = Head(*(t.new_empty(t.shape) for t in inputs.head))
+    total = hidden.new_empty((), dtype=sums_dtype(hidden.dtype))
+    return Reduced(total, gradients, *predictions_of(hidden, inputs.targets, inputs.predict))
 
 
-def _reduced_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, scales: Tensor, filter_eps: float,
-    predict: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    d_hidden, d_weight, d_bias = (t.new_empty(t.shape) for t in (hidden, weight, bias))
-    best, rank = (targets.new_empty(t.shape[0] if predict else 0) for t in (hidden, targets))
-    return hidden.new_empty((), dtype=sums_dtype(hidden.dtype)), d_hidden, d_weight, d_bias, best, rank
-
-
-def _reduced_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    keep_gradients(ctx, output[1:4])
-
-
-def _reduced_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 8
-    gradients = kept_gradients(ctx, grad)
-    return (*(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[:3], strict=True)), *(None,) * 5)
-
-
-_FORWARD, _BACKWARD = "teracon_fast::linear_cross_entropy", "teracon_fast::linear_cross_entropy_backward"
-_REDUCED = "teracon_fast::linear_cross_entropy_reduced"
-for _name, _function, _fake in (
-    (_FORWARD, _forward, _forward_fake), (_BACKWARD, _backward, _backward_fake), (_REDUCED, _reduced, _reduced_fake)
-):  # fmt: skip
-    # define + impl rather than custom_op, as in masked_conv.
-    torch.library.define(_name, torch.library.infer_schema(_function, mutates_args=()))
-    torch.library.impl(_name, "default", _function)
-    torch.library.register_fake(_name, _fake)
-torch.library.register_autograd(_FORWARD, _autograd, setup_context=_setup_context)
-torch.library.register_autograd(_REDUCED, _reduced_autograd, setup_context=_reduced_setup)
-_linear_cross_entropy = torch.ops.teracon_fast.linear_cross_entropy.default
-_linear_cross_entropy_backward = torch.ops.teracon_fast.linear_cross_entropy_backward.default
-_linear_cross_entropy_reduced = torch.ops.teracon_fast.linear_cross_entropy_reduced.default
+_linear_cross_entropy_backward = register(
+    "linear_cross_entropy_backward", Backward, Gradients,
+    lambda given: _implementation(given.inputs.head, given.inputs.backend).backward(given), _backward_fake,
+)  # fmt: skip
+_linear_cross_entropy = register(
+    "linear_cross_entropy", Inputs, Results, lambda inputs: _implementation(inputs.head, inputs.backend).forward(inputs),
+    _forward_fake, Gradient(_setup, _gradient),
+)  # fmt: skip
+_linear_cross_entropy_reduced = register(
+    "linear_cross_entropy_reduced", ReducedInputs, Reduced, lambda inputs: _implementation(inputs.head, "cpu").reduced(inputs),
+    _reduced_fake,
+    Gradient(
+        lambda ctx, inputs, results: keep_gradients(ctx, results.gradients),
+        lambda ctx, grad, needs: Gradients(Head(*kept_gradients(ctx, grad))),
+    ),
+)  # fmt: skip

@@ -11,8 +11,19 @@ import math
 import torch
 from torch import Tensor
 
-from teracon_fast.ops.heads_cpu import block_of, dense_head, schedule
-from teracon_fast.ops.linear_cross_entropy.torch import Forward, Shape
+from teracon_fast.ops.heads import Head, block_of, dense_head, schedule
+from teracon_fast.ops.linear_cross_entropy.api import (
+    Backward,
+    Gradients,
+    Inputs,
+    Kept,
+    Reduced,
+    ReducedInputs,
+    Results,
+    predictions_of,
+)
+
+Shape = tuple[int, ...]
 
 # Backward is a third faster with the exponentials of all logits kept from forward. Beyond this size it forms them again: malloc
 # gives larger memory back to the system every time, and getting it anew can cost more than the product.
@@ -27,50 +38,47 @@ _FEWEST_ROWS = {torch.float32: 128, torch.bfloat16: 256}
 
 
 def _kept_shapes(rows: int, labels: int) -> tuple[Shape, Shape]:
+    """Of the exponentials, and of the maxima that they refer to; see csrc/cpu."""
     padded = (rows + 31) // 32 * 32
     return (labels * padded,), (-(-labels // block_of(labels)), padded)
 
 
-def kept_shapes(rows: int, labels: int, save: bool) -> tuple[Shape, Shape]:
-    """Shapes of what forward keeps for backward: exponentials, and the maxima that they refer to; see csrc/cpu."""
-    shapes = _kept_shapes(rows, labels)
-    return shapes if save and 4 * shapes[0][0] <= KEPT_BYTES else ((0,), (0,))
+def room(inputs: Inputs) -> Kept:
+    """Exponentials, where they may be kept."""
+    hidden, shapes = inputs.head.hidden, _kept_shapes(len(inputs.head.hidden), len(inputs.head.weight))
+    if not (inputs.save and 4 * shapes[0][0] <= KEPT_BYTES):
+        shapes = (0,), (0,)
+    return Kept(*(hidden.new_empty(shape, dtype=torch.float32) for shape in ((2, len(hidden)), *shapes)))
 
 
-def forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, save: bool, predict: bool
-) -> Forward:
-    """As `_torch_linear_cross_entropy.forward`."""
-    kept = [torch.empty(shape) for shape in kept_shapes(hidden.shape[0], weight.shape[0], save)]
-    return _forward_into(*dense_head(hidden, weight, bias), targets, rows, kept, predict)
+def forward(inputs: Inputs) -> Results:
+    """As `torch.forward`."""
+    head, targets, rows, *_ = inputs
+    predicted = predictions_of(head.hidden, targets, inputs.predict)
+    results = Results(torch.empty(targets.shape[0]), room(inputs), *predicted)
+    _forward_into(results, *dense_head(head), targets.contiguous(), rows.contiguous())
+    return results
 
 
-def _forward_into(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, kept: list[Tensor], predict: bool
-) -> Forward:
-    losses, statistics = torch.empty(targets.shape[0]), torch.empty(2, hidden.shape[0])
-    best = torch.empty(hidden.shape[0] if predict else 0, dtype=torch.int64)
-    rank = torch.empty(targets.shape[0] if predict else 0, dtype=torch.int64)
+def _forward_into(results: Results, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor) -> None:
+    losses, kept, best, rank = results
     torch.ops.teracon_fast.linear_cross_entropy_cpu_forward(
-        hidden, weight, bias, targets.contiguous(), rows.contiguous(), *schedule(weight.shape[0]), losses, statistics, *kept,
-        best, rank,
-    )  # fmt: skip
-    return losses, statistics, kept[0], kept[1], best, rank
+        hidden, weight, bias, targets, rows, *schedule(weight.shape[0]), losses, *kept, best, rank
+    )
 
 
-def backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, statistics: Tensor,
-    exponentials: Tensor, highest: Tensor, filter_eps: float, need_hidden: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `_torch_linear_cross_entropy.backward`."""
+def backward(backward: Backward) -> Gradients:
+    """As `torch.backward`."""
+    grad, inputs, kept, need_hidden, need_weight = backward
+    hidden, weight, bias = inputs.head
     d_hidden = torch.empty(hidden.shape if need_hidden else 0)
     d_weight = torch.empty(weight.shape if need_weight else 0, dtype=weight.dtype)
     d_bias = torch.empty(bias.shape)
     torch.ops.teracon_fast.linear_cross_entropy_cpu_backward(
-        *dense_head(hidden, weight, bias), targets.contiguous(), rows.contiguous(), *schedule(weight.shape[0]), statistics,
-        exponentials, highest, grad.float().contiguous(), False, filter_eps, d_hidden, d_weight, d_bias,
+        *dense_head(inputs.head), inputs.targets.contiguous(), inputs.rows.contiguous(), *schedule(weight.shape[0]), *kept,
+        grad.float().contiguous(), False, inputs.filter_eps, d_hidden, d_weight, d_bias,
     )  # fmt: skip
-    return d_hidden.to(hidden.dtype), d_weight, d_bias.to(bias.dtype)
+    return Gradients(Head(d_hidden.to(hidden.dtype), d_weight, d_bias.to(bias.dtype)))
 
 
 def rows_at_once(rows: int, labels: int, hidden: torch.dtype, weight: torch.dtype) -> int | None:
@@ -83,7 +91,7 @@ def rows_at_once(rows: int, labels: int, hidden: torch.dtype, weight: torch.dtyp
         rows, labels: R, C.
         hidden, weight: dtypes. Turns add to d(weight), which only float32 is good for.
     """
-    if rows == 0 or kept_shapes(rows, labels, True)[0][0] > 0:
+    if rows == 0 or 4 * _kept_shapes(rows, labels)[0][0] <= KEPT_BYTES:
         return None
     at_once = max(KEPT_BYTES // (4 * labels), min(_MOST_ROWS, TURN_BYTES // (4 * labels))) // 32 * 32
     if at_once >= rows:
@@ -91,43 +99,38 @@ def rows_at_once(rows: int, labels: int, hidden: torch.dtype, weight: torch.dtyp
     return at_once if at_once >= _FEWEST_ROWS[hidden] and weight == torch.float32 else None
 
 
-def reduced(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, scales: Tensor, filter_eps: float,
-    predict: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Sum of the losses, each times its scale, and its gradients: exponentials of some rows serve both, and are gone.
-
-    So the logits are formed once, without an array of all rows and labels.
-
-    Returns:
-        The sum, gradients of hidden, weight and bias, and the predictions (empty unless wanted).
-    """
-    count, labels = hidden.shape[0], weight.shape[0]
-    at_once = rows_at_once(count, labels, hidden.dtype, weight.dtype)
+def reduced(inputs: ReducedInputs) -> Reduced:
+    """The exponentials of some rows serve loss and gradients, and are gone: logits are formed once, and never all held."""
+    head, targets, rows, scales, filter_eps, predict = inputs
+    count, labels = head.hidden.shape[0], head.weight.shape[0]
+    at_once = rows_at_once(count, labels, head.hidden.dtype, head.weight.dtype)
     assert at_once is not None
-    states, wide_weight, wide_bias = dense_head(hidden, weight, bias)
-    d_hidden, d_weight, d_bias = torch.empty(hidden.shape), torch.empty(weight.shape, dtype=weight.dtype), torch.empty(bias.shape)
-    best = torch.empty(count if predict else 0, dtype=torch.int64)
-    rank = torch.empty(targets.shape[0] if predict else 0, dtype=torch.int64)
+    states, weight, bias = dense_head(head)
+    d_hidden, d_weight, d_bias = torch.empty(states.shape), torch.empty_like(weight), torch.empty(bias.shape)
+    best, rank = predictions_of(states, targets, predict)
     rows, order = rows.sort(stable=True)
     targets, scales = targets[order], scales[order].float()
     begins = range(0, count, at_once)
     ends = torch.searchsorted(rows, torch.tensor([begin + at_once for begin in begins])).tolist()
     total, from_target = torch.zeros((), dtype=torch.float64), 0
     # One array for all turns: fresh memory costs a good part of what keeping the exponentials saves.
-    room = [torch.empty(math.prod(shape)) for shape in _kept_shapes(at_once, labels)]
+    memory = [torch.empty(math.prod(shape)) for shape in _kept_shapes(at_once, labels)]
     for begin, end in zip(begins, ends, strict=True):
         turn, own, row_of = slice(begin, begin + at_once), targets[from_target:end], rows[from_target:end] - begin
         part, scale = states[turn], scales[from_target:end]
-        kept = [array[: math.prod(shape)] for array, shape in zip(room, _kept_shapes(part.shape[0], labels), strict=True)]
-        losses, statistics, *_, own_best, own_rank = _forward_into(part, wide_weight, wide_bias, own, row_of, kept, predict)
+        shapes = _kept_shapes(part.shape[0], labels)
+        kept = Kept(
+            torch.empty(2, len(part)), *(m[: math.prod(shape)] for m, shape in zip(memory, shapes, strict=True))
+        )
+        results = Results(torch.empty(len(own)), kept, *predictions_of(part, own, predict))
+        _forward_into(results, part, weight, bias, own, row_of)
         torch.ops.teracon_fast.linear_cross_entropy_cpu_backward(
-            part, wide_weight, wide_bias, own, row_of, *schedule(labels), statistics, *kept, scale, begin > 0, filter_eps,
-            d_hidden[turn], d_weight, d_bias,
+            part, weight, bias, own, row_of, *schedule(labels), *kept, scale, begin > 0, filter_eps, d_hidden[turn], d_weight,
+            d_bias,
         )  # fmt: skip
-        total += torch.dot(losses.double(), scale.double())
+        total += torch.dot(results.losses.double(), scale.double())
         if predict:
-            best[turn] = own_best
-            rank[order[from_target:end]] = own_rank
+            best[turn] = results.best
+            rank[order[from_target:end]] = results.rank
         from_target = end
-    return total.float(), d_hidden.to(hidden.dtype), d_weight, d_bias.to(bias.dtype), best, rank
+    return Reduced(total.float(), Head(d_hidden.to(head.hidden.dtype), d_weight, d_bias.to(head.bias.dtype)), best, rank)

@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
 
-from teracon_fast.ops.heads import require_range
-from teracon_fast.ops.linear_cross_entropy.torch import Forward, Shape
-
-
-def kept_shapes(rows: int, labels: int, save: bool) -> tuple[Shape, Shape]:
-    """Nothing is kept: logits are formed again."""
-    return (0,), (0,)
+from teracon_fast.kernels import linear_cross_entropy as kernels
+from teracon_fast.kernels.tiles import dot_precision
+from teracon_fast.ops.checks import require_range
+from teracon_fast.ops.heads import Head
+from teracon_fast.ops.linear_cross_entropy.api import Backward, Gradients, Inputs, Kept, Results
 
 
-def forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, save: bool, predict: bool
-) -> Forward:
-    """As `_torch_linear_cross_entropy.forward`."""
-    from teracon_fast.kernels import linear_cross_entropy as kernels
-    from teracon_fast.kernels.tiles import dot_precision
+def room(inputs: Inputs) -> Kept:
+    """Nothing is kept but statistics: logits are formed again."""
+    hidden = inputs.head.hidden
+    none = (hidden.new_empty(0, dtype=torch.float32) for _ in range(2))
+    return Kept(hidden.new_empty(2, len(hidden), dtype=torch.float32), *none)
 
+
+def forward(inputs: Inputs) -> Results:
+    """As `torch.forward`."""
+    (hidden, weight, _), targets, rows = inputs[:3]
     require_range("linear_cross_entropy", targets, weight.shape[0], "targets")
     require_range("linear_cross_entropy", rows, hidden.shape[0], "rows")
-    losses, statistics, best, rank = kernels.forward(
-        hidden, weight, bias, targets, rows, predict, dot_precision(hidden.device)
-    )
-    return losses, statistics, statistics.new_empty(0), statistics.new_empty(0), best, rank
+    losses, statistics, best, rank = kernels.forward(*inputs.head, targets, rows, inputs.predict, dot_precision(hidden.device))
+    return Results(losses, room(inputs)._replace(statistics=statistics), best, rank)
 
 
-def backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, statistics: Tensor,
-    kept: Tensor, highest: Tensor, filter_eps: float, need_hidden: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `_torch_linear_cross_entropy.backward`."""
-    from teracon_fast.kernels import linear_cross_entropy as kernels
-    from teracon_fast.kernels.tiles import dot_precision
-
-    return kernels.backward(
-        grad, hidden, weight, bias, targets, rows, statistics, need_hidden, need_weight, filter_eps,
-        dot_precision(hidden.device),
-    )
+def backward(backward: Backward) -> Gradients:
+    """As `torch.backward`."""
+    grad, inputs, kept, need_hidden, need_weight = backward
+    found = kernels.backward(
+        grad, *inputs.head, inputs.targets, inputs.rows, kept.statistics, need_hidden, need_weight, inputs.filter_eps,
+        dot_precision(grad.device),
+    )  # fmt: skip
+    return Gradients(Head(*found))

@@ -3,32 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from teracon_fast.errors import ShapeError
 from teracon_fast.ops import backends
-from teracon_fast.ops.heads import autocast_hidden, check_head, check_targets, expect, sums_dtype
-from teracon_fast.ops.linear_rank import cpu as _cpu_linear_rank
-from teracon_fast.ops.linear_rank import torch as _torch_linear_rank
-from teracon_fast.ops.linear_rank import triton as _triton_linear_rank
+from teracon_fast.ops.checks import autocast, expect, sums_dtype
+from teracon_fast.ops.heads import Head, check_head, check_targets
+from teracon_fast.ops.registration import flat, register
 
 
-class _Implementation(Protocol):
-    """What a backend's module offers: see `_torch_linear_rank` for the meaning of the arguments."""
+class RankInputs(NamedTuple):
+    """Arguments of `linear_rank`."""
 
-    def rank(self, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor) -> Tensor: ...
+    head: Head
+    targets: Tensor
+    rows: Tensor
+    backend: str
 
-    def topk(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor, k: int, excluded: Tensor, offsets: Tensor
-    ) -> tuple[Tensor, Tensor]: ...
+
+class Ranks(NamedTuple):
+    """int64 `[N]`."""
+
+    ranks: Tensor
 
 
-_IMPLEMENTATIONS: dict[str, _Implementation] = {
-    "cpu": _cpu_linear_rank, "torch": _torch_linear_rank, "triton": _triton_linear_rank
-}  # fmt: skip
+class TopkInputs(NamedTuple):
+    """Arguments of `linear_topk`; excluded labels of row r are `excluded[offsets[r]:offsets[r + 1]]`; no offsets, none."""
+
+    head: Head
+    k: int
+    excluded: Tensor
+    offsets: Tensor
+    backend: str
+
+
+class Topk(NamedTuple):
+    """`[R, k]` each."""
+
+    scores: Tensor
+    labels: Tensor
+
+
+class Backend(Protocol):
+    """What a backend's module offers."""
+
+    def rank(self, inputs: RankInputs) -> Tensor: ...
+
+    def topk(self, inputs: TopkInputs) -> Topk: ...
 
 
 @torch.no_grad()
@@ -56,11 +80,10 @@ def linear_rank(
         IndexError or RuntimeError: when a target or a row number is out of range.
         TeraconError: a score is NaN, so that no rank exists.
     """
-    hidden = autocast_hidden(hidden)
-    check_head("linear_rank", hidden, weight, bias)
-    check_targets("linear_rank", hidden, targets, rows)
-    rows = torch.arange(hidden.shape[0], device=hidden.device) if rows is None else rows
-    ranks: Tensor = _linear_rank(hidden, weight, bias, targets, rows, backend)
+    head = Head(autocast(hidden), weight, bias)
+    check_head("linear_rank", head)
+    rows = check_targets("linear_rank", head.hidden, targets, rows)
+    ranks: Tensor = _linear_rank(*flat(RankInputs(head, targets, rows, backend)))[0]
     return ranks
 
 
@@ -82,8 +105,9 @@ def linear_topk(
     Raises:
         As `linear_rank`.
     """
-    hidden = autocast_hidden(hidden)
-    check_head("linear_topk", hidden, weight, bias)
+    hidden = autocast(hidden)
+    head = Head(hidden, weight, bias)
+    check_head("linear_topk", head)
     if not 1 <= k <= weight.shape[0]:
         raise ShapeError(f"linear_topk: k is {k}, expected 1..{weight.shape[0]}")
     excluded = offsets = torch.empty(0, dtype=torch.int64, device=hidden.device)
@@ -95,41 +119,28 @@ def linear_topk(
         counts = torch.tensor([0, *(len(labels) for labels in exclude)], device=hidden.device)
         offsets = counts.cumsum(0)
         excluded = torch.cat([labels.sort().values for labels in exclude]) if len(exclude) else excluded
-    scores, labels = _linear_topk(hidden, weight, bias, k, excluded, offsets, backend)
+    scores, labels = _linear_topk(*flat(TopkInputs(head, k, excluded, offsets, backend)))
     return scores, labels
 
 
-def _implementation(backend: str, hidden: Tensor) -> _Implementation:
-    return _IMPLEMENTATIONS[backends.resolve(backend, "linear_rank", hidden.device, hidden.dtype)]
+def _implementation(inputs: RankInputs | TopkInputs) -> Backend:
+    hidden = inputs.head.hidden
+    found: Backend = backends.implementation("linear_rank", inputs.backend, hidden.device, hidden.dtype)
+    return found
 
 
-def _rank(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, backend: str) -> Tensor:
-    return _implementation(backend, hidden).rank(hidden, weight, bias, targets, rows)
+def _topk(inputs: TopkInputs) -> Topk:
+    scores, labels = _implementation(inputs).topk(inputs)
+    return Topk(scores.to(sums_dtype(inputs.head.hidden.dtype)), labels)
 
 
-def _rank_fake(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, backend: str) -> Tensor:
-    return torch.empty_like(targets)
+def _topk_fake(inputs: TopkInputs) -> Topk:
+    hidden, shape = inputs.head.hidden, (inputs.head.hidden.shape[0], inputs.k)
+    return Topk(hidden.new_empty(shape, dtype=sums_dtype(hidden.dtype)), inputs.excluded.new_empty(shape))
 
 
-def _topk(
-    hidden: Tensor, weight: Tensor, bias: Tensor, k: int, excluded: Tensor, offsets: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    scores, labels = _implementation(backend, hidden).topk(hidden, weight, bias, k, excluded, offsets)
-    return scores.to(sums_dtype(hidden.dtype)), labels
-
-
-def _topk_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor, k: int, excluded: Tensor, offsets: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    shape = (hidden.shape[0], k)
-    return hidden.new_empty(shape, dtype=sums_dtype(hidden.dtype)), excluded.new_empty(shape)
-
-
-for _name, _function, _fake in (
-    ("teracon_fast::linear_rank", _rank, _rank_fake), ("teracon_fast::linear_topk", _topk, _topk_fake)
-):  # fmt: skip
-    torch.library.define(_name, torch.library.infer_schema(_function, mutates_args=()))
-    torch.library.impl(_name, "default", _function)
-    torch.library.register_fake(_name, _fake)
-_linear_rank = torch.ops.teracon_fast.linear_rank.default
-_linear_topk = torch.ops.teracon_fast.linear_topk.default
+_linear_rank = register(
+    "linear_rank", RankInputs, Ranks, lambda inputs: Ranks(_implementation(inputs).rank(inputs)),
+    lambda inputs: Ranks(torch.empty_like(inputs.targets)),
+)  # fmt: skip
+_linear_topk = register("linear_topk", TopkInputs, Topk, _topk, _topk_fake)

@@ -5,26 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from teracon_fast.ops.heads_cpu import dense_head, schedule
+from teracon_fast.ops.heads import dense_head, schedule
+from teracon_fast.ops.linear_rank.api import RankInputs, Topk, TopkInputs
 from teracon_fast.ops.linear_rank.torch import require_no_nan
 
 # The best labels that threads hold of all rows at once, each 8 bytes.
 _HELD_BYTES = 64 << 20
 
 
-def rank(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+def rank(inputs: RankInputs) -> Tensor:
     """Ranks int64 `[N]`."""
+    head, targets, rows, _ = inputs
     ranks = torch.empty(targets.shape[0], dtype=torch.int64)
     nan = torch.ops.teracon_fast.linear_rank_cpu(
-        *dense_head(hidden, weight, bias), targets.contiguous(), rows.contiguous(), *schedule(weight.shape[0]), ranks
+        *dense_head(head), targets.contiguous(), rows.contiguous(), *schedule(len(head.weight)), ranks
     )
     require_no_nan("linear_rank", nan)
     return ranks
 
 
-def topk(hidden: Tensor, weight: Tensor, bias: Tensor, k: int, excluded: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_torch_linear_rank.topk`; scores are float32."""
-    hidden, weight, bias = dense_head(hidden, weight, bias)
+def topk(inputs: TopkInputs) -> Topk:
+    """As `torch.topk`; scores are float32."""
+    head, k, excluded, offsets, _ = inputs
+    hidden, weight, bias = dense_head(head)
     scores, labels = torch.empty(hidden.shape[0], k), torch.empty(hidden.shape[0], k, dtype=torch.int64)
     step = max(1, _HELD_BYTES // (8 * k * torch.get_num_threads()))
     for low in range(0, hidden.shape[0], step):
@@ -37,4 +40,4 @@ def topk(hidden: Tensor, weight: Tensor, bias: Tensor, k: int, excluded: Tensor,
             hidden[part], weight, bias, left_out, own, *schedule(weight.shape[0]), scores[part], labels[part]
         )
         require_no_nan("linear_topk", nan)
-    return scores, labels
+    return Topk(scores, labels)

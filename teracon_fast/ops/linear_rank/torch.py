@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teracon_fast.errors import TeraconError
-from teracon_fast.ops.heads import require_range
+from teracon_fast.ops.checks import require_range
+from teracon_fast.ops.heads import Head
+from teracon_fast.ops.linear_rank.api import RankInputs, Topk, TopkInputs
 
 _BLOCK_BYTES = 64 << 20
 
@@ -20,7 +22,8 @@ def _blocks(rows: int, weight: Tensor) -> Iterator[slice]:
         yield slice(low, min(low + step, rows))
 
 
-def _scores(operation: str, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _scores(operation: str, head: Head, part: slice) -> Tensor:
+    hidden, weight, bias = head.hidden[part], head.weight, head.bias
     scores = F.linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
     require_no_nan(operation, scores.isnan().any())
     return scores
@@ -50,34 +53,36 @@ def ranks_among(logits: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
     return rank
 
 
-def rank(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+def rank(inputs: RankInputs) -> Tensor:
     """Ranks int64 `[N]`."""
-    require_range("linear_rank", targets, weight.shape[0], "targets")
-    require_range("linear_rank", rows, hidden.shape[0], "rows")
+    head, targets, rows, _ = inputs
+    require_range("linear_rank", targets, len(head.weight), "targets")
+    require_range("linear_rank", rows, len(head.hidden), "rows")
     order = rows.argsort(stable=True)
     sorted_rows, ranks = rows[order], torch.empty_like(targets)
-    for part in _blocks(hidden.shape[0], weight):
-        scores = _scores("linear_rank", hidden[part], weight, bias)
+    for part in _blocks(len(head.hidden), head.weight):
+        scores = _scores("linear_rank", head, part)
         low, high = torch.searchsorted(sorted_rows, torch.tensor([part.start, part.stop], device=rows.device)).tolist()
         own = order[low:high]
         ranks[own] = ranks_among(scores, targets[own], rows[own] - part.start)
     return ranks
 
 
-def topk(hidden: Tensor, weight: Tensor, bias: Tensor, k: int, excluded: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and labels, `[R, k]`. Excluded labels are flat, of row r from offsets[r] to offsets[r + 1]; no offsets, none."""
-    count = hidden.shape[0]
-    require_range("linear_topk", excluded, weight.shape[0], "exclude")
+def topk(inputs: TopkInputs) -> Topk:
+    """Scores and labels, `[R, k]`."""
+    head, k, excluded, offsets, _ = inputs
+    hidden, count = head.hidden, len(head.hidden)
+    require_range("linear_topk", excluded, len(head.weight), "exclude")
     all_scores = hidden.new_empty(count, k)
     all_labels = torch.empty(count, k, dtype=torch.int64, device=hidden.device)
     of_row = torch.repeat_interleave(torch.arange(count, device=hidden.device), offsets.diff()) if len(offsets) else excluded
-    for part in _blocks(count, weight):
-        scores = _scores("linear_topk", hidden[part], weight, bias)
+    for part in _blocks(count, head.weight):
+        scores = _scores("linear_topk", head, part)
         inside = (of_row >= part.start) & (of_row < part.stop)
         scores[of_row[inside] - part.start, excluded[inside]] = -torch.inf
         best, chosen = _stable_topk(scores, k)
         all_scores[part], all_labels[part] = best, torch.where(torch.isneginf(best), -1, chosen)
-    return all_scores, all_labels
+    return Topk(all_scores, all_labels)
 
 
 def _stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -9,56 +9,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from teracon_fast.ops.masked_conv.api import Backward, Gradients, Inputs, Parameters, Results, room
+
 # As in csrc/cpu/masked_conv.h.
 _ALGORITHMS = {"auto": 0, "direct": 1, "winograd": 2}
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor, readers: Tensor,
-    bags: int, rows_per_request: list[int], row_ends: Tensor, residual: Tensor | None,
-    residual_rows: Tensor | None, eps: float,
-    algorithm: str, save: bool, addend: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `_torch_masked_conv.forward`."""
-    rows, kept = taps.shape[0], taps.shape[0] if save else 0
-    out, conv = x.new_empty(rows, weight.shape[0]), x.new_empty(kept, weight.shape[0])
-    mean, rstd = torch.empty(kept, 1), torch.empty(kept, 1)
-    none = x.new_empty(0)
+def forward(inputs: Inputs) -> Results:
+    """As `torch.forward`."""
+    results, tables = room(inputs), inputs.tables
     torch.ops.teracon_fast.masked_conv_cpu_forward(
-        x.contiguous(), *_wide(weight, bias, ln_weight, ln_bias, mask), taps.contiguous(), readers.contiguous(), bags,
-        torch.tensor(rows_per_request, dtype=torch.int64), eps, _ALGORITHMS[algorithm], torch.get_num_threads(),
-        none if addend is None else addend.contiguous(), none if residual is None else residual.contiguous(),
-        none if residual_rows is None else residual_rows.contiguous(), out, conv, mean, rstd,
+        inputs.x.contiguous(), *_wide(inputs.parameters), tables.taps.contiguous(), tables.readers.contiguous(),
+        len(tables.bag_offsets) - 1, *_options(inputs), *_dense(inputs.x, inputs.addend, inputs.residual, tables.residual_rows),
+        results.out, *results.kept,
     )  # fmt: skip
-    return out, conv, mean, rstd
+    return results
 
 
-def backward(
-    grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
-    readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
-    residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, algorithm: str, need_input: bool,
-    need_weight: bool, need_addend: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `_torch_masked_conv.backward`."""
-    f_out = weight.shape[0]
-    none = x.new_empty(0)
-    d_x = x.new_empty(x.shape) if need_input else none
-    d_weight, d_mask = torch.empty(weight.shape if need_weight else (0,)), torch.empty(mask.shape)
-    d_bias, d_ln_weight, d_ln_bias = (torch.empty(f_out) for _ in range(3))
-    d_residual = none if residual_readers is None else x.new_empty(residual_readers.shape[0], f_out)
-    d_addend = x.new_empty(grad.shape) if need_addend else none
+def backward(backward: Backward) -> Gradients:
+    """As `torch.backward`."""
+    grad, inputs, kept, needs = backward
+    x, parameters, tables = inputs[:3]
+    weight, readers = parameters.weight, tables.residual_readers if needs.residual else None
+    wide = Parameters(*(torch.empty(parameter.shape) for parameter in parameters))
+    wide = wide if needs.weight else wide._replace(weight=torch.empty(0))
+    d_x = x.new_empty(x.shape if needs.x else 0)
+    d_residual = x.new_empty(0 if readers is None else (len(readers), len(weight)))
+    d_addend = x.new_empty(grad.shape if needs.addend else 0)
     torch.ops.teracon_fast.masked_conv_cpu_backward(
-        x.contiguous(), *_wide(weight, d_bias, ln_weight, ln_bias, mask),  # the bias itself is not needed
-        taps.contiguous(), readers.contiguous(), torch.tensor(rows_per_request, dtype=torch.int64), eps,
-        _ALGORITHMS[algorithm], torch.get_num_threads(), grad.contiguous(), conv, mean, rstd, bag_rows.contiguous(),
-        bag_offsets.contiguous(), none if residual_readers is None else residual_readers.contiguous(),
-        d_x, d_weight, d_bias, d_ln_weight, d_ln_bias, d_mask, d_residual, d_addend,
+        x.contiguous(), *_wide(parameters), tables.taps.contiguous(), tables.readers.contiguous(), *_options(inputs),
+        grad.contiguous(), *kept, tables.bag_rows.contiguous(), tables.bag_offsets.contiguous(), *_dense(x, readers), d_x, *wide,
+        d_residual, d_addend,
     )  # fmt: skip
-    return (
-        d_x, d_weight.to(weight.dtype), d_bias.to(weight.dtype), d_ln_weight.to(ln_weight.dtype),
-        d_ln_bias.to(ln_bias.dtype), d_mask.to(mask.dtype), d_residual, d_addend,
-    )  # fmt: skip
+    narrow = (gradient.to(parameter.dtype) for gradient, parameter in zip(wide, parameters, strict=True))
+    return Gradients(d_x, Parameters(*narrow), d_residual, d_addend)
 
 
-def _wide(*parameters: Tensor) -> list[Tensor]:
+def _wide(parameters: Parameters) -> list[Tensor]:
     return [parameter.float().contiguous() for parameter in parameters]
+
+
+def _dense(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """An empty tensor for one that is not given."""
+    return [x.new_empty(0) if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _options(inputs: Inputs) -> tuple[Tensor, float, int, int]:
+    rows = torch.tensor(inputs.tables.rows_per_request, dtype=torch.int64)
+    return rows, inputs.eps, _ALGORITHMS[inputs.algorithm], torch.get_num_threads()

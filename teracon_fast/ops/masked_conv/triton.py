@@ -6,44 +6,36 @@ as a row of zeros.
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from teracon_fast.kernels import masked_conv as kernels
+from teracon_fast.kernels import masked_conv_backward
+from teracon_fast.kernels.tiles import dot_precision
 from teracon_fast.ops.backends import BackendError
+from teracon_fast.ops.masked_conv.api import Backward, Gradients, Inputs, Kept, Parameters, Results
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
-    readers: Tensor, bags: int, rows_per_request: list[int], row_ends: Tensor, residual: Tensor | None,
-    residual_rows: Tensor | None, eps: float, algorithm: str, save: bool, addend: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `_torch_masked_conv.forward`; rows from `row_ends[-1]` on are left unwritten.
+def forward(inputs: Inputs) -> Results:
+    """As `torch.forward`; rows from `row_ends[-1]` on are left unwritten.
 
     Raises:
         BackendError: for more channels than a program's registers hold.
     """
-    from teracon_fast.kernels import masked_conv as kernels
-    from teracon_fast.kernels.tiles import dot_precision
-
-    most = max(weight.shape[:2])
+    x, parameters, tables, residual, addend, eps, *_ = inputs
+    most = max(parameters.weight.shape[:2])
     if most > kernels.MOST_CHANNELS:
         raise BackendError(f"masked_conv: backend 'triton' takes up to {kernels.MOST_CHANNELS} channels, got {most}")
-    return kernels.forward(
-        x, weight, bias, ln_weight, ln_bias, mask, taps, row_ends, residual, residual_rows, eps, save, dot_precision(x.device),
+    out, *kept = kernels.forward(
+        x, *parameters, tables.taps, tables.row_ends, residual, tables.residual_rows, eps, inputs.save, dot_precision(x.device),
         addend,
     )  # fmt: skip
+    return Results(out, Kept(*kept))
 
 
-def backward(
-    grad: Tensor, x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, mask: Tensor, taps: Tensor,
-    readers: Tensor, bag_rows: Tensor, bag_offsets: Tensor, rows_per_request: list[int], row_ends: Tensor,
-    residual_readers: Tensor | None, conv: Tensor, mean: Tensor, rstd: Tensor, eps: float, algorithm: str, need_input: bool,
-    need_weight: bool, need_addend: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `_torch_masked_conv.backward`."""
-    from teracon_fast.kernels import masked_conv_backward as kernels
-    from teracon_fast.kernels.tiles import dot_precision
-
-    return kernels.backward(
-        grad, x, weight, ln_weight, ln_bias, mask, taps, readers, bag_rows, bag_offsets, row_ends, residual_readers,
-        conv, mean, rstd, need_input, dot_precision(x.device), need_weight, need_addend,
+def backward(backward: Backward) -> Gradients:
+    """As `torch.backward`."""
+    grad, (x, parameters, tables, *_), kept, needs = backward
+    weight, _, *others = parameters
+    d_x, *gradients, d_residual, d_addend = masked_conv_backward.backward(
+        grad, x, weight, *others, tables.taps, tables.readers, tables.bag_rows, tables.bag_offsets, tables.row_ends,
+        tables.residual_readers if needs.residual else None, *kept, needs.x, dot_precision(x.device), needs.weight, needs.addend,
     )  # fmt: skip
+    return Gradients(d_x, Parameters(*gradients), d_residual, d_addend)

@@ -10,34 +10,67 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from teracon_fast.errors import ShapeError
 from teracon_fast.ops import backends, low_rank
-from teracon_fast.ops.heads import autocast_hidden, check_head, keep_gradients, kept_gradients, sums_dtype
-from teracon_fast.ops.retention_mse import cpu as _cpu_retention_mse
-from teracon_fast.ops.retention_mse import torch as _torch_retention_mse
-from teracon_fast.ops.retention_mse import triton as _triton_retention_mse
-from teracon_fast.ops.retention_mse.torch import Needs, Result
+from teracon_fast.ops.checks import autocast, sums_dtype
+from teracon_fast.ops.heads import Head, check_head, keep_gradients, kept_gradients
+from teracon_fast.ops.registration import Gradient, flat, register
+from teracon_fast.ops.registration import Needs as ByName
 
 FORMS = ("auto", "direct", "gram")
 
 
-class _Implementation(Protocol):
-    """What a backend's module offers: see `_torch_retention_mse` for the meaning of the arguments."""
+class Needs(NamedTuple):
+    """Gradients of the student's head that are wanted."""
 
-    def distance(
-        self, student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-        teacher_bias: Tensor, coefficient: Tensor, valid: Tensor | None, form: str, needs: Needs, factored: bool,
-    ) -> Result: ...  # fmt: skip
+    hidden: bool
+    weight: bool
+    bias: bool
 
 
-_IMPLEMENTATIONS: dict[str, _Implementation] = {
-    "cpu": _cpu_retention_mse, "torch": _torch_retention_mse, "triton": _triton_retention_mse
-}  # fmt: skip
+class Inputs(NamedTuple):
+    """All that one past task's loss computes from.
+
+    Attributes:
+        student, teacher: heads with the hidden states of the same users.
+        coefficient: float64 scalar, of the sum of squares.
+        valid: int32 scalar; rows from there on are padding and count as no difference. None: all rows are users.
+        form, backend: as in `retention_mse`.
+        needs: which gradients are wanted.
+        low_rank: whether the gradient of the logits `[C, n]` stands for that of the weight; `cpu` backend only.
+    """
+
+    student: Head
+    teacher: Head
+    coefficient: Tensor
+    valid: Tensor | None
+    form: str
+    backend: str
+    needs: Needs
+    low_rank: bool
+
+
+class Results(NamedTuple):
+    """`coefficient * sum((student logits - teacher logits)^2)`, and its gradients, empty where they are not wanted."""
+
+    loss: Tensor
+    student: Head
+
+
+class Gradients(NamedTuple):
+    student: Head
+
+
+class Backend(Protocol):
+    """What a backend's module offers. `cpu` has `low_rank_is_faster` too."""
+
+    def distance(self, inputs: Inputs) -> Results: ...
+
 
 OneOrMore = Tensor | Sequence[Tensor]
 
@@ -45,7 +78,7 @@ OneOrMore = Tensor | Sequence[Tensor]
 def retention_mse(
     student_hidden: OneOrMore, weight: OneOrMore, bias: OneOrMore, teacher_hidden: OneOrMore, teacher_weight: OneOrMore,
     teacher_bias: OneOrMore, rho: Sequence[float] | Tensor | None = None, *, scale: float = 1.0, form: str = "auto",
-    factored_gradients: bool = False, valid: Tensor | None = None, backend: str = "auto",
+    low_rank_gradients: bool = False, valid: Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Retention loss of one past task, or of several with their own heads and users.
 
@@ -62,8 +95,8 @@ def retention_mse(
             nothing, while one outside costs a pass over every gradient.
         form: "direct", or "gram", whose cost does not depend on the number of users (`cpu` backend only), or "auto": what
             measures faster.
-        factored_gradients: leave the gradient of large weights as factors for `optim.Adam`, where that measures faster (`cpu`
-            backend, weights that are leaves): `weight.grad` then lacks it, see `optim.low_rank`. Not in compiled code.
+        low_rank_gradients: leave the gradient of large weights as low-rank factors for `optim.Adam`, where that measures faster
+            (`cpu` backend, weights that are leaves): `weight.grad` then lacks it, see `ops.low_rank`. Not in compiled code.
         valid: int32 `[J]`, for each past task how many of its rows are users, at least 1; the others are padding, which counts
             for nothing. None: all of them. With a `rho` on the same device, neither is read on the host.
         backend: "auto", "torch", or another that `teracon_fast.env_report()` lists as available.
@@ -84,24 +117,28 @@ def retention_mse(
     if form not in FORMS:
         raise ShapeError(f"retention_mse: form is {form!r}, expected one of {list(FORMS)}")
     terms = []
-    for j, (student, own_weight, own_bias, teacher, its_weight, its_bias) in enumerate(zip(*parts, strict=True)):
-        student, teacher = autocast_hidden(student), autocast_hidden(teacher).detach()
-        _check(j, student, own_weight, own_bias, teacher, its_weight, its_bias)
-        rows = student.shape[0] if valid is None else valid[j]
+    for j, heads in enumerate(zip(*parts, strict=True)):
+        student = Head(autocast(heads[0]), *heads[1:3])
+        teacher = Head(autocast(heads[3]).detach(), *(part.detach() for part in heads[4:]))
+        _check(j, student, teacher)
+        own_valid = None if valid is None else valid[j]
+        rows = len(student.hidden) if own_valid is None else own_valid
         share = rates[j] / (rates.sum() if isinstance(rates, Tensor) else sum(rates))
-        coefficient = _scalar(scale * share / (rows * own_weight.shape[0]), student.device)
-        grad = torch.is_grad_enabled()
-        needs = [grad and tensor.requires_grad for tensor in (student, own_weight, own_bias)]
-        leave = factored_gradients and needs[1] and own_weight.is_leaf and not torch.compiler.is_compiling() and (
-            valid is None and backends.resolve(backend, "retention_mse", student.device, student.dtype) == "cpu"
-            and _cpu_retention_mse.factors_are_faster(form, len(student), own_weight, student.dtype)
-        )  # fmt: skip
-        terms.append(_retention_mse(
-            student, own_weight, own_bias, teacher, its_weight.detach(), its_bias.detach(), coefficient,
-            None if valid is None else rows, form, backend, *needs, leave,
-        )[0])  # fmt: skip
+        coefficient = _scalar(scale * share / (rows * len(student.weight)), student.hidden.device)
+        needs = Needs(*(torch.is_grad_enabled() and tensor.requires_grad for tensor in student))
+        inputs = Inputs(student, teacher, coefficient, own_valid, form, backend, needs, False)
+        if low_rank_gradients and needs.weight and student.weight.is_leaf and valid is None and _low_rank_is_faster(inputs):
+            inputs = inputs._replace(low_rank=True)
+        terms.append(_retention_mse(*flat(inputs))[0])
     # By additions, through which a gradient passes as the tensor that it is: see `unit_gradient`.
     return functools.reduce(torch.add, terms)
+
+
+def _low_rank_is_faster(inputs: Inputs) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    faster = getattr(_implementation(inputs), "low_rank_is_faster", None)
+    return faster is not None and bool(faster(inputs.form, inputs.student))
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
@@ -115,69 +152,57 @@ def _sequence(part: OneOrMore) -> Sequence[Tensor]:
     return (part,) if isinstance(part, Tensor) else part
 
 
-def _check(
-    task: int, student: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor, teacher_weight: Tensor, teacher_bias: Tensor
-) -> None:
+def _check(task: int, student: Head, teacher: Head) -> None:
     name = f"retention_mse, past task {task}"
-    if student.shape != teacher.shape or student.dtype != teacher.dtype or not len(student):
+    own, its = student.hidden, teacher.hidden
+    if own.shape != its.shape or own.dtype != its.dtype or not len(own):
         raise ShapeError(
-            f"{name}: got student rows {student.dtype} {list(student.shape)} and teacher rows {teacher.dtype} "
-            f"{list(teacher.shape)}, expected equal shapes with at least one row, and equal dtypes"
+            f"{name}: got student rows {own.dtype} {list(own.shape)} and teacher rows {its.dtype} "
+            f"{list(its.shape)}, expected equal shapes with at least one row, and equal dtypes"
         )
-    check_head(name, student, weight, bias)
-    check_head(f"{name}, teacher", teacher, teacher_weight, teacher_bias)
-    if teacher_weight.shape != weight.shape or teacher.device != student.device:
+    check_head(name, student)
+    check_head(f"{name}, teacher", teacher)
+    if teacher.weight.shape != student.weight.shape or its.device != own.device:
         raise ShapeError(
-            f"{name}: the teacher's weight is {list(teacher_weight.shape)} on {teacher_weight.device}, "
-            f"expected as the student's, {list(weight.shape)} on {weight.device}"
+            f"{name}: the teacher's weight is {list(teacher.weight.shape)} on {teacher.weight.device}, "
+            f"expected as the student's, {list(student.weight.shape)} on {student.weight.device}"
         )
 
 
-def _distance(
-    student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor,
-    coefficient: Tensor, valid: Tensor | None, form: str, backend: str, need_hidden: bool, need_weight: bool, need_bias: bool,
-    factored: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    chosen = backends.resolve(backend, "retention_mse", student_hidden.device, student_hidden.dtype)
-    if form == "gram" and chosen != "cpu":
+def _implementation(inputs: Inputs) -> Backend:
+    hidden = inputs.student.hidden
+    found: Backend = backends.implementation("retention_mse", inputs.backend, hidden.device, hidden.dtype)
+    return found
+
+
+def _distance(inputs: Inputs) -> Results:
+    hidden = inputs.student.hidden
+    chosen = backends.resolve(inputs.backend, "retention_mse", hidden.device, hidden.dtype)
+    if inputs.form == "gram" and chosen != "cpu":
         raise backends.BackendError(f"retention_mse: backend {chosen!r} has no form 'gram', expected 'auto' or 'direct'")
-    return _IMPLEMENTATIONS[chosen].distance(
-        student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, coefficient, valid, form,
-        (need_hidden, need_weight, need_bias), factored,
-    )  # fmt: skip
+    return _implementation(inputs).distance(inputs)
 
 
-def _distance_fake(
-    student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor,
-    coefficient: Tensor, valid: Tensor | None, form: str, backend: str, need_hidden: bool, need_weight: bool, need_bias: bool,
-    factored: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    inputs, needs = (student_hidden, weight, bias), (need_hidden, need_weight, need_bias)
-    d_hidden, d_weight, d_bias = (t.new_empty(t.shape if need else (0,)) for t, need in zip(inputs, needs, strict=True))
-    d_weight = weight.new_empty(weight.shape[0], student_hidden.shape[0]) if factored else d_weight
-    return student_hidden.new_empty((), dtype=sums_dtype(student_hidden.dtype)), d_hidden, d_weight, d_bias
+def _distance_fake(inputs: Inputs) -> Results:
+    student = inputs.student
+    gradients = Head(*(t.new_empty(t.shape if need else (0,)) for t, need in zip(student, inputs.needs, strict=True)))
+    if inputs.low_rank:
+        gradients = gradients._replace(weight=student.weight.new_empty(len(student.weight), len(student.hidden)))
+    return Results(student.hidden.new_empty((), dtype=sums_dtype(student.hidden.dtype)), gradients)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    keep_gradients(ctx, output[1:])
-    ctx.left_for = (inputs[1], inputs[0].detach().float()) if inputs[-1] else None
+def _setup(ctx: Any, inputs: Inputs, results: Results) -> None:
+    keep_gradients(ctx, results.student)
+    ctx.low_rank_of = (inputs.student.weight, inputs.student.hidden.detach().float()) if inputs.low_rank else None
 
 
-def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 14
-    gradients, needed = kept_gradients(ctx, grad), list(ctx.needs_input_grad[:3])
-    if ctx.left_for is not None:
-        weight, hidden = ctx.left_for
-        low_rank.leave(weight, low_rank.Factors(gradients[1], hidden))
-        needed[1] = False
-    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), *(None,) * 11)
+def _gradient(ctx: Any, grad: Tensor, needs: ByName) -> Gradients:
+    gradients = Head(*kept_gradients(ctx, grad))
+    if ctx.low_rank_of is not None:
+        weight, hidden = ctx.low_rank_of
+        low_rank.accumulate(weight, low_rank.Factors(gradients.weight, hidden))
+        gradients = gradients._replace(weight=None)  # type: ignore[arg-type]
+    return Gradients(gradients)
 
 
-_NAME = "teracon_fast::retention_mse"
-# define + impl rather than custom_op, as in masked_conv.
-torch.library.define(_NAME, torch.library.infer_schema(_distance, mutates_args=()))
-torch.library.impl(_NAME, "default", _distance)
-torch.library.register_fake(_NAME, _distance_fake)
-torch.library.register_autograd(_NAME, _autograd, setup_context=_setup_context)
-_retention_mse = torch.ops.teracon_fast.retention_mse.default
+_retention_mse = register("retention_mse", Inputs, Results, _distance, _distance_fake, Gradient(_setup, _gradient))

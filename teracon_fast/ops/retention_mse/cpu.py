@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from teracon_fast.ops.heads_cpu import dense_head, schedule
-from teracon_fast.ops.retention_mse.torch import Needs, Result
+from teracon_fast.ops.heads import Head, dense_head, schedule
+from teracon_fast.ops.retention_mse.api import Inputs, Needs, Results
 
 # Labels in a block of M: it has twice the width of a weight, and larger blocks save traffic of the sums.
 _GRAM_BLOCK = 252
-
-
-# Numbers of a weight from which on its gradient is left as factors.
-_FACTORED_FROM = 10_000_000
+# Elements of a weight from which on its gradient may be left as low-rank factors.
+_LOW_RANK_FROM = 10_000_000
 
 
 def gram_is_faster(rows: int, channels: int, dtype: torch.dtype) -> bool:
@@ -39,80 +37,77 @@ def chosen_form(form: str, rows: int, channels: int, dtype: torch.dtype) -> str:
     return "gram" if gram_is_faster(rows, channels, dtype) else "direct"
 
 
-def factors_are_faster(form: str, rows: int, weight: Tensor, dtype: torch.dtype) -> bool:
+def low_rank_is_faster(form: str, student: Head) -> bool:
     """Whether leaving the gradient of a weight as factors measures faster than forming it, see bench/NOTES.md: a large one, which
     would go to memory and come back, from few users."""
-    large = weight.numel() >= _FACTORED_FROM and weight.dtype == torch.float32
-    return large and 2 * rows <= weight.shape[1] and chosen_form(form, rows, weight.shape[1], dtype) == "direct"
+    hidden, weight, _ = student
+    large = weight.numel() >= _LOW_RANK_FROM and weight.dtype == torch.float32
+    few = 2 * len(hidden) <= weight.shape[1]
+    return large and few and chosen_form(form, len(hidden), weight.shape[1], hidden.dtype) == "direct"
 
 
-def distance(
-    student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor,
-    coefficient: Tensor, valid: Tensor | None, form: str, needs: Needs, factored: bool,
-) -> Result:  # fmt: skip
-    """As `_torch_retention_mse.distance`. Only the direct form has factors, and those have no padding rows."""
+def distance(inputs: Inputs) -> Results:
+    """As `torch.distance`. Only the direct form has low-rank gradients, and those have no padding rows."""
+    student, teacher, coefficient, valid, form, _, needs, low_rank = inputs
     if valid is not None:
-        return _of_valid_rows(
-            int(valid), student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, coefficient, form, needs
-        )
-    scale = float(coefficient)
-    arguments = (student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
-    if not factored and chosen_form(form, len(student_hidden), weight.shape[1], student_hidden.dtype) == "gram":
-        return _by_gram(*arguments, scale, needs)
-    d_hidden, d_weight, d_bias = _room(student_hidden, weight, bias, (needs[0], needs[1] and not factored, needs[2]))
-    d_logits = torch.empty(weight.shape[0], len(student_hidden)) if factored else torch.empty(0)
+        return _of_valid_rows(inputs, int(valid))
+    hidden, weight, bias = student
+    if not low_rank and chosen_form(form, len(hidden), weight.shape[1], hidden.dtype) == "gram":
+        return _by_gram(student, teacher, float(coefficient), needs)
+    gradients = _room(student, needs._replace(weight=needs.weight and not low_rank))
+    d_logits = torch.empty(weight.shape[0], len(hidden)) if low_rank else torch.empty(0)
     loss = torch.ops.teracon_fast.retention_mse_cpu(
-        *dense_head(student_hidden, weight, bias), *dense_head(teacher_hidden, teacher_weight, teacher_bias), scale,
-        *schedule(weight.shape[0]), d_hidden, d_weight, d_bias, d_logits,
-    )  # fmt: skip
-    d_weight = d_logits if factored else d_weight
-    return torch.tensor(loss, dtype=torch.float32), d_hidden.to(student_hidden.dtype), d_weight, d_bias.to(bias.dtype)
+        *dense_head(student), *dense_head(teacher), float(coefficient), *schedule(weight.shape[0]), *gradients, d_logits
+    )
+    return _results(torch.tensor(loss, dtype=torch.float32), student, gradients, d_logits if low_rank else None)
 
 
-def _of_valid_rows(
-    valid: int, student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-    teacher_bias: Tensor, coefficient: Tensor, form: str, needs: Needs,
-) -> Result:  # fmt: skip
-    heads = (weight, bias, teacher_hidden[:valid], teacher_weight, teacher_bias)
-    loss, d_hidden, d_weight, d_bias = distance(student_hidden[:valid], *heads, coefficient, None, form, needs, False)
-    if needs[0]:
-        d_hidden = torch.cat([d_hidden, torch.zeros_like(student_hidden[valid:])])
-    return loss, d_hidden, d_weight, d_bias
+def _results(loss: Tensor, student: Head, gradients: Head, d_logits: Tensor | None = None) -> Results:
+    d_hidden, d_weight, d_bias = gradients
+    d_weight = d_weight if d_logits is None else d_logits
+    return Results(loss, Head(d_hidden.to(student.hidden.dtype), d_weight, d_bias.to(student.bias.dtype)))
 
 
-def _room(hidden: Tensor, weight: Tensor, bias: Tensor, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty(hidden.shape if needs[0] else 0),
-        torch.empty(weight.shape if needs[1] else 0, dtype=weight.dtype),
-        torch.empty(bias.shape if needs[2] else 0),
+def _of_valid_rows(inputs: Inputs, valid: int) -> Results:
+    student, teacher = (head._replace(hidden=head.hidden[:valid]) for head in inputs[:2])
+    loss, gradients = distance(inputs._replace(student=student, teacher=teacher, valid=None))
+    if inputs.needs.hidden:
+        padding = torch.zeros_like(inputs.student.hidden[valid:])
+        gradients = gradients._replace(hidden=torch.cat([gradients.hidden, padding]))
+    return Results(loss, gradients)
+
+
+def _room(student: Head, needs: Needs) -> Head:
+    hidden, weight, bias = student
+    return Head(
+        torch.empty(hidden.shape if needs.hidden else 0),
+        torch.empty(weight.shape if needs.weight else 0, dtype=weight.dtype),
+        torch.empty(bias.shape if needs.bias else 0),
     )
 
 
-def _by_gram(
-    student_hidden: Tensor, weight: Tensor, bias: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor,
-    coefficient: float, needs: Needs,
-) -> Result:  # fmt: skip
-    channels = weight.shape[1]
-    hidden = student_hidden.double()
-    states = torch.cat([hidden, hidden.new_ones(len(hidden), 1), hidden - teacher_hidden.double()], 1)
+def _by_gram(student: Head, teacher: Head, coefficient: float, needs: Needs) -> Results:
+    channels = student.weight.shape[1]
+    hidden = student.hidden.double()
+    states = torch.cat([hidden, hidden.new_ones(len(hidden), 1), hidden - teacher.hidden.double()], 1)
     moments = states.t() @ states
-    scaled = (2 * coefficient * moments[:, : channels + 1]).float() if needs[1] or needs[2] else torch.empty(0, 1)
-    _, d_weight, d_bias = _room(student_hidden, weight, bias, needs)
+    wanted = needs.weight or needs.bias
+    scaled = (2 * coefficient * moments[:, : channels + 1]).float() if wanted else torch.empty(0, 1)
+    gradients = _room(student, needs._replace(hidden=False))
     width = 2 * channels + 1
     gram = torch.empty(width, width, dtype=torch.float64)
-    known = teacher_gram(teacher_weight)
+    known = teacher_gram(teacher.weight)
     torch.ops.teracon_fast.retention_gram_cpu(
-        weight.contiguous(), bias.float().contiguous(), teacher_weight.contiguous(), teacher_bias.float().contiguous(), True,
-        scaled[:, :-1].contiguous(), scaled[:, -1].contiguous(), _GRAM_BLOCK, torch.get_num_threads(), gram, d_weight, d_bias,
+        *dense_head(student)[1:], *dense_head(teacher)[1:], True, scaled[:, :-1].contiguous(), scaled[:, -1].contiguous(),
+        _GRAM_BLOCK, torch.get_num_threads(), gram, *gradients[1:],
     )  # fmt: skip
     gram = gram.triu() + gram.triu(1).t()
     gram[channels + 1 :, channels + 1 :] = known
     loss = coefficient * (gram * moments).sum()
-    d_hidden = torch.empty(0)
-    if needs[0]:
+    if needs.hidden:
         d_states = 2 * coefficient * (states @ gram)
-        d_hidden = d_states[:, :channels] + d_states[:, channels + 1 :]
-    return loss.float(), d_hidden.to(student_hidden.dtype), d_weight, d_bias.to(bias.dtype)
+        gradients = gradients._replace(hidden=d_states[:, :channels] + d_states[:, channels + 1 :])
+    return _results(loss.float(), student, gradients)
 
 
 _TEACHER_GRAMS = WeakTensorKeyDictionary()

@@ -3,21 +3,32 @@
 `m_t = sigmoid(s * (w_t @ tanh(s * [e_t ; e_i, -e_i for i != t]) + b_t))`, or plain `sigmoid(s * e_t)`;
 `rho_j = 1 - mean over sites of sigmoid(c * cos(teacher's mask of j, current mask))` (Eq. 12, 13, 6 and 15 of the TERACON paper).
 
-The `torch` backend is `teracon_fast.model.masks`; `triton` has all of it in one launch forward and one backward.
+The `torch` backend is the formulas themselves; `triton` has all of it in one launch forward and one backward.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from teracon_fast.errors import ShapeError
-from teracon_fast.model.masks import MaskVariant, check_variant, relation_width
+from teracon_fast.errors import ConfigError, ShapeError
 from teracon_fast.ops import backends
-from teracon_fast.ops.task_masks import torch as _torch_task_masks
-from teracon_fast.ops.task_masks import triton as _triton_task_masks
+
+MaskVariant = Literal["relation", "positive_only", "none"]
+
+
+def check_variant(variant: str) -> MaskVariant:
+    """The variant itself, or a ConfigError that lists the known ones."""
+    if variant not in get_args(MaskVariant):
+        raise ConfigError(f"mask variant is {variant!r}, expected one of {list(get_args(MaskVariant))}")
+    return variant  # type: ignore[return-value]
+
+
+def relation_width(num_tasks: int, variant: MaskVariant = "relation") -> int:
+    """Number of relation weights per task and site: 2T-1, or T without the negated rows."""
+    return 2 * num_tasks - 1 if variant == "relation" else num_tasks
 
 
 class MaskParameters(NamedTuple):
@@ -50,17 +61,16 @@ class StepMasks(NamedTuple):
     rho: Tensor
 
 
-class _Implementation(Protocol):
-    """What a backend's module offers: see `_torch_task_masks` for the meaning of the arguments."""
+class Backend(Protocol):
+    """What a backend's module offers."""
 
-    def task_masks(self, parameters: MaskParameters, s: float | Tensor, tasks: tuple[int, ...]) -> Tensor: ...
+    def task_masks(self, parameters: MaskParameters, s: float | Tensor, tasks: tuple[int, ...]) -> Tensor:
+        """`[S, n, f]`; weights and biases, where there are any, are those of `tasks`."""
 
     def step_masks(
         self, student: MaskParameters, teacher: MaskParameters, s: float | Tensor, c: float, current: int
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-_IMPLEMENTATIONS: dict[str, _Implementation] = {"torch": _torch_task_masks, "triton": _triton_task_masks}
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The student's masks `[S, T, f]`; without gradient the teacher's `[S, J, f]` and rho `[J]`."""
 
 
 def task_masks(
@@ -120,10 +130,16 @@ def step_masks(
     return StepMasks(*_implementation(backend, embeddings).step_masks(student, teacher, s, c, current))
 
 
-def _implementation(backend: str, embeddings: Tensor) -> _Implementation:
-    # A compiler warns of the memory of earlier answers, which it passes by.
+def _implementation(backend: str, embeddings: Tensor) -> Backend:
+    # Compilers see through this operation: they warn of caches, and trace no import but one that is written out.
     resolve = backends.resolve.__wrapped__ if torch.compiler.is_compiling() else backends.resolve
-    return _IMPLEMENTATIONS[resolve(backend, "task_masks", embeddings.device, embeddings.dtype)]
+    if resolve(backend, "task_masks", embeddings.device, embeddings.dtype) == "triton":
+        from teracon_fast.ops.task_masks import triton
+
+        return triton
+    from teracon_fast.ops.task_masks import torch as formulas
+
+    return formulas
 
 
 def _check(name: str, parameters: MaskParameters, s: float | Tensor, tasks: tuple[int, ...] | None) -> tuple[int, ...]:
