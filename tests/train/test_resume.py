@@ -19,7 +19,10 @@ from tiny_data import write_tiny
 from teracon_fast.methods import METHODS
 
 TASKS, KILLS = 6, 10
-FLAGS = ["--channels", "8", "--dilations", "1,2", "--epochs", "2", "--batch-size", "32", "--lr", "0.01", "--checkpoint-every-steps", "2", "--log-every", "2", "--evaluate-batch-size", "32", "--threads", "1", "--no-tensorboard", "--no-report"]  # fmt: skip
+SETTINGS = """
+    --channels 8 --dilations 1,2 --epochs 2 --batch-size 32 --lr 0.01 --checkpoint-every-steps 2 --log-every 2
+    --evaluate-batch-size 32 --threads 1 --no-tensorboard --no-report
+"""
 # Children fork from a server that has the imports done (torch's optimizers import torch._dynamo at their first step) but has
 # never computed, so that a start takes a fraction of a second.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -70,7 +73,7 @@ def teracon(arguments: list[str], parent: Connection, moments: int = 0, renames:
 
 def start(method: str, data: Path, run: Path, **options: Any) -> tuple[BaseProcess, Connection]:
     ours, theirs = PROCESSES.Pipe(duplex=False)
-    arguments = ["train", "--method", method, "--data", str(data), "--run", str(run), *FLAGS]
+    arguments = ["train", "--method", method, "--data", str(data), "--run", str(run), *SETTINGS.split()]
     process = PROCESSES.Process(target=teracon, args=(arguments, theirs), kwargs=options)
     process.start()
     theirs.close()
