@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from bench.device import NotMeasured, Peak, kernel_seconds, tf32, wait
-from teracon_fast import _native as native
+from teracon_fast.ops import native
 
 CPU = torch.device("cpu")
 ROUNDS = 3

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.harness import Operations
-from teracon_fast.packing import PackedBatch, Streams, geometry, pack
+from teracon_fast.ops import pack
+from teracon_fast.packing import PackedBatch, Streams, geometry
 
 # Real lengths of the sequences that the authors publish as an example.
 REAL_LENGTHS = (46, 12, 100, 43, 100, 27, 100, 100, 37, 62, 26, 90, 30, 21, 45, 13, 13, 49, 20, 14)

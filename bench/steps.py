@@ -5,40 +5,48 @@ A step is a function without arguments that trains once and returns losses by na
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bench.shapes import Shape
 from teracon_fast import FastTCN
-from teracon_fast.data import Batch
-from teracon_fast.methods import METHODS, Method, PeterRec, Place, Sizes
+from teracon_fast.data import Batch, TaskData
+from teracon_fast.methods import METHODS, Method, PeterRec, Sizes, StepContext, StepResult, Teracon
 from teracon_fast.methods.peterrec import Patches
 from teracon_fast.methods.preactivation import PreActivationBackbone
-from teracon_fast.methods.sequence import train_step
-from teracon_fast.methods.teracon_graphs import StepGraphs
 from teracon_fast.model.backbone import Backbone
+from teracon_fast.packing import real_lengths
 from teracon_fast.reference import dense_loss, patch_addend
-from teracon_fast.train.loop import continual_step, make_optimizer, t1_step
+from teracon_fast.train.evaluation import target_ranks
+from teracon_fast.train.loop import make_optimizer, train_step
 
 Step = Callable[[], dict[str, Tensor]]
 
-PLACE = Place(5, 10)  # half way through an epoch
-S_TRAINING = 25.0  # the mask scale there
+CONTEXT = StepContext(batch=5, num_batches=10.0)  # halfway through an epoch
+S_TRAINING = CONTEXT.scale(50.0)  # the mask scale there
 ALPHA = 0.7
 NAMES = tuple(name for name in METHODS if name not in ("teracon", "parameter_masks"))  # with the ordinary loss
 
 
+class GivenUsers(Teracon):
+    """TERACON with given users of retention in place of drawn ones."""
+
+    users: Sequence[Tensor] = ()
+
+    def draw_users(self, batch: int, rates: Sequence[float]) -> list[Tensor]:
+        return list(self.users)
+
+
 def first_step(model: FastTCN, x: Tensor, lr: float, low: bool, graphs: bool = False) -> Step:
     """TERACON's step of task 1. `low`: in bf16. `graphs`: replayed as CUDA graphs."""
-    optimizer, recorded = make_optimizer(model, lr), None
-    precision: Any = "bf16" if low else "fp32"
-    if graphs:
-        recorded = StepGraphs(model, None, ALPHA, precision=precision)
-    return lambda: {"loss": t1_step(model, optimizer, x, S_TRAINING, precision, graphs=recorded).class_loss}
+    step, _ = _teracon_step(GivenUsers.around(model), x, x.new_empty(0), lr, low, graphs)
+    return lambda: {"loss": step()["class_loss"]}
 
 
 def later_step(
@@ -47,20 +55,36 @@ def later_step(
 ) -> Step:  # fmt: skip
     """TERACON's step of a later task with retention of `users`, drawn with the rates `rho`; reads the next step's rates, as
     training does."""
-    optimizer, recorded = make_optimizer(model, lr), None
-    precision: Any = "bf16" if low else "fp32"
+    step, method = _teracon_step(GivenUsers.around(model, teacher, alpha=ALPHA), x, y, lr, low, graphs)
+    method.users = users
+
+    def with_rates() -> dict[str, Tensor]:
+        method.rho = list(rho)
+        found = step()
+        return {"loss": found["class_loss"], "retention": found["retention_loss"], "rho": torch.tensor(method.rho)}
+
+    return with_rates
+
+
+def _teracon_step(
+    method: GivenUsers, x: Tensor, y: Tensor, lr: float, low: bool, graphs: bool
+) -> tuple[Step, GivenUsers]:  # fmt: skip
     if graphs:
-        recorded = StepGraphs(model, teacher, ALPHA, precision=precision)
+        method.enable_graphs()
+    optimizer = make_optimizer(method, lr, method.begin_phase("train"))
+    batch, context = Batch(x, y, real_lengths(x)), replace(CONTEXT, precision="bf16" if low else "fp32")
+    return lambda: train_step(method, optimizer, batch, context).losses, method
 
-    def step() -> dict[str, Tensor]:
-        found = continual_step(
-            model, teacher, optimizer, x, y, users, rho, S_TRAINING, ALPHA, precision=precision, graphs=recorded
-        )
-        assert found.retention_loss is not None and found.next_rho is not None
-        rates = torch.tensor(found.next_rho.tolist())
-        return {"loss": found.class_loss, "retention": found.retention_loss, "rho": rates}
 
-    return step
+@torch.inference_mode()
+def first_task_ranks(model: FastTCN, data: TaskData, samples: NDArray[np.int64], s: float, batch_size: int) -> Tensor:
+    """Ranks of the last items of some samples, as evaluation computes them: its encoder is made anew."""
+    encode = model.encoder(s)
+
+    def first_task(x: Tensor, drop_last: int = 0, lengths: Any = None) -> Tensor:
+        return encode(x, 0, drop_last, lengths)
+
+    return target_ranks(first_task, model.head(0), data, samples, batch_size, backend=model.backend)
 
 
 def method_step(
@@ -85,8 +109,12 @@ def method_step(
     optimizer = torch.optim.Adam(groups, lr=1e-4) if dense else make_optimizer(method, 1e-4, groups)
     if dense:
         make_dense(method, compiled or (lambda loss: loss))
-    others = {other: batches[other] for other in method.companions()}
-    return lambda: {"loss": train_step(method, optimizer, batches[task], PLACE, others)}
+    context = replace(CONTEXT, companions={other: batches[other] for other in method.companions()})
+    return lambda: {"loss": _total(train_step(method, optimizer, batches[task], context))}
+
+
+def _total(result: StepResult) -> Tensor:
+    return torch.stack([result.weights.get(name, 1.0) * loss for name, loss in result.losses.items()]).sum()
 
 
 def make_dense(method: Method, compiled: Callable[[Any], Any]) -> None:
@@ -94,8 +122,8 @@ def make_dense(method: Method, compiled: Callable[[Any], Any]) -> None:
     loss = compiled(dense_loss)
 
     def task_loss(
-        task: int, backbone: Backbone, batch: Batch, head: nn.Linear | None = None, masks: Tensor | None = None,
-        weights: Sequence[Tensor] | None = None, convolve: object = None,
+        task: int, backbone: Backbone, batch: Batch, context: StepContext | None = None, head: nn.Linear | None = None,
+        masks: Tensor | None = None, weights: Sequence[Tensor] | None = None, convolve: object = None,
     ) -> Tensor:  # fmt: skip
         addend = None
         if convolve is not None:

@@ -1,6 +1,6 @@
 """Your own method and your own data set, in the paper's Table 2 beside SinMo and FineAll.
 
-    python examples/own_method.py OUTPUT                              # makes the data, trains all three, writes the table
+    python examples/own_method.py OUTPUT                  # makes the data set, trains all three methods, writes the table
     teracon reproduce table2 --plugin examples/own_method.py --methods sinmo,head_only --data OUTPUT/data --output OUTPUT
 """
 
@@ -19,7 +19,7 @@ from teracon_fast.reproduce import Choices, reproduce
 
 
 class HeadOnly(Method):
-    """Task 0 trains a network, which then stays; every later task trains its head alone. So nothing is forgotten."""
+    """Task 0 trains a network, which is then frozen; later tasks train only their heads. So nothing is forgotten."""
 
     name = "head_only"
 
@@ -54,5 +54,7 @@ if __name__ == "__main__":
     output = Path(sys.argv[1])
     if not (output / "data").exists():
         write_data(output / "data")
-    done = reproduce("table2", Choices(output / "data", output, ("sinmo", "fine_all", HeadOnly.name), quick=True))
+    methods = ("sinmo", "fine_all", HeadOnly.name)
+    # Every run is a process of its own, which finds the method in this file.
+    done = reproduce("table2", Choices(output / "data", output, methods, plugins=(Path(__file__),), quick=True))
     print(done.files[0].read_text("utf-8"))

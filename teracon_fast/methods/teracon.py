@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ class Teracon(Method):
                 raise ConfigError(f"{self.name}: {name} is {getattr(self, name)!r}, expected one of {list(get_args(kind))}")
 
     @classmethod
-    def around(cls, model: FastTCN, teacher: FastTCN | None = None, **options: Any) -> Teracon:
+    def around(cls, model: FastTCN, teacher: FastTCN | None = None, **options: Any) -> Self:
         """The method in its last task, on a network that exists; `begin_phase("train")` is next.
 
         Args:
@@ -146,7 +146,7 @@ class Teracon(Method):
     def _start(self, task: int) -> None:
         self._rho = [FIRST_RHO] * task
 
-    def grown(self, num_items: int, labels: Sequence[int], generator: torch.Generator | None = None) -> Teracon:
+    def grown(self, num_items: int, labels: Sequence[int], generator: torch.Generator | None = None) -> Self:
         """As `Method.grown`, by `FastTCN.grown`."""
         self._check_growth(num_items, labels)
         options = {name: value for name, value in self._options().items() if name != "mask"}

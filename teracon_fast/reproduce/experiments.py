@@ -19,9 +19,9 @@ class Variant:
 
     Attributes:
         key: as in paper.toml; "" for the only one.
-        label: what a row of the table is called; "": as the method.
-        options: of the method's constructor.
-        reverse: the order is the paper's reversed one, unless another is asked for.
+        label: name of the row; "": the method's.
+        options: of the method, by name.
+        reverse: the tasks are in the paper's reversed order, or in the order that was asked for.
         noise: with the noisy task.
     """
 
@@ -41,11 +41,11 @@ class Experiment:
         title: what it shows.
         methods: of the paper, by their names in `methods.METHODS`.
         variants: each is trained for each method.
-        quantities: what is printed of each task; behind the first of one column, the second stands in brackets.
+        quantities: printed for each task; the second in brackets after the first.
         columns: whether each quantity has a column of its own instead.
-        single: SinMo is trained too, in the original order: FWT is measured against it.
-        plain: methods are trained without the noisy task too: changes are measured against that.
-        watch: of which tasks the test metric is measured after every epoch.
+        single: SinMo is trained too, in the original order, as the baseline of FWT.
+        plain: methods are trained without the noisy task too, as the baseline of changes.
+        watch: tasks whose test metric is measured after every epoch.
         held_back: the sequence ends with the held-back task.
     """
 
@@ -62,7 +62,7 @@ class Experiment:
 
     @property
     def is_figure(self) -> bool:
-        """Whether it is a picture."""
+        """Whether it is a plot."""
         return self.watch != "none"
 
 

@@ -1,4 +1,4 @@
-"""What is reached without learning anything from sequences: labels ranked by how often the training samples have them."""
+"""The baseline that learns nothing from sequences: labels ranked by their frequency in the training samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from teracon_fast.train.metrics import headline, task_metrics
 
 
 def frequency_metric(data: TaskData, split: Split) -> float:
-    """The task's metric over its test samples when labels are ranked by their number of training samples."""
+    """The task's metric on its test samples with labels ranked by their frequency in the training samples."""
     labels = np.asarray(data.samples[:, 1], dtype=np.int64)
     counts = np.bincount(labels[split.train], minlength=data.num_labels)
     rank = np.empty(data.num_labels, dtype=np.int64)
@@ -22,10 +22,10 @@ def frequency_metric(data: TaskData, split: Split) -> float:
 
 
 def frequency_grid(plan: Plan) -> Grid:
-    """One line: the metric of every task of the data set, over the splits of the plan's seeds."""
+    """One line: the metric of every task of the data set, for the split of each seed."""
     columns, entries = [], []
     for number, data in enumerate(plan.dataset.tasks, 1):
-        splits = [split_task(data, plan.setup.config.split_by, seed) for seed in plan.seeds]
+        splits = [split_task(data, plan.config.split_by, seed) for seed in plan.seeds]
         values = tuple(frequency_metric(data, split) for split in splits)
         heading = f"{task_name(plan, number)} {metric_name(plan, number)}"
         columns.append(Column(heading, (heading,)))

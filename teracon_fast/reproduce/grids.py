@@ -1,4 +1,4 @@
-"""A table of figures with their spread over seeds, and the paper's beside them: as Markdown and as CSV."""
+"""Tables of means and standard deviations over seeds, with the paper's values beside them: Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Entry:
     """One quantity.
 
     Attributes:
-        values: one a seed, NaN where there is none.
-        form: how it is printed, a format specification, perhaps with " %" behind it.
-        paper: what the paper prints, or NaN.
+        values: one per seed, NaN if there is none.
+        form: format specification, optionally followed by " %".
+        paper: the paper's value, or NaN.
     """
 
     values: tuple[float, ...]
@@ -29,12 +29,12 @@ class Entry:
 
     @property
     def known(self) -> list[float]:
-        """The values that there are."""
+        """The finite values."""
         return [value for value in self.values if math.isfinite(value)]
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """Mean over the seeds."""
         return float(np.mean(self.known)) if self.known else math.nan
 
     @property
@@ -43,12 +43,12 @@ class Entry:
         return float(np.std(self.known, ddof=1)) if len(self.known) > 1 else math.nan
 
     def text(self) -> str:
-        """Mean and spread."""
+        """Mean and standard deviation."""
         spread = f" ± {self._print(self.spread).lstrip('+')}" if math.isfinite(self.spread) else ""
         return self._print(self.mean).replace(" %", "" if spread else " %") + spread
 
     def paper_text(self) -> str:
-        """The paper's."""
+        """The paper's value."""
         return self._print(self.paper)
 
     def _print(self, value: float) -> str:
@@ -61,7 +61,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Column:
-    """A heading, and the names of its quantities in a CSV file; in a table all but the first stand in brackets."""
+    """A heading, and the names of its quantities in a CSV file; a table shows all but the first in brackets."""
 
     heading: str
     names: tuple[str, ...]
@@ -90,7 +90,7 @@ class Grid:
     lines: tuple[Line, ...]
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Heading and rows as people read them; a row of the paper's figures follows each that has some."""
+        """Heading and rows as text; the paper's values follow in a row of their own."""
         rows = []
         for line in self.lines:
             rows.append([line.label, *(_joined(entries, Entry.text) for entries in line.entries)])
@@ -99,7 +99,7 @@ class Grid:
         return [self.first, *(column.heading for column in self.columns)], rows
 
     def upright(self) -> tuple[list[str], list[list[str]]]:
-        """`rows` with rows and columns exchanged, for a screen that is not as wide as a page."""
+        """`rows` transposed, for narrow screens."""
         heading, rows = self.rows()
         heading, *rows = (list(column) for column in zip(heading, *rows, strict=True))
         return heading, rows
@@ -110,17 +110,17 @@ class Grid:
 
 
 def _joined(entries: tuple[Entry, ...], text: Callable[[Entry], str]) -> str:
-    """ "0.0411 (-3.06 %)": what is not known is left out behind the first."""
+    """ "0.0411 (-3.06 %)"; unknown values after the first are left out."""
     first, *others = (text(entry) for entry in entries)
     behind = [other for other in others if other != "–"]
     return f"{first} ({', '.join(behind)})" if behind else first
 
 
 def csv_text(grid: Grid, paper: bool = True) -> str:
-    """The table as CSV: mean, spread over seeds and the paper's figure of each quantity in columns of their own.
+    """The table as CSV: columns for mean, standard deviation and the paper's value of each quantity.
 
     Args:
-        paper: with columns for the paper's figures, also where it has none; for quantities that it never prints, without.
+        paper: whether to write columns for the paper's values.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""What an experiment leaves in its folder: NAME.md, NAME.csv and others for frequency, transfer, cost and R, and a picture."""
+"""The files of an experiment: NAME.md, NAME.csv, CSV files of frequency, transfer, cost and R, and a plot."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from teracon_fast.config import RunConfig
 from teracon_fast.data.order import NOISE
 from teracon_fast.files import atomic_write
 from teracon_fast.report.plots import save
-from teracon_fast.reproduce import pictures
+from teracon_fast.reproduce import plots
 from teracon_fast.reproduce.frequency import frequency_grid
 from teracon_fast.reproduce.grids import Column, Entry, Grid, Line, csv_text
 from teracon_fast.reproduce.plan import Plan
@@ -31,33 +33,32 @@ from teracon_fast.reproduce.tables import (
     transfer_grid,
 )
 
-DEFINITIONS = """R[j, i] is the test metric of task i after training task j, M the last task.
+DEFINITIONS = """R[j, i] is the test metric of task i after training task j; M is the last task.
 BWT_i = 100 (R[M, i] - R[i, i]) / R[i, i] and FWT_i = 100 (R[i, i] - SinMo_i) / SinMo_i, in percent, as the paper defines them.
-Backward transfer of GEM is the mean of R[M, i] - R[i, i], forgetting the mean of max over j < M of R[j, i] less R[M, i], both in
-units of the metric. Seconds per epoch count training and validation, as they were when a run was trained, perhaps for another
-table; runs beside others (--jobs) share the machine with them. Peak memory is that of the whole process, on a GPU what torch
-held there; runs after others in one process (--jobs 1) also count what those left. ± is the standard deviation over the seeds
-(n - 1)."""
+Backward transfer of GEM is the mean of R[M, i] - R[i, i]; forgetting is the mean of max over j < M of R[j, i] minus R[M, i]; both
+are in units of the metric. Seconds per epoch cover training and validation, measured when the run was trained; runs trained
+side by side (--jobs) share the machine. Peak memory is the resident memory of the process, or what torch allocated on the GPU.
+± is the standard deviation over the seeds (n - 1)."""
 
-CURVES = """The test metric after each epoch, with the weights of that epoch. A method's second phase, such as CONURE's
-retraining, follows its first on the same axis. A seed that has stopped early keeps its last value."""
+CURVES = """Test metric after each epoch, with the weights of that epoch. The epochs of a second phase, such as CONURE's
+retraining, follow those of the first on the same axis. A seed that stopped early keeps its last value."""
 
 
 def write_pages(plan: Plan, found: Sequence[Found], file_format: str = "png") -> list[Path]:
-    """Write the table, or the figure, of a plan; what is not finished is left out or shown as a dash.
+    """Write the table, or the figure, of a plan; missing results are left out or shown as a dash.
 
     Args:
-        found: results of its rows. file_format: of pictures, "png", "pdf" or "svg".
+        found: results of its rows. file_format: of plots, "png", "pdf" or "svg".
 
     Returns:
         The files written, the Markdown page first.
     """
-    name, folder = plan.file_name, plan.setup.output
+    name, folder = plan.file_name, plan.output
     written: list[Path] = []
     parts = [f"# {plan.experiment.title}", about(plan, found)]
     if plan.experiment.is_figure:
         seeds = f"{len(plan.seeds)} seeds, ± standard deviation" if len(plan.seeds) > 1 else f"seed {plan.seeds[0]}"
-        figure = pictures.curves(_curves(plan, found), f"{plan.experiment.title}\n{plan.dataset.name}, {seeds}")
+        figure = plots.curves(_curves(plan, found), f"{plan.experiment.title}\n{plan.dataset.name}, {seeds}")
         if figure is not None:
             written.append(folder / f"{name}.{file_format}")
             save(figure, written[0])
@@ -79,68 +80,78 @@ def write_pages(plan: Plan, found: Sequence[Found], file_format: str = "png") ->
     texts = {f"{name}.md": "\n\n".join(parts) + "\n"}
     tables |= {key: csv_text(grid, paper=False) for key, grid in more.items()} | {"_R": matrix_csv(plan, found)}
     texts |= {f"{name}{key}.csv": text for key, text in tables.items()}
-    for place, (file_name, text) in enumerate(texts.items()):
-        written.insert(place, folder / file_name)
-        with atomic_write(written[place], "w") as file:
+    for index, (file_name, text) in enumerate(texts.items()):
+        written.insert(index, folder / file_name)
+        with atomic_write(written[index], "w") as file:
             file.write(text)
     return written
 
 
 def about(plan: Plan, found: Sequence[Found]) -> str:
-    """What the table was measured on, and whether the paper's figures stand beside it."""
-    data, config = plan.dataset, plan.setup.config
-    missing = sum(cell is None for row in found for cell in row.cells)
-    devices = sorted({cell.device for row in found for cell in row.cells if cell is not None})
+    """The data set, the network, the devices, and whether the paper's results appear beside ours."""
+    data, config = plan.dataset, plan.config
+    results = [run for row in found for run in row.runs]
+    devices = sorted({run.device for run in results if run is not None})
     users = len(np.unique(data.tasks[0].groups))
     counts = f"Data set: {data.name}, {len(data.tasks)} tasks, {users:,} users, {data.num_items:,} items"
     if plan.paper is not None:
-        paper = f"{counts}: the paper's {plan.paper.title}; rows marked \"paper\" are what it prints."
+        paper = f'{counts}: the paper\'s {plan.paper.title}; rows marked "paper" are the published results.'
     else:
-        paper = f"{counts}: another one than the paper's, whose figures can not be compared with these and are not shown."
+        paper = f"{counts}: not one of the paper's data sets, so its published results are not comparable and not shown."
     lines = [
         paper,
         f"{config.model.channels} channels, dilations {', '.join(map(str, config.model.dilations))}; seeds "
         f"{', '.join(map(str, plan.seeds))}; split 80 / 5 / 15 by {config.split_by}; measured on: {', '.join(devices) or '-'}.",
     ]
-    if missing:
-        lines.append(f"{missing} of {sum(len(row.cells) for row in found)} runs are not finished.")
+    if None in results:
+        lines.append(f"{results.count(None)} of {len(results)} runs are not finished.")
     return "\n\n".join(lines)
 
 
 def settings(plan: Plan) -> str:
-    """How the tasks were trained, and the settings of each method."""
-    numbers = sorted({number for cell in plan.cells for number in cell.order}, key=lambda number: (number == NOISE, number))
+    """Training settings of the tasks, and the options of each row's method."""
+    numbers = sorted({number for row in plan.rows for number in row.order}, key=lambda number: (number == NOISE, number))
     lines = ["# Settings", ""]
-    for values, alike in groupby(numbers, key=plan.setup.task_settings):
+    for values, alike in groupby(numbers, key=lambda number: plan.config.for_task(number).model_dump(exclude={"options"})):
         tasks = ", ".join("T'" if number == NOISE else f"T{number}" for number in alike)
         lines.append(
-            f"- {tasks}: learning rate {values.lr:g}, {values.batch_size} samples a step, at most {values.epochs} epochs, "
-            f"patience {values.patience}, best weights by {values.select}"
+            f"- {tasks}: learning rate {values['lr']:g}, {values['batch_size']} samples a step, at most {values['epochs']} "
+            f"epochs, patience {values['patience']}, best weights by {values['select']}"
         )
     for row in plan.rows:
-        method = plan.setup.new_method(row.cells[0], plan.dataset.num_items)
-        own = {key: value for key, value in method.settings().items() if key != "name" and key not in asdict(method.sizes)}
+        own = _options(plan, row.runs[0], row.order)
         if own:
             lines.append(f"- {row.label}: {', '.join(f'{key} = {value}' for key, value in own.items())}")
     return "\n".join(lines)
 
 
+def _options(plan: Plan, run: RunConfig, order: Sequence[int]) -> dict[str, Any]:
+    """Options of a run's method; of those with different values per task, the values in the order of training."""
+    method = run.new_method(plan.dataset.num_items)
+    found = {key: value for key, value in method.settings().items() if key != "name" and key not in asdict(method.sizes)}
+    by_task = [run.task_options(number) for number in order]
+    for key in by_task[0]:
+        values = tuple(options[key] for options in by_task)
+        found[key] = values[0] if len(set(values)) == 1 else values
+    return found
+
+
 def _curves(plan: Plan, found: Sequence[Found]) -> list[tuple[str, str, dict[str, list[list[float]]]]]:
-    """Name, metric and curves by method of every watched task but task 1 and the noisy one."""
+    """Name, metric, and curves by method, of every task tested after each epoch except task 1 and the noisy one."""
     order = found[0].order
-    wanted = [place for place in found[0].row.cells[0].watch if order[place] != NOISE and place > 0]
+    wanted = [position - 1 for position in found[0].row.runs[0].test_every_epoch if order[position - 1] != NOISE and position > 1]
     return [
         (
-            task_name(plan, order[place]),
-            metric_name(plan, order[place]),
-            {row.row.label: [cell.curves[place] for cell in row.cells if cell is not None] for row in found},
+            task_name(plan, order[task]),
+            metric_name(plan, order[task]),
+            {row.row.label: [run.curves[task] for run in row.runs if run is not None] for row in found},
         )
-        for place in wanted
+        for task in wanted
     ]
 
 
 def curve_grid(plan: Plan, found: Sequence[Found]) -> Grid:
-    """Where each curve begins, its best point, and when it is reached."""
+    """First and best value of each curve, and the epoch of the best."""
     tasks = _curves(plan, found)
     headings = [f"{name}: {what}" for name, _, _ in tasks for what in ("after one epoch", "best", "best at epoch")]
     columns = tuple(Column(heading, (heading,)) for heading in headings)
@@ -152,15 +163,15 @@ def curve_grid(plan: Plan, found: Sequence[Found]) -> Grid:
             best = [int(np.argmax(curve)) for curve in curves]
             entries += [
                 (Entry(tuple(curve[0] for curve in curves)),),
-                (Entry(tuple(curve[place] for curve, place in zip(curves, best, strict=True))),),
-                (Entry(tuple(place + 1.0 for place in best), ".1f"),),
+                (Entry(tuple(curve[at] for curve, at in zip(curves, best, strict=True))),),
+                (Entry(tuple(at + 1.0 for at in best), ".1f"),),
             ]
         lines.append(Line(row.row.label, tuple(entries)))
     return Grid("Test metric during training", "method", columns, tuple(lines))
 
 
 def curve_csv(plan: Plan, found: Sequence[Found]) -> str:
-    """The points of the picture: one row a task, method and epoch."""
+    """The points of the plot: one line per task, method and epoch."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["task", "metric", "method", "epoch", "mean", "spread", "seeds"])
@@ -168,7 +179,7 @@ def curve_csv(plan: Plan, found: Sequence[Found]) -> str:
         for label, curves in by_method.items():
             if not curves:
                 continue
-            mean, spread = pictures.mean_curve(curves)
+            mean, spread = plots.mean_curve(curves)
             for epoch, (middle, width) in enumerate(zip(mean.tolist(), spread.tolist(), strict=True), 1):
                 shown = repr(width) if len(curves) > 1 and math.isfinite(width) else ""
                 writer.writerow([name, metric, label, epoch, repr(middle), shown, len(curves)])

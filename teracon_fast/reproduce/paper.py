@@ -1,4 +1,4 @@
-"""The paper's own figures (paper.toml), and which data sets they may stand beside."""
+"""The paper's published results (paper.toml), and the data sets that they are comparable with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from teracon_fast.data import TaskSequence
 
-LEAST_SHARE = 0.9  # smaller over larger number of users: below it a data set of the same name is a part, or another release
+LEAST_SHARE = 0.9  # smaller over larger number of users; below it, a data set of the same name is a subset or another release
 
 
 @lru_cache(maxsize=1)
@@ -24,11 +24,11 @@ def _file() -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Paper:
-    """What the paper has of one data set.
+    """The paper's results on one data set.
 
     Attributes:
-        key: of paper.toml, and the name of the preset. title: as the paper calls it.
-        noise_at: place of the noisy task in Table 4, from 1; None: none printed.
+        key: in paper.toml, and the name of the preset. title: as the paper calls it.
+        noise_at: position of the noisy task in Table 4, from 1; None: not published.
     """
 
     key: str
@@ -36,7 +36,7 @@ class Paper:
     noise_at: int | None
 
     def value(self, experiment: str, method: str, variant: str, order: tuple[int, ...], quantity: str, number: int) -> float:
-        """A printed figure; NaN where there is none.
+        """A published value; NaN if there is none.
 
         Args:
             experiment: "table2" and so on. method: by name. variant: key of an `experiments.Variant`.
@@ -56,7 +56,7 @@ class Paper:
 
 
 def paper_of(dataset: TaskSequence) -> Paper | None:
-    """What the paper has of a data set; None unless its name, its number of tasks and the size of its first task are those."""
+    """The paper's results on a data set; None unless name, number of tasks and number of users match."""
     for key, about in _file().items():
         alike = dataset.name.lower() in about["names"] and len(dataset.tasks) == about["tasks"]
         users = len(np.unique(dataset.tasks[0].groups))

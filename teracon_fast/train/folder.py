@@ -234,6 +234,7 @@ def delete_old_run(folder: Path) -> None:
         ConfigError: the folder holds files but is not a run folder.
     """
     entries = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    entries -= {"log.txt", "error.txt"}  # of `reproduce.jobs`
     if entries and "config.toml" not in entries:
         raise ConfigError(f"{folder}: got a folder with other files in it, expected a new, empty or run folder")
     for name in ("results.json", "metrics.jsonl", GROWN):

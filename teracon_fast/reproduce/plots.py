@@ -1,4 +1,4 @@
-"""Figures 2 and 3: the test metric of a task after each epoch of its training, one line a method."""
+"""Figures 2 and 3: test metric of a task after each epoch of its training, one line per method."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Array = NDArray[np.float64]
 
 
 def mean_curve(curves: Sequence[Sequence[float]]) -> tuple[Array, Array]:
-    """Mean and spread (n - 1; 0 for one) over the seeds after each epoch; a seed that has ended keeps its last value.
+    """Mean and standard deviation (n - 1; 0 for one seed) after each epoch; a seed that stopped early keeps its last value.
 
     Args:
-        curves: one a seed, of any lengths from 1.
+        curves: one per seed, each of at least one epoch.
 
     Returns:
         float64 [epochs] each.
@@ -31,11 +31,11 @@ def mean_curve(curves: Sequence[Sequence[float]]) -> tuple[Array, Array]:
 
 
 def curves(tasks: Sequence[tuple[str, str, Mapping[str, Sequence[Sequence[float]]]]], title: str) -> Figure | None:
-    """One panel a task, one line a method, its spread over the seeds as a band.
+    """One panel per task, one line per method, its standard deviation over the seeds as a band. None without any curve.
 
     Args:
-        tasks: name, metric, and for each method its curves, one a seed. Methods without curves are left out.
-        title: above all.
+        tasks: name, metric, and for each method its curves, one per seed. Methods without curves are left out.
+        title: of the figure.
     """
     drawn = [(name, metric, {label: found for label, found in of_task.items() if found}) for name, metric, of_task in tasks]
     drawn = [entry for entry in drawn if entry[2]]
@@ -53,15 +53,15 @@ def curves(tasks: Sequence[tuple[str, str, Mapping[str, Sequence[Sequence[float]
         known: dict[str, Any] = {}
         for axes, (name, metric, of_task) in zip(all_axes, drawn, strict=True):
             for label, found in of_task.items():
-                place = labels.index(label) % len(COLOURS)
+                number = labels.index(label) % len(COLOURS)
                 mean, spread = mean_curve(found)
                 x = np.arange(1, len(mean) + 1)
-                few = MARKERS[place] if len(x) <= 20 else None
-                (line,) = axes.plot(x, mean, color=COLOURS[place], ls=LINES[place], marker=few, ms=4, lw=1.6)
-                if len(found) > 1 and len(x) == 1:  # a band of no width would not be seen
-                    axes.errorbar(x, mean, spread, color=COLOURS[place], alpha=0.6, capsize=3, lw=1.2)
+                few = MARKERS[number] if len(x) <= 20 else None
+                (line,) = axes.plot(x, mean, color=COLOURS[number], ls=LINES[number], marker=few, ms=4, lw=1.6)
+                if len(found) > 1 and len(x) == 1:  # a band would have no width
+                    axes.errorbar(x, mean, spread, color=COLOURS[number], alpha=0.6, capsize=3, lw=1.2)
                 elif len(found) > 1:
-                    axes.fill_between(x, mean - spread, mean + spread, color=COLOURS[place], alpha=0.15, lw=0)
+                    axes.fill_between(x, mean - spread, mean + spread, color=COLOURS[number], alpha=0.15, lw=0)
                 known.setdefault(label, line)
             axes.set_title(name)
             axes.set_xlabel("epoch")

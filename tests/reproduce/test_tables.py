@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,13 +14,14 @@ import pytest
 
 from teracon_fast.data import split_task
 from teracon_fast.data.order import NOISE
-from teracon_fast.reproduce import Choices, Found, Plan, make_plan, write_pages
+from teracon_fast.reproduce import Choices, Found, Plan, RunResult, make_plan, read_run, write_pages
 from teracon_fast.reproduce.frequency import frequency_grid
 from teracon_fast.reproduce.grids import Column, Entry, Grid, Line, csv_text
-from teracon_fast.reproduce.jobs import CellResult
 from teracon_fast.reproduce.paper import LEAST_SHARE, Paper, paper_of
-from teracon_fast.reproduce.pictures import mean_curve
+from teracon_fast.reproduce.plan import _digest
+from teracon_fast.reproduce.plots import mean_curve
 from teracon_fast.reproduce.tables import cost_grid, main_grids, matrix_grids, transfer_grid, value
+from teracon_fast.train.checkpoint import RunState
 from teracon_fast.train.metrics import forgetting, gem_backward_transfer, result_matrix
 
 NAN = math.nan
@@ -27,9 +29,9 @@ R = [[0.5], [0.4, 0.2], [0.45, 0.3, 0.8]]
 TTL = Paper("ttl", "TTL", 4)
 
 
-def result(rows: list[list[float]], curves: dict[int, list[float]] | None = None) -> CellResult:
+def result(rows: list[list[float]], curves: dict[int, list[float]] | None = None) -> RunResult:
     count = len(rows)
-    return CellResult(["mrr@5"] * count, ["t"] * count, rows, [2] * count, [8.0] * count, 1000, 0.5, 100.0, "cpu", curves or {})
+    return RunResult(["mrr@5"] * count, rows, [2] * count, [8.0] * count, 1000, 0.5, 100.0, "cpu", curves or {})
 
 
 def found(
@@ -37,7 +39,7 @@ def found(
 ) -> list[Found]:  # fmt: skip
     return [
         Found(
-            row, tuple(result(rows) for _ in row.cells), tuple(None if single is None else result(single) for _ in row.single),
+            row, tuple(result(rows) for _ in row.runs), tuple(None if single is None else result(single) for _ in row.single),
             tuple(None if plain is None else result(plain) for _ in row.plain),
         )
         for row in plan.rows
@@ -118,7 +120,7 @@ def test_layout_of_markdown_and_csv() -> None:
 
 def test_table_3_has_a_table_for_each_order_and_columns_for_each_quantity(choices: Callable[..., Choices]) -> None:
     plan = make_plan("table3", choices(methods=("hat", "conure")))
-    assert {cell.method for cell in plan.cells} == {"sinmo", "hat", "conure"} and len(plan.cells) == 5
+    assert {run.method for run in plan.runs} == {"sinmo", "hat", "conure"} and len(plan.runs) == 5
     rows = found(plan, R, R)
     first, second = main_grids(plan, rows)
     assert first.title.endswith("(original)") and second.title.endswith("(reversed)")
@@ -141,7 +143,7 @@ def test_no_figure_of_the_paper_beside_another_data_set(choices: Callable[..., C
     plan = make_plan("table2", choices(methods=("sinmo", "mtl")))
     assert plan.paper is None
     text = write_pages(plan, found(plan, R))[0].read_text("utf-8")
-    assert "another one than the paper's" in text and ", paper |" not in text
+    assert "not one of the paper's data sets" in text and ", paper |" not in text
     assert "| MTL | – | 0.3000 | 0.8000 |" in text, "as in the paper, the pairs have no figure for T1"
 
 
@@ -157,11 +159,36 @@ def test_the_papers_figures_stand_beside_its_data_set(choices: Callable[..., Cho
     assert len(main_grids(noisy, found(noisy, [*R, [0.1] * 4]))[0].rows()[1]) == 1, "Table 2 is without noise"
 
 
+def test_a_run_folder_is_read(tmp_path: Path) -> None:
+    """Made up: an interrupted and resumed run of two tasks."""
+    view = {"method": "hat"}
+    run = tmp_path / f"hat-1.2-seed0-{_digest(view)}"
+    (run / "checkpoints").mkdir(parents=True)
+    cost = {"parameters": 7, "kept_mib": 0.5, "peak_mib": 99.0, "device": "cpu", "more": 1}
+    events = [
+        {"event": "step", "task": 1, "loss": 1.0},
+        {"event": "valid", "task": 1, "metrics": {"mrr@5": 0.9}},
+        {"event": "task_end", "task": 1, "epochs": 1, "seconds": 2.5, "test": {}},
+        {"event": "valid", "task": 2, "metrics": {}, "test": {"accuracy": 0.25, "hit@1": 0.0}},
+        {"event": "valid", "task": 2, "metrics": {}, "test": {"accuracy": 0.75, "hit@1": 0.0}},
+        {"event": "task_end", "task": 2, "epochs": 2, "seconds": 5.0, "test": {}},
+        {"event": "run_end", "task": 2, "cost": cost},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    RunState({"result": view, "exact": {"device": "cuda"}}, begun=2).save(run)
+    assert read_run(run) is None, "no results yet"
+    metrics, matrix = ["mrr@5", "accuracy"], [[0.5], [0.5, 0.75]]
+    (run / "results.json").write_text(json.dumps({"metric": metrics, "tasks": ["a", "b"], "R": matrix}))
+    assert read_run(run) == RunResult(metrics, matrix, [1, 2], [2.5, 5.0], 7, 0.5, 99.0, "cpu", {1: [0.25, 0.75]})
+    RunState({"result": view, "exact": {}}, begun=2, training={"state": {}}).save(run)
+    assert read_run(run) is None, "the last task is still in training"
+
+
 def test_what_the_paper_prints() -> None:
     order, back = (1, 2, 3, 4, 5, 6), (1, 6, 5, 4, 3, 2)
     assert TTL.value("table2", "teracon", "", order, "metric", 2) == 0.0189
     assert TTL.value("table3", "hat", "original", order, "bwt", 1) == -11.30
-    assert TTL.value("table3", "conure", "reversed", back, "metric", 2) == 0.0119, "by the number of the task, not by its place"
+    assert TTL.value("table3", "conure", "reversed", back, "metric", 2) == 0.0119, "by number, not by position"
     assert TTL.value("table3", "teracon", "reversed", back, "fwt", 6) == 20.38
     assert TTL.value("table4", "conure", "", order, "change", 6) == -14.55
     assert TTL.value("table5", "teracon", "positive_only", order, "bwt", 3) == 0.69
@@ -205,9 +232,9 @@ def test_pages_name_settings_and_all_that_figures_are_computed_from(choices: Cal
     rows = found(plan, R, single)
     page = write_pages(plan, rows)[0].read_text("utf-8")
     assert "- T2: learning rate 0.0001, 1024 samples a step, at most 100 epochs, patience 5, best weights by hit@1" in page
-    assert "- T3: learning rate 0.0005" in page and "- CONURE (reversed): pruning = (0.7, 0.7, 0.8)" in page
+    assert "- T3: learning rate 0.0005" in page and "- CONURE (reversed): pruning = (0.7, 0.7, 0.8), block = post-norm" in page
     assert "SinMo, against which FWT is measured\n" in page and "| SinMo | 0.4000 | 0.1000 | 0.5000 |" in page
-    values = list(csv.DictReader((Path(plan.setup.output) / "table3_R.csv").read_text("utf-8").splitlines()))
+    values = list(csv.DictReader((Path(plan.output) / "table3_R.csv").read_text("utf-8").splitlines()))
     assert len(values) == 5 * 6
     (one,) = [row for row in values if (row["method"], row["after"][:2], row["task"][:2]) == ("HAT (reversed)", "T3", "T1")]
     assert (float(one["R"]), one["seed"], one["metric"]) == (0.4, "0", "MRR@5")
@@ -229,7 +256,7 @@ def test_figures(name: str, titles: list[str], choices: Callable[..., Choices]) 
     assert files[".svg"].name == f"{name}.svg" and "<svg" in files[".svg"].read_text("utf-8")
     page = next(file for file in files.values() if file.suffix == ".md").read_text("utf-8")
     assert f"![{name}]({name}.svg)" in page
-    points = list(csv.DictReader((Path(plan.setup.output) / f"{name}.csv").read_text("utf-8").splitlines()))
+    points = list(csv.DictReader((Path(plan.output) / f"{name}.csv").read_text("utf-8").splitlines()))
     assert list(dict.fromkeys(point["task"] for point in points)) == titles
     last = [point for point in points if point["task"] == "T3 task 3" and point["method"] == "HAT"]
     assert [float(point["mean"]) for point in last] == pytest.approx([0.3, 0.45, 0.35]) and last[0]["seeds"] == "2"
@@ -244,7 +271,7 @@ def test_ranking_by_frequency(choices: Callable[..., Choices]) -> None:
     for data, (entry,) in zip(plan.dataset.tasks, line.entries, strict=True):
         assert len(entry.values) == 2
         for seed, got in enumerate(entry.values):
-            split = split_task(data, plan.setup.config.split_by, seed)
+            split = split_task(data, plan.config.split_by, seed)
             train, test = data.samples[split.train, 1].tolist(), data.samples[split.test, 1].tolist()
             ranked = sorted(range(data.num_labels), key=lambda label: (-train.count(label), label))
             places = [ranked.index(label) for label in test]
