@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tiny_data import write_tiny
 from tiny_run import Recorder, StopAt, assert_same_run, events, tiny_config, weights
 
-from teracon_fast.config import RunConfig, load_config
+from teracon_fast.config import load_config
 from teracon_fast.data import TaskSequence, open_dataset
 from teracon_fast.data.seeds import derived_seed
-from teracon_fast.errors import CheckpointError, ConfigError
+from teracon_fast.errors import CheckpointError
 from teracon_fast.infer.open import open_run
 from teracon_fast.methods import Method, Teracon
 from teracon_fast.ops.task_masks.torch import similarity
 from teracon_fast.train.checkpoint import RunState, read_task_header
 from teracon_fast.train.evaluation import evaluate
-from teracon_fast.train.folder import RunStopped, locked
+from teracon_fast.train.folder import RunStopped
 from teracon_fast.train.log import RunLog
 from teracon_fast.train.loop import DivergedError
 from teracon_fast.train.results import Results
