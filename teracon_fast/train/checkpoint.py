@@ -70,7 +70,7 @@ def save_task(folder: Path, method: Method, notes: Mapping[str, Any] | None = No
         "version": FORMAT_VERSION, "method": method.name, "task": task, "labels": method.labels, "tensors": tensors,
         "notes": dict(notes or {}),
     }  # fmt: skip
-    write_tensors(task_file(folder, task), own, header)
+    write_tensors(task_file(folder, task), own, {**header, "checksum": _checksum(header)})
 
 
 def read_task_header(folder: Path, task: int) -> TaskHeader:
@@ -81,6 +81,8 @@ def read_task_header(folder: Path, task: int) -> TaskHeader:
     """
     path = task_file(folder, task)
     header = read_header(path, FORMAT_VERSION)
+    if header.pop("checksum", None) != _checksum(header):
+        raise CheckpointError(f"{path}: the checksum of its header is not the recorded one: the file is damaged")
     try:
         tensors = {name: (int(number), str(digest)) for name, (number, digest) in header["tensors"].items()}
         return TaskHeader(header["method"], header["task"], header["labels"], tensors, header["notes"])
@@ -100,6 +102,7 @@ def load_task(folder: Path, task: int, method: Method) -> None:
     state: dict[str, Tensor] = {}
     for number in sorted({number for number, _ in header.tensors.values()}):
         path = task_file(folder, number)
+        read_task_header(folder, number)  # damage to any file is reported
         wanted = {name: digest for name, (of, digest) in header.tensors.items() if of == number}
         found = read_tensors(path, wanted)
         for name, digest in wanted.items():
@@ -180,6 +183,11 @@ class RunState:
             return RunState(**saved)
         except TypeError as error:
             raise CheckpointError(f"{path}: not the state of a run: {error}") from None
+
+
+def _checksum(header: Mapping[str, Any]) -> str:
+    """SHA-256 of a header without its checksum."""
+    return hashlib.sha256(json.dumps(header).encode()).hexdigest()
 
 
 def _digest(value: Tensor) -> str:
