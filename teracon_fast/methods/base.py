@@ -384,12 +384,12 @@ class Method(nn.Module, ABC):
         Raises:
             ConfigError: the method cannot grow, or there would be fewer items or labels.
         """
-        check_growth(self, num_items, labels)
+        check_growth(self.name, self.growth_refusal, [self.sizes.num_items, *self.labels], [num_items, *labels])
         new = type(self)(replace(self.sizes, num_items=num_items), **self._options()).to(self._here)
         for task, count in enumerate(labels):
             new.start(task, count, generator)
             new.requires_grad_(False)
-        copy_rows(self, new)
+        copy_rows(self.name, self.state_dict(), new.state_dict())
         return new
 
     def next_item_loss(self, batch: Batch) -> Tensor:

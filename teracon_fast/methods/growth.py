@@ -1,34 +1,38 @@
-"""What any method's growth checks, and the rows that it copies; see `Method.grown`."""
+"""What the growth of any method checks, and the rows that it copies; see `Method.grown`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from teracon_fast.errors import ConfigError
 
-if TYPE_CHECKING:
-    from teracon_fast.methods.base import Method
+
+def check_growth(name: str, refusal: str, old: Sequence[int], new: Sequence[int]) -> None:
+    """Check that a method can grow.
+
+    Args:
+        name: of the method. refusal: why it cannot grow at all, or "".
+        old, new: number of items, then of labels of each task.
+
+    Raises:
+        ConfigError: it cannot, there would be fewer items or labels, or counts of other tasks are given.
+    """
+    if refusal:
+        raise ConfigError(f"{name} cannot grow: {refusal}")
+    if len(new) != len(old) or any(count < before for count, before in zip(new, old, strict=True)):
+        counts = (f"{items} items and {labels} labels" for items, *labels in (new, old))
+        raise ConfigError("{}: got {}, expected one count per task, at least {}".format(name, *counts))
 
 
-def check_growth(method: Method, num_items: int, labels: Sequence[int]) -> None:
-    """Raise ConfigError if the method cannot grow, or if there would be fewer items or labels."""
-    if method.growth_refusal:
-        raise ConfigError(f"{method.name} cannot grow: {method.growth_refusal}")
-    if num_items < method.sizes.num_items:
-        raise ConfigError(f"{method.name}: got {num_items} items, expected at least {method.sizes.num_items}")
-    if len(labels) != len(method.labels) or any(new < old for new, old in zip(labels, method.labels, strict=True)):
-        raise ConfigError(f"{method.name}: got labels {list(labels)}, expected one count per task, at least {method.labels}")
-
-
-def copy_rows(old: Method, new: Method) -> None:
-    """Copy every tensor of a state into the first rows of the tensor of that name of a larger one.
+def copy_rows(name: str, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
+    """Copy every tensor of a state into the first rows of the tensor of that name in a larger one.
 
     Raises:
         ConfigError: tensors differ in more than their number of rows.
     """
-    state = new.state_dict()
-    for name, value in old.state_dict().items():
-        if name not in state or state[name].shape[1:] != value.shape[1:] or len(state[name]) < len(value):
-            raise ConfigError(f"{old.name}: {name} of shape {list(value.shape)} cannot grow by rows")
-        state[name][: len(value)] = value
+    for key, value in old.items():
+        if key not in new or new[key].shape[1:] != value.shape[1:] or len(new[key]) < len(value):
+            raise ConfigError(f"{name}: {key} of shape {list(value.shape)} cannot grow by rows")
+        new[key][: len(value)] = value

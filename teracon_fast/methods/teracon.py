@@ -149,7 +149,7 @@ class Teracon(Method):
 
     def grown(self, num_items: int, labels: Sequence[int], generator: torch.Generator | None = None) -> Self:
         """As `Method.grown`, by `FastTCN.grown`."""
-        check_growth(self, num_items, labels)
+        check_growth(self.name, self.growth_refusal, [self.sizes.num_items, *self.labels], [num_items, *labels])
         options = {name: value for name, value in self._options().items() if name != "mask"}
         return type(self).around(self.model.grown(num_items, labels, generator), **options)
 
