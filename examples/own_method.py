@@ -54,7 +54,6 @@ if __name__ == "__main__":
     output = Path(sys.argv[1])
     if not (output / "data").exists():
         write_data(output / "data")
-    methods = ("sinmo", "fine_all", HeadOnly.name)
-    # Every run is a process of its own, which finds the method in this file.
-    done = reproduce("table2", Choices(output / "data", output, methods, plugins=(Path(__file__),), quick=True))
-    print(done.files[0].read_text("utf-8"))
+    methods = ("sinmo", "fine_all", HeadOnly.name)  # each run is a process, which finds the method in this file
+    choices = Choices(output / "data", output, methods, plugins=(Path(__file__),), quick=True)
+    print(reproduce("table2", choices).files[0].read_text("utf-8"))

@@ -1,1 +1,1 @@
-"""Triton kernels, one file an operation. Installed as `teracon_fast.kernels`; import it by that name only."""
+"""Triton kernels, one file per operation. Installed as `teracon_fast.kernels`; import it by that name only."""

@@ -1,12 +1,11 @@
-"""Adam on a parameter of which few rows have a gradient, in Triton: repeated rows are added up by the launch that uses them.
+"""Adam in Triton for a parameter of which few rows have a gradient: repeated rows are summed by the launch that uses them.
 
-A gradient is a list of rows' numbers, in any order and repeated, with values `[n, channels]`. The numbers are sorted on the
-device, so that repeats lie side by side, in the order of occurrence: a run. Whoever owns a run's first place owns the row, so
-no two programs touch one row, and how many rows there are need not be known on the host.
+A gradient is a list of row numbers, in any order and with repeats, and values `[n, channels]`. The numbers are sorted on the
+device, which makes repeats neighbours, in the order of occurrence: a run. The program of a run's first entry owns the row, so
+no two programs touch one row, and the host need not know how many rows there are.
 
-Every kernel changes elements by `moved` alone, and is compiled without contraction: the only fused multiply-adds are those
-that are written as such. So an element takes a step with the same roundings whichever kernel it is in, and a step that is
-taken later has the bits of one that was not left out.
+All kernels update elements through `moved` and are compiled without contraction: fused multiply-adds are written out. So a
+step rounds alike in every kernel, and a step taken late has the same bits as one taken on time.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from torch import Tensor
 from teracon_fast.kernels.configs import Config
 from teracon_fast.kernels.tiles import launch, operand, power_of_two
 
-# Nothing here is multiplied in tiles. `columns` are channels that a program takes at once, of one row; and of `rows` rows in a
-# step of all, where exact division and root take many registers for each element of a thread.
+# There are no products of tiles. `columns`: channels of one row that a program handles at once, or of `rows` rows in a step of
+# the whole parameter, where exact division and square root need many registers for each element.
 _ROW = Config(rows=16, columns=256, depth=16, warps=8, stages=1)
 _ALL = Config(rows=16, columns=128, depth=16, warps=8, stages=1)
-# Rows of a run that are on their way at once: some item is in every second sequence, and its row has one program.
+# Rows of a run that are loaded at once: a popular item is in every second sequence, and its row has only one program.
 _TOGETHER = 16
 
 
@@ -62,9 +61,9 @@ def replayed(
 def run_sum(
     values, ordered, order, place, row, count, o_channels, m_channels, stride_values, TOGETHER: tl.constexpr
 ):  # fmt: skip
-    """Sum of the gradients of `row`, whose run begins at `place`, one after the other in fp32; and where the run ends.
+    """Sum in fp32, in order, of the gradients of `row`, whose run begins at `place`; and where the run ends.
 
-    A run is read TOGETHER rows a step. That they are in it is found out while they are on their way.
+    TOGETHER rows are loaded at once, before it is known whether they belong to the run.
     """
     p_values = values + tl.load(order + place).to(tl.int64) * stride_values + o_channels
     total = tl.load(p_values, mask=m_channels, other=0.0).to(tl.float32)
@@ -90,7 +89,7 @@ def step_kernel(
 ):  # fmt: skip
     """Step number `taken`, from 1, of the rows that have a gradient, after the steps that they have missed.
 
-    Its numbers are arguments, and are written to the history for those who come later.
+    Its constants are arguments, and are written to the history for rows that take it later.
     """
     place = tl.program_id(0)
     if place == 0:
@@ -116,7 +115,7 @@ def step_kernel(
             tl.store(parameter + o_elements, p, mask=m_channels)
             tl.store(exp_avg + o_elements, m, mask=m_channels)
             tl.store(exp_avg_sq + o_elements, v, mask=m_channels)
-        # Every thread has read it by now.
+        # All threads have read it.
         tl.debug_barrier()
         tl.store(last + row, taken)
 
@@ -147,7 +146,7 @@ def catch_up_kernel(
             tl.store(parameter + o_elements, p, mask=m_channels)
             tl.store(exp_avg + o_elements, m, mask=m_channels)
             tl.store(exp_avg_sq + o_elements, v, mask=m_channels)
-        # Every thread has read it by now.
+        # All threads have read it.
         tl.debug_barrier()
         tl.store(last + row, taken)
 
@@ -158,11 +157,10 @@ def whole_step_kernel(
     step_size, root, coefficient, beta2, rest2, eps,
     NEAR_OLD: tl.constexpr, TOGETHER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A step of all rows: first those of the tile that have no gradient, together, then the others one by one.
+    """A step of all rows: first those of the tile without gradient, together, then the others one by one.
 
-    Which rows have one is searched for in `ordered`. That is 4 bytes a place, read from the cache by all programs alike; a
-    map of all rows to places would have to be written and read for every row, and is no faster to ask than 20 halvings that
-    a whole tile takes at once.
+    Rows with a gradient are found in `ordered` by binary search: 4 bytes per entry, cached for all programs. A map from rows
+    to entries would have to be written and read for every row, and is no faster than 20 halvings for a whole tile at once.
     """
     o_rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_rows = o_rows < items
@@ -213,14 +211,14 @@ def step(
     parameter: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last: Tensor, rows: Tensor, values: Tensor, history: Tensor,
     taken: int, step_size: float, root: float, beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
-    """A step of the rows that have a gradient, after the steps that they have missed; nothing of it waits for the device.
+    """A step of the rows that have a gradient, after the steps that they have missed. Never waits for the device.
 
     Args:
         parameter, exp_avg, exp_avg_sq: float32 `[V, ...]`, contiguous, changed in place. V below 2^31.
         last: int32 `[V]`, steps of the history that each row has taken, changed in place; -1: its moments are zero, so that no
             step without gradient changes it.
-        rows: int64 `[n]`, in any order and repeated; those out of range are passed over.
-        values: `[n, ...]`, floating, of any layout. Repeats are added up in the order given, in float32.
+        rows: int64 `[n]`, in any order and repeated; those out of range are skipped.
+        values: `[n, ...]`, floating, of any layout. Repeats are summed in the order given, in float32.
         history: float32 `[N, 2]`, contiguous; step_size and root of each step, written here for this one.
         taken: number of this step, from 1 to N.
         step_size, root: lr / (1 - beta1^t) and sqrt(1 - beta2^t) of step t, known without the device.
@@ -239,8 +237,8 @@ def catch_up(
     parameter: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last: Tensor, items: Tensor | None, history: Tensor, taken: int,
     beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
-    """Brings the rows `items`, int64 or int32 `[n]`, or all rows to the end of `taken` steps. The rest is as in `step`."""
-    # Without items the kernel does not look at `ordered`.
+    """Bring the rows `items`, int64 or int32 `[n]`, or all rows to the end of `taken` steps. Other arguments as `step`."""
+    # Without items the kernel does not read `ordered`.
     ordered = last if items is None else _sorted(items)[0]
     count = ordered.shape[0]
     launch(
@@ -254,7 +252,7 @@ def whole_step(
     parameter: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rows: Tensor, values: Tensor, step_size: float, root: float,
     beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
-    """A step of all rows, in one pass over the parameter and its moments. Arguments are as in `step`."""
+    """A step of all rows, in one pass over the parameter and its moments. Arguments as `step`."""
     ordered, order = _sorted(rows)
     block, elements = _block(parameter, _ALL), _elements(parameter, exp_avg, exp_avg_sq)
     launch(
@@ -266,17 +264,17 @@ def whole_step(
 
 
 def _sorted(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows' numbers ascending, int32, and where each was, int64: numbers of half the width sort in half the passes."""
-    # Cut off instead, a number that is out of range could look like a row.
+    """Row numbers in ascending order, int32, which sort in half the passes of int64, and the place of each before, int64."""
+    # Truncated instead, a number out of range could look like a row.
     narrow = rows.clamp(-1, torch.iinfo(torch.int32).max).to(torch.int32)
     ordered, order = narrow.sort(stable=True)
     return ordered, order
 
 
 def _matrix(values: Tensor) -> dict[str, Any]:
-    """`values` as `[n, channels]`, each row side by side, and from row to row."""
+    """`values` as `[n, channels]` with contiguous rows, and the stride between rows."""
     matrix = operand(values.flatten(1) if values.dim() > 1 else values[:, None], values.dtype)
-    # The stride of a single row may be anything, and is compiled for.
+    # The stride of a single row is arbitrary, and kernels are specialised on it.
     return {"values": matrix, "stride_values": matrix.stride(0) if len(matrix) > 1 else matrix.shape[1]}
 
 
@@ -295,5 +293,5 @@ def _constants(beta1: float, beta2: float, eps: float) -> dict[str, Any]:
 
 
 def _block(parameter: Tensor, sizes: Config) -> int:
-    """Channels that a program takes at once."""
+    """Channels that a program handles at once."""
     return min(sizes.columns, power_of_two(parameter.numel() // max(parameter.shape[0], 1)))

@@ -1,8 +1,8 @@
 """Launch configurations: one table, `configs.json`, keyed by architecture, kind of products, operation and size bucket.
 
-Nothing is measured at import or at the first call, and no number of rows chooses a configuration: a batch of another size
-never compiles again. `make tune` measures and rewrites the table. Sizes keep shared memory under what an architecture has,
-and "other", which serves every one that is not listed, under 64 KiB.
+Nothing is measured at import or at the first call, and the number of rows does not matter, so that a batch of another size never
+recompiles. `make tune` measures and rewrites the table. Tiles fit the shared memory of their architecture; those of "other",
+which serves every architecture that is not listed, fit 64 KiB.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Config:
     Attributes:
         rows, columns: size of a tile of the result: rows and labels of a head's logits; rows of a convolution, which has all
             channels, and how many of them are finished at once (0: all); output and input channels of its weight's gradient.
-        depth: what one step of the product behind the tile takes: channels, or rows where those are summed over.
-        features: channels of a gradient that one program owns at most; 0 where there is no second product.
+        depth: channels (or rows, where those are summed over) that one step of a tile's product covers.
+        features: most channels of a gradient that one program owns; 0 where there is no second product.
         warps, stages: as Triton's num_warps and num_stages.
     """
 
@@ -46,7 +46,7 @@ class Config:
     stages: int = 2
 
 
-# The interpreter takes as long for a large tile as for a small one; small ones have more edges to test.
+# For the interpreter a large tile costs as much as a small one, but small ones have more edges to test.
 _INTERPRETED: dict[Operation, Config] = {
     "scan": Config(16, 32, 16),
     "weight": Config(16, 32, 16, 32),
@@ -65,7 +65,7 @@ _CANDIDATES: dict[Operation, Config] = {}
 
 @contextmanager
 def using(operation: Operation, candidate: Config) -> Iterator[None]:
-    """Every launch of `operation` takes `candidate` instead of what the table says; `make tune` measures so."""
+    """Within it every launch of `operation` uses `candidate` instead of the table: for `make tune`."""
     before = _CANDIDATES.get(operation)
     _CANDIDATES[operation] = candidate
     try:
@@ -81,7 +81,7 @@ def config(operation: Operation, device: torch.device, dtype: torch.dtype, size:
     """The configuration of a launch on `device` whose products take operands of `dtype`.
 
     Args:
-        size: what the operation's buckets go by: labels of a head, or output channels of a convolution.
+        size: labels of a head, or output channels of a convolution: what the operation's buckets are of.
     """
     if operation in _CANDIDATES:
         return _CANDIDATES[operation]
@@ -98,7 +98,7 @@ def of_size(buckets: list[tuple[int | None, Config]], size: int) -> Config:
 
 @lru_cache(maxsize=1)
 def _rows() -> Mapping[tuple[str, str, str], list[tuple[int | None, Config]]]:
-    """Buckets, the last without a bound, by (architecture, kind, operation). What an architecture lacks "other" has."""
+    """Buckets, the last without a bound, by (architecture, kind, operation). Missing ones are those of "other"."""
     table = read()
     other = {(kind, operation) for kind, operations in kinds(table["other"]) for operation in operations}
     keys = [(name, kind, operation) for name in table for kind, operation in other]
@@ -123,7 +123,7 @@ def kinds(row: Mapping[str, Any]) -> list[tuple[str, dict[str, list[dict[str, in
 
 
 def written(table: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table as text, a configuration a line."""
+    """The table as text, one configuration per line."""
     def block(name: str, indent: str, parts: list[str], brackets: str = "{}") -> str:
         return f"{indent}{json.dumps(name)}: {brackets[0]}\n" + ",\n".join(parts) + f"\n{indent}{brackets[1]}"
 
@@ -149,19 +149,19 @@ def architecture(device: torch.device) -> str:
         name = str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
     else:
         major, minor = torch.cuda.get_device_capability(device)
-        # Later chips of a generation run what the first one runs; sm_12x has the shared memory of sm_89.
+        # Later chips of a generation use the tiles of the first one; sm_12x has the shared memory of sm_89.
         name = {(10, 3): "sm_100"}.get((major, minor), "sm_89" if major == 12 else f"sm_{major}{minor}")
     return name if name in SHARED else "other"
 
 
 @lru_cache(maxsize=64)
 def programs(device: torch.device) -> int:
-    """How many programs a launch should have to fill the device: two for each of its processors."""
+    """Programs that fill the device: two per multiprocessor."""
     return 6 if device.type == "cpu" else 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def split(owners: int, tiles: int, device: torch.device) -> tuple[int, int]:
-    """Shares that `owners` programs' walks over `tiles` tiles are cut into, and tiles of a share; none is empty."""
+    """Number of shares to split the walks of `owners` programs over `tiles` tiles into, and tiles per share; none is empty."""
     wanted = max(1, min(tiles, programs(device) // max(owners, 1)))
     share = -(-tiles // wanted) if tiles else 1
     return max(1, -(-tiles // share)), share

@@ -12,16 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from teracon_fast.kernels.configs import Config, config, split
-from teracon_fast.kernels.tiles import (
-    LOWEST,
-    Targets,
-    by_row,
-    launch,
-    operand,
-    operand_dtype,
-    product_tile,
-    vector,
-)
+from teracon_fast.kernels.tiles import LOWEST, Targets, by_row, launch, operand, operand_dtype, product_tile, vector
 
 _MERGE = Config(rows=128, columns=1, depth=1, warps=4, stages=1)
 
@@ -53,7 +44,7 @@ def own_logits_kernel(
 
 @triton.jit
 def _ahead(logits, o_labels, mine, target):
-    """How many labels of the tile stand before each row's target: the target itself never does."""
+    """How many labels of the tile rank before each row's target, which itself never does."""
     others = o_labels[None, :] != target[:, None]
     before = (logits > mine[:, None]) | ((logits == mine[:, None]) & (o_labels[None, :] < target[:, None]))
     return tl.sum((before & others).to(tl.int32), 1)
@@ -66,7 +57,7 @@ def scan_kernel(
     STATISTICS: tl.constexpr, RANKS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_LABELS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """What one share of the labels says of one tile of rows: `[shares, R]` each, `ahead` `[shares, N]`."""
+    """Statistics of one tile of rows over one share of the labels: `[shares, R]` each, `ahead` `[shares, N]`."""
     part = tl.program_id(1)
     o_rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     m_rows = o_rows < count
@@ -80,7 +71,7 @@ def scan_kernel(
         start = tl.load(starts + o_rows, mask=m_rows, other=0)
         end = tl.load(starts + o_rows + 1, mask=m_rows, other=0)
         most = tl.max(end - start)
-        # Mostly a row has one target: it is kept in registers. Others are counted in memory.
+        # A row's first target, mostly its only one, is counted in registers, others in memory.
         number = tl.load(order + start, mask=start < end, other=0)
         mine = tl.load(own + number, mask=start < end, other=0.0)
         target = tl.load(targets + number, mask=start < end, other=0).to(tl.int32)
@@ -117,7 +108,7 @@ def scan_kernel(
                 target_turn = tl.load(targets + number_turn, mask=m_turn, other=0).to(tl.int32)
                 sum_turn = tl.load(p_ahead + number_turn, mask=m_turn, other=0)
                 sum_turn += _ahead(logits, o_labels, mine_turn, target_turn)
-                # What one thread wrote another may read in the next tile.
+                # Another thread may read it in the next tile.
                 tl.debug_barrier()
                 tl.store(p_ahead + number_turn, sum_turn, mask=m_turn)
                 tl.debug_barrier()
@@ -194,7 +185,7 @@ def scan(
     sizes = config("scan", device, dtype, labels)
     parts, share = split(triton.cdiv(count, sizes.rows), triton.cdiv(labels, sizes.columns), device)
     targets, rows = targets.contiguous(), rows.contiguous()
-    # Losses alone need no order: what stands in for it is not read.
+    # Losses alone need no order; the placeholders are not read.
     by_rows = by_row(targets, rows, count) if ranks else Targets(targets, rows, order=targets, starts=targets)
 
     def empty(needed: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -36,20 +36,18 @@ _SUMS = Config(rows=128, columns=1, depth=1, warps=4, stages=1)
 def forward(
     hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, predictions: bool, precision: str = "ieee"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses, statistics, and on demand what the head predicts.
+    """Losses, statistics and, with `predictions`, best labels and ranks.
 
-    A row with a logit of NaN or +inf has losses of NaN; its best label is any, if one is NaN.
+    A row with a logit of NaN or +inf has losses of NaN; with NaN, any best label and rank C.
 
     Args:
         hidden: `[R, f]`, float32, bfloat16 or float16. weight: `[C, f]`, of that dtype or float32, C below 2^31. bias: `[C]`.
         targets: int64 `[N]`. rows: int64 `[N]`, row of each target, in any order.
-        predictions: whether best labels and ranks are wanted too.
         precision: of products of float32: "ieee" or "tf32".
 
     Returns:
-        losses float32 `[N]`; statistics float32 `[2, R]`: each row's maximum and sum of `exp(logit - maximum)`; the lowest of
-        each row's best labels, int64 `[R]`; ranks of the targets, int64 `[N]`: labels with a higher logit, plus equal ones
-        with a lower number, C in a row with a logit of NaN. The last two are empty without `predictions`.
+        losses float32 `[N]`; each row's maximum and sum of `exp(logit - maximum)`, float32 `[2, R]`; best labels int64 `[R]` and
+        ranks int64 `[N]` as in `ops.CrossEntropy`, empty without `predictions`.
     """
     return scan(hidden, weight, bias, targets, rows, True, predictions, precision)
 
@@ -92,7 +90,7 @@ def backward_kernel(
     With BY_LABELS a program owns labels and walks over rows: `gradient` is d(weight), and `d_bias` is filled too. Without,
     `gradient` is d(hidden). Tiles are `[own, walk]` in both. Both outputs are `[shares, own, ...]`.
     """
-    ROWS: tl.constexpr = 0 if BY_LABELS else 1  # dimension that a value of each row is spread along
+    ROWS: tl.constexpr = 0 if BY_LABELS else 1  # dimension that a row's value is broadcast along
     LABELS: tl.constexpr = 1 if BY_LABELS else 0
     part = tl.program_id(1)
     o_own = tl.program_id(0) * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
@@ -146,7 +144,7 @@ def backward_kernel(
         if PRODUCT:
             needed = True
             if FILTER:
-                # Not "at least": what is not a number must count.
+                # Not `>=`, which is false for NaN.
                 counts = m_tile & ((exponentials < tl.expand_dims(filter_eps * total, ROWS)) == 0)
                 needed = (holds_target + tl.max(tl.max(counts.to(tl.int32), 1), 0)) > 0
             if needed:
@@ -167,10 +165,9 @@ def backward(
 
     Args:
         grad: float32 `[N]`. statistics: of `forward`. Others: as in `forward`.
-        need_hidden, need_weight, need_bias: which gradients are wanted. That of the bias is free with that of the weight,
-            and costs the logits once more without it.
-        filter_eps: tiles of logits in which every probability is smaller and which hold no target add nothing to d(hidden)
-            and d(weight); 0: exact. d(bias) is always exact.
+        need_hidden, need_weight, need_bias: which gradients are wanted. That of the bias is free with that of the weight, and
+            costs the logits once more without it.
+        filter_eps: d(hidden) and d(weight) skip tiles of logits without a target and with smaller probabilities only; 0: exact.
 
     Returns:
         d(hidden) `[R, f]`, d(weight) `[C, f]` and d(bias) `[C]` in the dtypes of hidden, weight and bias; empty where not wanted.
@@ -196,7 +193,7 @@ def _one_gradient(
     hidden: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, targets: Targets, statistics: Tensor, sums: Tensor,
     by_labels: bool, product: bool, filter_eps: float, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradient of the weight and that of the bias, or that of hidden states and nothing."""
+    """Gradients of weight and bias, or that of the hidden states and nothing."""
     device, labels, channels = hidden.device, weight.shape[0], hidden.shape[1]
     sizes = config("weight" if by_labels else "hidden", device, hidden.dtype, labels)
     own, walked = (weight, hidden) if by_labels else (hidden, weight)

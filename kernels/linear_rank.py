@@ -1,7 +1,7 @@
 """Ranks of targets and the best labels of each row, exact, in Triton, without a `[rows, labels]` matrix.
 
-The best labels are kept as 64-bit keys: the score, made an integer of the same order, above the complement of the label. So
-one comparison orders scores, ties give the lower label first, no two keys are equal, and a merge of shares is a plain top-k.
+The best labels are kept as 64-bit keys: the score as an order-preserving integer, above the complement of the label. One
+comparison then orders scores and puts the lower label of ties first, no two keys are equal, and shares merge by plain top-k.
 """
 
 from __future__ import annotations
@@ -15,23 +15,20 @@ from teracon_fast.kernels.configs import config, split
 from teracon_fast.kernels.label_scan import scan
 from teracon_fast.kernels.tiles import launch, operand, operand_dtype, power_of_two, product_tile, vector
 
-# Keys of nothing, below that of any score, and of a bound above all of them.
+# Keys below and above those of all scores: of no label, and of no bound.
 _LOWEST_KEY, _HIGHEST_KEY = -(2**63), 2**63 - 1
 EMPTY = tl.constexpr(_LOWEST_KEY)
-# Places that one walk over the labels fills at most; more take more walks, each below the last key of the one before.
+# Most labels found in one walk; more take more walks, each below the last key of the one before.
 MOST_PLACES = 128
 
 
 def rank(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor, precision: str = "ieee") -> Tensor:
-    """Rank of each target, 0 the best: labels with a higher logit, plus equal ones with a lower number.
+    """Ranks int64 `[N]`, 0 the best, as `ops.linear_rank`; C for targets of a row with a logit of NaN.
 
     Args:
         hidden: `[R, f]`, float32, bfloat16 or float16. weight: `[C, f]`, of that dtype or float32, C below 2^31. bias: `[C]`.
         targets: int64 `[N]`. rows: int64 `[N]`, row of each target, in any order.
         precision: of products of float32: "ieee" or "tf32".
-
-    Returns:
-        int64 `[N]`; C for targets of a row with a logit of NaN.
     """
     return scan(hidden, weight, bias, targets, rows, False, True, precision)[3]
 
@@ -84,7 +81,7 @@ def topk_kernel(
                 coming = tl.load(excluded + cursor, mask=cursor < end, other=2**62)
         better = new > tl.min(best, 1)[:, None]
         if tl.max(tl.max(better.to(tl.int32), 1), 0) > 0:
-            # The better halves of two sorted lists, laid against each other, are the best of both.
+            # Of two sorted lists, one reversed, the elementwise maxima are the best of both.
             best = tl.sort(tl.maximum(best, tl.flip(tl.topk(new, PLACES), 1)), 1, descending=True)
     p_keys = keys + (part.to(tl.int64) * count + o_rows)[:, None] * PLACES + tl.arange(0, PLACES)[None, :]
     tl.store(p_keys, best, mask=m_rows[:, None])
@@ -139,7 +136,7 @@ def _sorted_by_row(exclude: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _read(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and labels of keys."""
+    """Scores and labels from keys."""
     bits = (keys >> 32).to(torch.int32)
     scores = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
     missing = (keys == _LOWEST_KEY) | scores.isneginf()

@@ -1,10 +1,10 @@
 """The masked convolution on packed rows in Triton: products, bias, LayerNorm, ReLU, mask and residual in one kernel.
 
-An implicit GEMM (Dukhan 2019, arXiv 1907.02129): a program owns some output rows and all their channels, gathers the rows that
-each tap reads, and has the whole row in registers when LayerNorm wants it. Backward is in `masked_conv_backward.py`.
+An implicit GEMM (Dukhan 2019, arXiv 1907.02129): a program owns some output rows with all their channels, gathers the rows that
+each tap reads, and has whole rows in registers for LayerNorm. Backward is in `masked_conv_backward.py`.
 
-Tiles of rows never straddle two requests, so a tile has one mask. Which rows a tile has is read from `row_ends` on the device:
-the host knows numbers of rows only. A table entry that names no row, -1 above all, reads zeros.
+A tile of rows never spans two requests, so it has one mask. The rows of a tile follow from `row_ends` on the device; the host
+knows only how many rows there are. A table entry that is not the number of a row, such as -1, reads zeros.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 from teracon_fast.kernels.configs import config
 from teracon_fast.kernels.tiles import finished, launch, operand, operand_dtype, power_of_two, result, vector
 
-# A row of so many channels still fits the registers of a program.
+# The most channels whose rows fit the registers of a program.
 MOST_CHANNELS = 512
-# Ends of requests that are read at once.
+# Ends of requests read at once.
 _LANES = tl.constexpr(16)
 
 
@@ -38,7 +38,7 @@ def tiles_before(row_ends, request, BLOCK_ROWS: tl.constexpr):
 
 @triton.jit
 def rows_of_tile(tile, row_ends, requests, count, BLOCK_ROWS: tl.constexpr):
-    """Request of a tile, its first row and where its rows end: none in tiles that are left over.
+    """Request of a tile, its first row and where its rows end; surplus tiles have none.
 
     Padding, rows from the last request's end to `count`, is request number `requests`.
     """
@@ -62,7 +62,7 @@ def rows_of_tile(tile, row_ends, requests, count, BLOCK_ROWS: tl.constexpr):
 
 
 def tile_count(count: int, requests: int, block_rows: int) -> int:
-    """Tiles that `count` rows of `requests` requests, and padding, have at most."""
+    """Upper bound on the tiles of `count` rows of `requests` requests and padding."""
     return int(triton.cdiv(count, block_rows)) + requests
 
 
@@ -79,7 +79,7 @@ def gathered_product(
     """
     p_table = table + o_rows.to(tl.int64) * TAPS
     p_weight = weight + o_columns.to(tl.int64) * stride_column
-    # Loaded beforehand: an address that waits for a load within the loop would keep the loop from loading ahead.
+    # Loaded beforehand: an address that depends on a load within the loop would prevent prefetching.
     rows = (tl.load(p_table, mask=m_rows, other=-1),)
     for number in tl.static_range(1, TAPS):
         rows = rows + (tl.load(p_table + number, mask=m_rows, other=-1),)  # type: ignore[assignment]
@@ -117,7 +117,7 @@ def in_pieces(tile, PIECES: tl.constexpr, SPANS: tl.constexpr):
 
 @triton.jit
 def columns_of_piece(piece, PIECES: tl.constexpr, SPANS: tl.constexpr, COLUMNS: tl.constexpr):
-    """As many from each of SPANS spans: where warps stand side by side, each has some of every piece in its registers."""
+    """Equally many from each of SPANS spans, so that warps side by side each hold a part of every piece in registers."""
     WIDTH: tl.constexpr = COLUMNS // (PIECES * SPANS)
     o_piece = tl.arange(0, COLUMNS // PIECES)
     return o_piece // WIDTH * (COLUMNS // SPANS) + piece * WIDTH + o_piece % WIDTH
@@ -131,7 +131,7 @@ def forward_kernel(
     TAPS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Output rows of a tile, 0 for padding; on demand what backward needs of the others."""
+    """Output rows of a tile, 0 for padding; with SAVE also what backward needs of the others."""
     request, first, last = rows_of_tile(tl.program_id(0), row_ends, requests, count, BLOCK_ROWS)
     o_rows = first + tl.arange(0, BLOCK_ROWS)
     m_out = o_rows < last
@@ -144,8 +144,8 @@ def forward_kernel(
         x, taps, weight, o_rows, m_rows, o_columns, m_columns, steps, source_count, channels_in,
         stride_tap, stride_channel, 1, TAPS, COMPUTE, PRECISION, BLOCK_ROWS, BLOCK_COLUMNS, DEPTH,
     )  # fmt: skip
-    # Piece by piece, as vectors of channels and rows of the residual need registers beside those of the sums.
-    # 256 channels are the most that a warp has of a product.
+    # In pieces: vectors of channels and rows of the residual need registers in addition to those of the sums.
+    # A warp holds at most 256 channels of a product.
     SPANS: tl.constexpr = (BLOCK_COLUMNS + 255) // 256
     sums = in_pieces(total, PIECES, SPANS)
     z = ()
@@ -183,7 +183,7 @@ def forward_kernel(
         y = (z[piece] - average[:, None]) * inverse[:, None]
         y *= tl.load(ln_weight + o_piece, mask=m_piece, other=0.0).to(tl.float32)[None, :]
         y += tl.load(ln_bias + o_piece, mask=m_piece, other=0.0).to(tl.float32)[None, :]
-        # Not a maximum, which may lose what is not a number.
+        # tl.maximum may drop NaNs.
         y = tl.where(y <= 0.0, 0.0, y)
         p_mask = mask + request.to(tl.int64) * channels_out + o_piece
         y *= tl.load(p_mask, mask=m_piece & (first < last), other=0.0).to(tl.float32)[None, :]
@@ -212,16 +212,16 @@ def forward(
         x: `[rows_in, f_in]`, float32, bfloat16 or float16.
         weight: `[f_out, f_in, K]`, of that dtype or float32, f_out at most `MOST_CHANNELS`. bias, ln_weight, ln_bias: `[f_out]`.
         mask: `[requests, f_out]`.
-        taps: int32 `[rows, K]`. row_ends: int32 `[requests]`, behind the last row of each request; rows from the last of them
-            on are padding: 0 in the output, and left unwritten in what is saved.
+        taps: int32 `[rows, K]`. row_ends: int32 `[requests]`, ends of the requests' rows; rows from the last end on are padding:
+            0 in the output, and not written in what is saved.
         residual: `[n, f_out]` of x's dtype. residual_rows: int32 `[rows]`. Both or none.
-        save: whether what backward needs is wanted.
+        save: whether backward will follow.
         precision: of products of float32: "ieee" or "tf32".
         addend: `[rows, f_out]` of x's dtype.
 
     Returns:
-        The output `[rows, f_out]` and what LayerNorm takes `[rows, f_out]` in x's dtype, its mean and 1/std, float32 `[rows, 1]`;
-        the last three empty without `save`.
+        The output and LayerNorm's input, `[rows, f_out]` in x's dtype, its mean and 1/std, float32 `[rows, 1]`; the last three
+        empty without `save`.
     """
     device, dtype = x.device, x.dtype
     (count, kernel_size), (f_out, f_in, _), requests = taps.shape, weight.shape, mask.shape[0]

@@ -1,8 +1,8 @@
 """Gradients of the masked convolution on packed rows in Triton: no scatter, no atomic operation, the same bits in every run.
 
-In order: the gradient through mask, ReLU and LayerNorm, `dz`, with sums of each tile of rows for the small parameters; the
-sums of rows of `dz` that stand for shared pads; the input's gradient, which gathers from the rows that read each input row; the
-weight's, whose rows are split into shares; then the ordered sums of what tiles and shares left.
+In order: `dz`, the gradient through mask, ReLU and LayerNorm, with sums over each tile of rows for the small parameters; the sums
+of rows of `dz` over bags, for shared pads; the input's gradient, gathered from the readers of each input row; the weight's, over
+shares of the rows; then the ordered sums over tiles and shares.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from teracon_fast.kernels.configs import Config, config, split
 from teracon_fast.kernels.masked_conv import gathered_product, packed_weight, rows_of_tile, tile_count, tiles_before
 from teracon_fast.kernels.tiles import finished, launch, operand, operand_dtype, power_of_two, result, vector
 
-# What multiplies nothing is bound by memory on every architecture, and has one size for all. Rows of a program; columns:
+# Kernels without products are bound by memory on every architecture: one size for all. Rows of a program; columns:
 # channels of a program, 0 all of them; depth: rows (or tiles, or elements) of a step.
 _NORM = Config(rows=64, columns=0, depth=8, warps=4, stages=1)
 _BAGS = Config(rows=1, columns=64, depth=64, warps=4, stages=2)
 _GATHER = Config(rows=16, columns=0, depth=1, warps=4, stages=1)
 _FINISH = Config(rows=1, columns=32, depth=128, warps=4, stages=1)
 _ELEMENTS = 1024
-# Sums that each tile of rows leaves: for the mask, LayerNorm's weight, its bias, the bias.
+# Sums over each tile of rows: for the mask, LayerNorm's weight, its bias, the bias.
 _SUMS = tl.constexpr(4)
 
 
@@ -44,7 +44,7 @@ def norm_backward_kernel(
     shift = tl.load(ln_bias + o_columns, mask=m_columns, other=0.0).to(tl.float32)[None, :]
     p_mask = mask + request.to(tl.int64) * channels + o_columns
     factor = tl.load(p_mask, mask=m_columns & real & (first < last), other=0.0).to(tl.float32)[None, :]
-    # One sum for each place of a step: rows are added up within a thread, and across threads once.
+    # One sum per position of a step: rows are summed within a thread, and across threads once.
     d_mask = tl.zeros([STEP, BLOCK_COLUMNS], tl.float32)
     d_scale = tl.zeros([STEP, BLOCK_COLUMNS], tl.float32)
     d_shift = tl.zeros([STEP, BLOCK_COLUMNS], tl.float32)
@@ -125,7 +125,7 @@ def weight_kernel(
     TAPS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """What a share of the rows adds to a tile of one tap's weights: `shares` `[shares, K, f_out, f_in]`."""
+    """Contribution of a share of the rows to a tile of one tap's weights: `shares` `[shares, K, f_out, f_in]`."""
     part, tiles_in = tl.program_id(2), tl.cdiv(channels_in, BLOCK_IN)
     tap = tl.program_id(1) // tiles_in
     o_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -137,7 +137,7 @@ def weight_kernel(
     o_source = tl.load(taps + (begin * DEPTH + o_step).to(tl.int64) * TAPS + tap, mask=begin * DEPTH + o_step < count, other=-1)
     for step in range(begin, end):
         o_rows = step * DEPTH + o_step
-        # A step ahead: an address that waits for a load of its own step would keep the loop from loading ahead.
+        # One step early: an address that depends on a load of its own step would prevent prefetching.
         p_next = taps + (o_rows + DEPTH).to(tl.int64) * TAPS + tap
         following = tl.load(p_next, mask=o_rows + DEPTH < count, other=-1)
         m_source = (o_source >= 0) & (o_source < source_count)
@@ -193,7 +193,7 @@ def finish_kernel(
     shares, d_weight, sums, row_ends, d_mask, d_ln_weight, d_ln_bias, d_bias, parts, requests, channels_in, channels_out,
     TAPS: tl.constexpr, ELEMENTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, STEP: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Ordered sums of what shares left of the weight's gradient and tiles of the small ones."""
+    """Ordered sums over the shares of the weight's gradient and the tiles of the small ones."""
     chunks = tl.cdiv(channels_out, BLOCK_COLUMNS)
     others = (requests + 3) * chunks
     if tl.program_id(0) < others:
@@ -210,7 +210,7 @@ def finish_kernel(
 def gather_kernel(
     source, table, out, count, source_count, channels, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """`out[r] = source[table[r]]`, zeros where that names no row."""
+    """`out[r] = source[table[r]]`, zeros where the entry is not the number of a row."""
     o_rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     m_rows = o_rows < count
     o_columns = tl.arange(0, BLOCK_COLUMNS)[None, :]
@@ -233,7 +233,7 @@ def backward(
         grad: `[rows, f_out]` of x's dtype.
         readers, bag_rows, bag_offsets: see `teracon_fast.packing.TapTable`.
         residual_readers: int32 `[n]`, the output row that adds each row of the residual, or none if it needs no gradient.
-        conv, mean, rstd: of `masked_conv.forward`. Others: as there. What padding rows hold is not looked at.
+        conv, mean, rstd: of `masked_conv.forward`. Others: as there. Padding rows are not read.
         need_input, need_weight, need_addend: whether the gradient of x, of the weight, of an addend is wanted.
 
     Returns:
@@ -247,7 +247,7 @@ def backward(
     dz = result((count + bags, f_out), dtype, device)[0]
     tiles = tile_count(count, requests, _NORM.rows)
     sums = torch.empty((tiles, _SUMS.value, f_out), dtype=torch.float32, device=device)
-    # A thread has the same share of a step whatever the channels, as far as that goes.
+    # As far as possible a thread has the same share of a step for any number of channels.
     norm = replace(_NORM, warps=max(_NORM.warps, columns // 64))
     launch(
         norm_backward_kernel, (tiles,), norm, device, grad=wide_grad, conv=operand(conv.contiguous(), dtype),
@@ -275,7 +275,7 @@ def backward(
         channels_in=f_in, channels_out=f_out, TAPS=kernel_size, ELEMENTS=_ELEMENTS, BLOCK_ROWS=_NORM.rows,
         STEP=_FINISH.depth, BLOCK_COLUMNS=_FINISH.columns,
     )  # fmt: skip
-    # A copy: an operation's result is no part of another.
+    # A copy: results of an operation must not share memory.
     d_addend = dz[:count].to(dtype, copy=True) if need_addend else x.new_empty(0)
     d_residual = x.new_empty(0)
     if residual_readers is not None:

@@ -1,8 +1,7 @@
 """Masks of tasks in Triton: all sites, tasks, the teacher's masks and sampling rates in one launch, all gradients in another.
 
-Forward, a program owns one mask at all sites. That of a past task forms the teacher's mask and beside it the current one
-again, so that it has what the sampling rate needs without waiting for another program. Backward, a program owns a site: sums
-over tasks and channels stay in it, and nothing is added by several.
+Forward, a program owns one mask at all sites. The program of a past task computes the teacher's mask and again the current one,
+so that the sampling rate needs no other program. Backward, a program owns a site with all sums over its tasks and channels.
 
 tanh is odd, so a task's row and its negated row act through the difference of their weights.
 """
@@ -20,7 +19,7 @@ from torch import Tensor
 from teracon_fast.kernels.configs import Config
 from teracon_fast.kernels.tiles import launch
 
-# Nothing here is a product of tiles. A program holds tiles of rows * columns numbers: sites or tasks, and channels.
+# There are no products of tiles. A program holds tiles of rows * columns numbers: sites or tasks, and channels.
 _TILES = Config(rows=16, columns=256, depth=16, warps=8, stages=1)
 # (tanh(x) / x - 1) / x^2 in powers of x^2, for |x| < 1: least squares, weighted until errors are equal, 5.3e-9 of tanh.
 _TANH = (
@@ -31,7 +30,7 @@ T0, T1, T2, T3, T4, T5, T6 = (tl.constexpr(coefficient) for coefficient in _TANH
 
 
 class Parameters(NamedTuple):
-    """`[S, T, f]`, and of the n chosen tasks `[S, n, 2T-1]`, or `[S, n, T]` unless negated, and `[S, n]`; None: plain masks."""
+    """`[S, T, f]`; of the n chosen tasks `[S, n, 2T-1]` (not negated: `[S, n, T]`) and `[S, n]`, None for plain masks."""
 
     embeddings: Tensor
     weights: Tensor | None
@@ -47,7 +46,7 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """Within some units of the last place, also near 0."""
+    """Within a few units in the last place, also near 0."""
     square = x * x
     series = T0 + square * (T1 + square * (T2 + square * (T3 + square * (T4 + square * (T5 + square * T6)))))
     power = tl.exp(-2.0 * tl.abs(x))
@@ -57,7 +56,7 @@ def tanh(x):
 
 @triton.jit
 def scale_of(scale, HELD: tl.constexpr):
-    """A number, or one that lies in memory."""
+    """The scale: a number, or HELD in memory."""
     s = scale
     if HELD:
         s = tl.load(scale).to(tl.float32)
@@ -66,13 +65,13 @@ def scale_of(scale, HELD: tl.constexpr):
 
 @triton.jit
 def task_of(tasks, position, LISTED: tl.constexpr):
-    """The chosen task of a position: of a list in memory, or of numbers that follow each other from the first."""
+    """The chosen task of a position: from a list in memory, or counted up from the first."""
     return tl.load(tasks + position) if LISTED else tasks + position
 
 
 @triton.jit
 def column_of(task, other, NEGATED: tl.constexpr):
-    """Column of the task's weights that holds another task: the own row is first, each negated row follows its row."""
+    """Column of the task's weights that holds another task: its own row is first, each negated row follows its row."""
     rank = tl.where(other < task, other + 1, other)
     return tl.where(other == task, 0, 2 * rank - 1 if NEGATED else rank)
 
@@ -105,7 +104,7 @@ def mask_tile(
 
 @triton.jit
 def direction(mask, m, eps):
-    """Masks as vectors of length 1, of which the channels under a false mask are no part."""
+    """Masks as vectors of length 1; channels under a false mask do not count."""
     mask = tl.where(m, mask, 0.0)
     return mask / tl.maximum(tl.sqrt_rn(tl.sum(mask * mask, 1)), eps)[:, None]
 
@@ -117,7 +116,7 @@ def task_masks_kernel(
     HELD: tl.constexpr, LISTED: tl.constexpr, RELATION: tl.constexpr, NEGATED: tl.constexpr, TEACHER_RELATION: tl.constexpr,
     TEACHER_NEGATED: tl.constexpr, SITES: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """A chosen mask at all sites; behind those, a teacher's mask at all sites, and its sampling rate."""
+    """A chosen mask at all sites; programs after those: a teacher's mask at all sites, and its sampling rate."""
     program = tl.program_id(0)
     s = scale_of(scale, HELD)
     o_features = tl.arange(0, FEATURES)
@@ -204,11 +203,11 @@ def task_masks_backward_kernel(
             else:
                 d_values += tl.where((o_tasks == task)[:, None], d_logit[None, :], 0.0)
         if RELATION:
-            # Not 1 - tanh^2, of which little is left where tanh is near 1.
+            # Not 1 - tanh^2, which cancels where tanh is near 1.
             power = tl.exp(-2.0 * tl.abs(s * tl.load(embeddings + o_values, mask=m, other=0.0)))
             d_values = d_values * (4.0 * power / ((1.0 + power) * (1.0 + power))) * s
         tl.store(d_embeddings + o_values, d_values, mask=m)
-        # What one thread wrote another may read for the next channels.
+        # Another thread may read it for the next channels.
         tl.debug_barrier()
 
 
@@ -249,8 +248,8 @@ def forward(
 
 
 def backward(grad: Tensor, own: Parameters, s: float | Tensor, tasks: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of embeddings, weights and biases, the latter two empty where there are none, from that of the masks
-    `[S, n, f]`. Arguments as in `forward`. The same bits in every run."""
+    """Gradients of embeddings, weights and biases (empty where there are none) from that of the masks `[S, n, f]`, with the same
+    bits in every run. Arguments as `forward`."""
     device, dtype = own.embeddings.device, own.embeddings.dtype
     sites, num_tasks, channels = own.embeddings.shape
     wide = _wide(own)
@@ -270,12 +269,12 @@ def backward(grad: Tensor, own: Parameters, s: float | Tensor, tasks: tuple[int,
 
 
 def _wide(parameters: Parameters) -> list[Tensor]:
-    """Parameters as the kernels read them; the embeddings stand in for weights and biases that there are none of."""
+    """Parameters as the kernels read them; embeddings in place of weights and biases where there are none."""
     return [(parameters.embeddings if part is None else part).float().contiguous() for part in parameters[:3]]
 
 
 def _choice(s: float | Tensor, tasks: tuple[int, ...], device: torch.device) -> dict[str, object]:
-    """Scale and chosen tasks as the kernels take them: nothing is copied to the device, but once a list of tasks with gaps."""
+    """Scale and chosen tasks for the kernels. Only a list of tasks with gaps is copied to the device, once."""
     first = tasks[0] if tasks else 0
     listed = tasks != tuple(range(first, first + len(tasks)))
     return {

@@ -1,10 +1,10 @@
-"""The tables of a packed pass in Triton, built where they are used: the host sends lengths and counts, not tables.
+"""The tables of a packed pass in Triton, built on the device: the host sends lengths and counts, not tables.
 
-Every size is known on the host: rows from prefix sums over the spans, and bags from a histogram of the streams' ends. A pad
-row at offset o is read through a tap by the rows at one offset r before it, of those streams that end between the two,
-r < high <= o. So what there is to send is small, and goes in one buffer.
+All sizes are known on the host: rows from prefix sums over the spans, bags from a histogram of the streams' ends. A pad row at
+offset o is read through a tap by the rows at one smaller offset r, of the streams that end between the two, r < high <= o. So
+little needs to be sent, in one buffer.
 
-Vocabulary and meaning of the tables: see `teracon_fast.packing`.
+Terms and meaning of the tables: see `teracon_fast.packing`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from teracon_fast.kernels.tiles import launch
 from teracon_fast.packing import Geometry, Layer, PackedBatch, Plan, ResidualTable, Spans, TapTable, buckets, transfers
 from teracon_fast.packing.transfers import dense
 
-# Entries of a table, and streams of a bag's request, that a program looks at in one step.
+# Entries of a table, or streams of a bag's request, that a program handles in one step.
 _SIZES = Config(rows=128, columns=1, depth=1, warps=4, stages=1)
-# Programs that write what pads a table.
+# Programs that write the padding of a table.
 _PADDERS = 8
-# Numbers of int32 that parts of a shared buffer begin at a multiple of.
+# Alignment of the parts of a shared buffer, in int32.
 _ALIGNMENT = transfers.ALIGNMENT // 4
 
-# What is known of a table, int64 `[tables, RECORD]`: numbers of its layers, where its lookups are, and the row that its padding
-# adds (-1: reads nothing); sizes, without and with padding; where it lies in memory, where its bags' offsets are, its first bag.
+# The record of a table, int64 `[tables, RECORD]`: numbers of its layers, where its lookups are, the row that its padding adds
+# (-1: reads nothing); sizes without and with padding; where it is in memory, where its bags' offsets are, its first bag.
 (KERNEL_SIZE, INPUTS, OUTPUTS, READS, BACKS, FILL, ROWS_IN, ROWS_OUT, MEMBERS, PADDED_IN, PADDED_OUT, PADDED_MEMBERS,
  TAPS_AT, READERS_AT, MEMBERS_AT, OFFSETS_AT, FIRST_BAG, RECORD) = (tl.constexpr(i) for i in range(18))  # fmt: skip
 
@@ -51,7 +51,7 @@ def tables_kernel(
     spans, starts, ranks, read_offsets, read_ranks, back_offsets, back_ranks, records, memory, count, length,
     PADDERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Taps and readers of one span's rows in one table, without bags; or, behind the last span, a share of its padding."""
+    """Taps and readers of one span's rows in one table, without bags; or, after the last span, a share of its padding."""
     span = tl.program_id(0)
     p_record = records + tl.program_id(1).to(tl.int64) * RECORD
     kernel_size = tl.load(p_record + KERNEL_SIZE)
@@ -104,7 +104,7 @@ def tables_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def bags_kernel(spans, starts, entries, bags, requests, offsets, records, memory, count, BLOCK: tl.constexpr):
-    """The members of one bag, ascending, and the entry of the readers that stands for it."""
+    """The members of one bag, ascending, and its entry in the readers."""
     bag = tl.program_id(0)
     p_entry = entries + tl.load(bags + bag * 2).to(tl.int64) * 5
     request = tl.load(bags + bag * 2 + 1)
@@ -138,7 +138,7 @@ def cells_kernel(
     spans, starts, ranks, layer_offsets, origins, cells, count, rows_count, padded_count,
     PADDERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The cells of one span's rows in layer 0; behind the last span, a share of the padding, which is cell 0."""
+    """The cells of one span's rows in layer 0; after the last span, a share of the padding, which is cell 0."""
     span = tl.program_id(0)
     if span < count:
         first = tl.load(ranks + tl.load(spans + span))
@@ -157,7 +157,7 @@ def cells_kernel(
 
 
 class _Lookups(NamedTuple):
-    """What depends on the geometry alone."""
+    """What depends on the geometry only."""
 
     ranks: Any  # int32 [layers, L + 1]
     offsets: Any  # int32, of layer 0
@@ -197,12 +197,12 @@ def _lookups(geo: Geometry) -> _Lookups:
 
 @lru_cache(maxsize=64)
 def _lookups_on(geo: Geometry, device: torch.device, stream: int) -> _Lookups:
-    """On a device. Each stream has its own copy: what it launches later needs to wait for nothing else."""
+    """On a device. One copy per stream, so that later launches need no synchronisation."""
     return _Lookups(*transfers.together(_lookups(geo), device))
 
 
 class _Candidates(NamedTuple):
-    """Where a batch of so many requests can have bags, by table, then request, then place and tap."""
+    """Where a batch with a number of requests can have bags, by table, then request, then place and tap."""
 
     entry: npt.NDArray[np.int32]
     request: npt.NDArray[np.int32]
@@ -237,7 +237,7 @@ def _bags(spans: Spans, geo: Geometry, chains: npt.NDArray[np.int32]) -> _Bags:
     requests, width = len(spans.request_ends), geo.length + 1
     found = _candidates(geo, requests)
     first = chains[:-1]
-    # Number of spans of a request that end at or before an offset. A chain ends behind all offsets that are looked at.
+    # Number of spans of a request that end at or before an offset. A chain ends after all these offsets.
     request = np.repeat(np.arange(requests), np.diff(chains))
     ended = np.bincount(request * width + spans.high, minlength=requests * width).reshape(requests, width).cumsum(axis=1)
     counts = ended.take(found.at_offset) - ended.take(found.at_reader)
@@ -251,7 +251,7 @@ def _bags(spans: Spans, geo: Geometry, chains: npt.NDArray[np.int32]) -> _Bags:
 
 
 def _places(sizes: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], int]:
-    """Where parts of these sizes begin in a shared buffer of int32, each aligned; and its size."""
+    """Aligned starts of parts of these sizes in a shared buffer of int32, and its size."""
     aligned = -(-sizes // _ALIGNMENT) * _ALIGNMENT
     return np.cumsum(aligned) - aligned, int(aligned.sum())
 
@@ -293,7 +293,7 @@ def _records(
 def pack(plan: Plan, device: torch.device, padded: bool = False) -> PackedBatch:
     """The tables of one packed pass on a device, without waiting for it: `ops.pack` with backend "triton".
 
-    All tables are aligned views of three allocations: what came from the host, the tables, the cells.
+    All tables are aligned views of three allocations: data from the host, the tables, the cells.
 
     Args:
         plan: spans, layers and outputs of the batch.
@@ -331,7 +331,7 @@ def pack(plan: Plan, device: torch.device, padded: bool = False) -> PackedBatch:
         back_ranks=lookups.back_ranks, records=o_records, memory=memory, count=count, length=geo.length, PADDERS=_PADDERS,
         BLOCK=_SIZES.rows,
     )  # fmt: skip
-    # After the readers, of which it writes some anew.
+    # After the readers, some of which it overwrites.
     launch(
         bags_kernel, (len(bags.places),), _SIZES, device, spans=o_spans, starts=o_starts, entries=lookups.entries, bags=o_bags,
         requests=o_chains, offsets=o_offsets, records=o_records, memory=memory, count=count, BLOCK=_SIZES.rows,

@@ -1,8 +1,8 @@
-"""Squared distance between the student's and the teacher's logits in Triton: both meet in registers and are gone.
+"""Squared distance between the student's and the teacher's logits in Triton: logits exist in registers only.
 
-One walk over both heads' weights gives the distance and all gradients: a program owns a share of the labels, forms the tile
-of differences, adds up its squares, and multiplies it with the student's hidden states, which is its part of d(weight), and
-with the student's weights, which is its part of d(hidden). The parts of d(hidden) are then added in order.
+One walk over both heads' weights gives the distance and all gradients: a program owns a share of the labels, computes tiles of
+differences, sums their squares, and multiplies them by the student's hidden states for d(weight) and by the student's weights
+for its part of d(hidden). The parts of d(hidden) are then added in order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from teracon_fast.kernels.tiles import (
     vector,
 )
 
-# Channels of d(weight) that are formed at once.
+# Channels of d(weight) computed at once.
 _PIECE = 64
 
 
@@ -53,7 +53,7 @@ def retention_kernel(
         for tile in range(part * share, last):
             o_labels = tile * BLOCK_LABELS + tl.arange(0, BLOCK_LABELS)
             m_labels = o_labels < labels
-            # Two sums, not one: equal students and teachers must differ by exactly nothing.
+            # Two sums, not one: equal students and teachers must differ by exactly 0.
             difference = product_tile(
                 hidden, weight, o_rows, o_labels, m_rows, m_labels, channels, stride_hidden, stride_weight,
                 COMPUTE, PRECISION, BLOCK_ROWS, BLOCK_LABELS, DEPTH,
@@ -75,7 +75,7 @@ def retention_kernel(
                 if row_tile > 0:
                     bias_sum += tl.load(d_bias + o_labels, mask=m_bias, other=0.0).to(tl.float32)
                 tl.store(d_bias + o_labels, bias_sum, mask=m_bias)
-                # Piece by piece: the sums of d(hidden) take most of the registers.
+                # In pieces: the sums of d(hidden) take most of the registers.
                 for piece in tl.static_range(FEATURES // PIECE):
                     o_piece = tl.program_id(1) * FEATURES + piece * PIECE + tl.arange(0, PIECE)
                     rows = feature_tile(hidden, o_rows, m_rows, o_piece, channels, stride_hidden, COMPUTE)
@@ -88,7 +88,7 @@ def retention_kernel(
         if GRADIENTS:
             p_hidden = d_hidden + (part.to(tl.int64) * count + o_rows)[:, None] * channels + o_features[None, :]
             tl.store(p_hidden, hidden_sum * twice, mask=(o_rows < count)[:, None] & m_features[None, :])
-            # What one thread wrote another may read for the next rows.
+            # Another thread may read it for the next rows.
             tl.debug_barrier()
     if tl.program_id(1) == 0:
         tl.store(squares + part * BLOCK_LABELS + tl.arange(0, BLOCK_LABELS), square)
@@ -121,7 +121,7 @@ def forward_backward(
     features = min(sizes.features, power_of_two(channels))
     chunks = triton.cdiv(channels, features) if need_grad else 1
     parts, share = split(chunks, triton.cdiv(labels, sizes.columns), device)
-    # Several tiles of rows add to d(weight) one after the other, which must not round in between.
+    # Several tiles of rows add to d(weight) in turn, without rounding in between.
     once = count <= sizes.rows
 
     def gradient(shape: tuple[int, ...], like: Tensor) -> Tensor:

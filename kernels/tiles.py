@@ -1,4 +1,4 @@
-"""What the kernels share: a tile of logits, the operands' preparation, targets by row, launching.
+"""What the kernels share: a tile of logits, preparation of operands, targets by row, launching.
 
 Row numbers and labels are 32-bit inside a tile and 64-bit wherever they are multiplied by a stride: rows * f and labels * f
 may pass 2^31. Names: `o_*` offsets, `p_*` pointers, `m_*` masks.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from teracon_fast.kernels.configs import Config, architecture
 
-# Beginning of a running maximum: finite, because -inf less itself would be NaN.
+# Start of a running maximum: finite, because -inf minus -inf is NaN.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -30,9 +30,9 @@ def product_tile(
 ):  # fmt: skip
     """`a[o_a] @ b[o_b].T`, fp32 `[BLOCK_A, BLOCK_B]`; rows under a false mask count as zero.
 
-    An element has the same bits in any tile of the same size, wherever in it it lies: its sum runs over channels in one order.
+    An element has the same bits anywhere in a tile of the same size: its sum runs over channels in one order.
     """
-    # One pointer a row, not one an element: a loop that carries those needs twice the registers.
+    # One pointer per row: a loop that carries one per element needs twice the registers.
     p_a, p_b = a + o_a.to(tl.int64) * stride_a, b + o_b.to(tl.int64) * stride_b
     total = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
     for done in range(0, channels, DEPTH):
@@ -56,14 +56,14 @@ INTERPRETED = not isinstance(product_tile, triton.JITFunction)
 
 
 def operand_dtype(hidden: Tensor) -> Any:
-    """Triton's dtype of the operands of products. The interpreter is silently wrong for products of bfloat16: fp32 there."""
+    """Triton's dtype for operands of products; fp32 in the interpreter, which is silently wrong for bfloat16."""
     return tl.float32 if INTERPRETED else _DTYPES[hidden.dtype]
 
 
 def dot_precision(device: torch.device) -> str:
-    """How products of float32 are formed: "ieee", exactly, or "tf32" once `torch.set_float32_matmul_precision` allows it.
+    """Precision of products of float32: "ieee", exact, or "tf32" once `torch.set_float32_matmul_precision` allows it.
 
-    Of AMD's chips only gfx942 has the latter.
+    Of AMD's chips only gfx942 has TF32.
     """
     if torch.get_float32_matmul_precision() == "highest" or (torch.version.hip and architecture(device) != "gfx942"):
         return "ieee"
@@ -71,9 +71,9 @@ def dot_precision(device: torch.device) -> str:
 
 
 def operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` with channels side by side, as a kernel reads it: rounding to `dtype` is left to the kernel.
+    """`tensor` with contiguous channels; the kernel rounds to `dtype`.
 
-    The interpreter cuts bits off where a GPU rounds, so there it is rounded beforehand, and widened again.
+    The interpreter truncates where a GPU rounds, so for it the tensor is rounded here, and widened again.
     """
     if INTERPRETED:
         tensor = tensor.to(dtype).float()
@@ -81,7 +81,7 @@ def operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def vector(tensor: Tensor) -> Tensor:
-    """A bias as kernels read it: never rounded."""
+    """A bias for the kernels: never rounded."""
     return (tensor.float() if INTERPRETED else tensor).contiguous()
 
 
@@ -92,13 +92,13 @@ def result(shape: Sequence[int], dtype: torch.dtype, device: torch.device, parts
 
 
 def finished(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """The ordered sum of what `result` made room for."""
+    """The ordered sum of the parts of a `result`."""
     return (parts[0] if parts.shape[0] == 1 else parts.sum(0)).to(dtype)
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Targets by row: those of row r are `order[starts[r]:starts[r + 1]]`, in the order of their numbers."""
+    """Targets by row: those of row r are `order[starts[r]:starts[r + 1]]`, ascending."""
 
     targets: Tensor
     rows: Tensor
@@ -122,5 +122,5 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.dev
 
 
 def power_of_two(value: int) -> int:
-    """The smallest power of two from 16 that is not below `value`: tiles of a product take no less."""
+    """The smallest power of two that is at least `value` and 16, the least size of a product's tile."""
     return max(16, 1 << max(value - 1, 0).bit_length())

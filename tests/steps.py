@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,6 +28,31 @@ class FixedContext(StepContext):
         return self.s
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a step leaves on the device, and the method that took it."""
+
+    result: StepResult
+    method: Teracon
+
+    @property
+    def class_loss(self) -> Tensor:
+        return self.result.losses["class_loss"]
+
+    @property
+    def retention_loss(self) -> Tensor:
+        return self.result.losses["retention_loss"]
+
+    @property
+    def hit(self) -> Tensor | None:
+        return self.result.log.get("hit@1")
+
+    @property
+    def next_rho(self) -> list[float]:
+        """Rates of the next step; waits for the masks."""
+        return self.method.rho
+
+
 class GivenUsers(Teracon):
     """TERACON with given users and rates in place of drawn ones."""
 
@@ -36,11 +63,10 @@ class GivenUsers(Teracon):
         return list(self.users)
 
 
-def method_of(
-    model: FastTCN, teacher: FastTCN | None = None, kind: type[GivenUsers] = GivenUsers, graphs: Any = None, **options: Any
-) -> GivenUsers:
+@lru_cache(maxsize=8)  # a phase begins once: it reads all parameters, and so all rows that lazy Adam has left behind
+def method_of(model: FastTCN, teacher: FastTCN | None = None, graphs: Any = None, **options: Any) -> GivenUsers:
     """The method around a network, its phase begun. `graphs`: `StepGraphs` to replay steps with."""
-    method = kind.around(model, teacher, **options)
+    method = GivenUsers.around(model, teacher, **options)
     assert isinstance(method, GivenUsers)
     method.begin_phase("train")
     if graphs is not None:
@@ -52,7 +78,7 @@ def method_of(
 def t1_step(
     model: FastTCN, optimizer: torch.optim.Optimizer, x: Tensor, s: float, precision: Precision = "fp32",
     lengths: Any = None, predictions: bool = False, graphs: Any = None,
-) -> StepResult:  # fmt: skip
+) -> Step:  # fmt: skip
     """A step of task 1."""
     return _step(method_of(model, graphs=graphs), optimizer, x, None, s, precision, lengths, predictions)
 
@@ -61,20 +87,18 @@ def continual_step(
     model: FastTCN, teacher: FastTCN, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, users: Sequence[Tensor],
     rho: Sequence[float], s: float, alpha: float, student_mask: str = "past", c: float = 6.0, precision: Precision = "fp32",
     lengths: Any = None, predictions: bool = False, graphs: Any = None,
-) -> StepResult:  # fmt: skip
-    """A step of a later task. `log["next_rho"]` of the result has the rates of the next one."""
+) -> Step:  # fmt: skip
+    """A step of a later task."""
     method = method_of(model, teacher, graphs=graphs, alpha=alpha, student_mask=student_mask, c=c)
     method.users, method.rho = users, rho
-    result = _step(method, optimizer, x, y, s, precision, lengths, predictions)
-    result.log["next_rho"] = method.rho
-    return result
+    return _step(method, optimizer, x, y, s, precision, lengths, predictions)
 
 
 def _step(
     method: Teracon, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor | None, s: float, precision: Precision,
     lengths: Any, predictions: bool,
-) -> StepResult:  # fmt: skip
+) -> Step:  # fmt: skip
     lengths = packing.real_lengths(x) if lengths is None else lengths
     y = x.new_empty(0) if y is None else y
     batch = Batch(x.to(method.device), y.to(method.device), lengths)
-    return train_step(method, optimizer, batch, FixedContext(s, precision, predictions))
+    return Step(train_step(method, optimizer, batch, FixedContext(s, precision, predictions)), method)

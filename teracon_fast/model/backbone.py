@@ -1,4 +1,4 @@
-"""NextItNet's dilated causal network on packed rows: item embedding and residual blocks, without masks or heads of its own."""
+"""NextItNet's dilated causal network on packed rows: item embedding and residual blocks, without its own masks or heads."""
 
 from __future__ import annotations
 
@@ -19,15 +19,12 @@ from teracon_fast.optim.lazy_rows import Embedding
 from teracon_fast.packing import transfers
 
 LAYER_NORM_EPS = 1e-8
-# Without gradient, from so many users on packing the weights for an encoder pays.
+# Least number of users for which one call without gradient packs the weights for the compiled encoder.
 ENCODER_USERS = 64
 
 
 class Convolution(Protocol):
-    """How one convolution of a backbone runs, with what follows it: LayerNorm, ReLU, mask and residual.
-
-    As `Backbone.convolve`, which is the ordinary way and has the meaning of the arguments.
-    """
+    """Runs one convolution with LayerNorm, ReLU, mask and residual. Arguments as `Backbone.convolve`, the default."""
 
     def __call__(
         self, site: int, x: Tensor, mask: Tensor, table: packing.TapTable, residual: Tensor | None = None,
@@ -55,14 +52,14 @@ class PackedPositions:
 
 
 class ResidualBlock(nn.Module):
-    """Parameters of one residual block, under the published names. `Backbone` runs it; it has no forward of its own."""
+    """Parameters of one residual block, under the published names. `Backbone` runs it: it has no forward."""
 
     def __init__(
         self, channels: int, kernel_size: int, dilation: int, num_tasks: int, relation_width: int | None,
         embedding_range: tuple[float, float],
     ) -> None:  # fmt: skip
         super().__init__()
-        # Modules are built in the published order, so that one seed gives the published program's initial weights.
+        # Modules are created in the published order, so that a seed gives the published program's initial weights.
         self.conv1 = nn.Conv2d(channels, channels, (1, kernel_size), dilation=dilation)
         self.ln1 = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
         self.conv2 = nn.Conv2d(channels, channels, (1, kernel_size), dilation=2 * dilation)
@@ -133,9 +130,9 @@ class Backbone(nn.Module):
 
     Attributes:
         sparse_embedding_grad: whether the item embedding's gradient is sparse, see `ops.embedding_rows`. False until
-            `trainer.make_optimizer` sets it: most optimisers and `DistributedDataParallel` take only dense gradients. So
-            copies of a model, which have no optimiser yet, begin with False too. While it is True, an optimiser may leave rows
-            of the embedding behind (`optim.Adam`), and whatever hands out its weight brings them up to date first.
+            `make_optimizer` sets it: most optimisers and `DistributedDataParallel` take only dense gradients. Copies of a model
+            start with False too. While it is True, `optim.Adam` may update the embedding lazily; reading its weight brings all
+            rows up to date first.
 
     Raises:
         ConfigError: for an invalid argument.
@@ -152,7 +149,7 @@ class Backbone(nn.Module):
                 raise ConfigError(f"{name} is {value}, expected at least {least}")
         if not dilations or any(d < 1 for d in dilations):
             raise ConfigError(f"dilations are {list(dilations)}, expected at least one, all positive")
-        backends.check_name(backend)  # an unknown name fails here, not in the first step
+        backends.check_name(backend)  # fail here, not in the first step
         if algorithm not in ops.ALGORITHMS:
             raise ConfigError(f"algorithm is {algorithm!r}, expected one of {list(ops.ALGORITHMS)}")
         self.num_items, self.channels, self.kernel_size = int(num_items), int(channels), int(kernel_size)
@@ -178,7 +175,7 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the item embedding is, and all else is expected."""
+        """Of the item embedding, and expected of all other parameters."""
         return self.embeding.stored.device
 
     @property
@@ -195,7 +192,7 @@ class Backbone(nn.Module):
         self, length: int, lengths: np.ndarray, streams: Sequence[packing.Streams], every_position: bool = False,
         padded: bool = False,
     ) -> packing.PackedBatch:  # fmt: skip
-        """The tables of a pass over sequences of `length` positions, where the model is. Other arguments as `ops.pack`."""
+        """The tables of a pass over sequences of `length` positions, on the model's device. Other arguments as `ops.pack`."""
         geometry = packing.geometry(length, self.dilations, self.kernel_size, every_position)
         return ops.pack(lengths, streams, geometry, self.device, self.backend, padded)
 
@@ -210,12 +207,12 @@ class Backbone(nn.Module):
             x: int64 `[B, L]` item ids, oldest first, left-padded with 0.
             requests: (users, items dropped from the end) of each; users are int64 `[n]`, rows of x, or None for all in order.
             masks: `[S, requests, f]`; None: nothing is masked.
-            lengths: real lengths int64 `[B]` on the host, if known; else they are read from x.
+            lengths: real lengths int64 `[B]` on the host, if known; else computed from x.
             every_position: states of all positions, else of the last one.
             weights, convolve: as `layers`.
 
         Returns:
-            The last layer's rows, `[rows, f]`, and the tables, whose `outputs` tell which rows belong to each request.
+            The last layer's rows, `[rows, f]`, and the tables, whose `outputs` are the rows of each request.
         """
         check_items(x)
         lengths = packing.real_lengths(x) if lengths is None else lengths
@@ -239,8 +236,8 @@ class Backbone(nn.Module):
     ) -> Tensor:  # fmt: skip
         """User representations `[B, f]`: states of the last position, under one set of masks `[S, 1, f]`.
 
-        Without gradient, many users are encoded by the compiled encoder where it serves these layers; `encoder` is for many
-        calls. `drop_last`: items dropped from the end of each sequence first; other arguments as `run`.
+        Without gradient the compiled encoder serves many users; see `encoder` for many calls. `drop_last`: items dropped from
+        the end of each sequence first; other arguments as `run`.
         """
         many = x.shape[0] >= ENCODER_USERS and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
         if many and self._encoder_serves(convolve):
@@ -304,12 +301,12 @@ class Backbone(nn.Module):
         self, x: Tensor, packed: packing.PackedBatch, masks: Tensor, weights: Sequence[Tensor] | None = None,
         convolve: Convolution | None = None,
     ) -> Tensor:  # fmt: skip
-        """Rows of the last layer, `[rows, f]`; which of them belong to whom, `packed.outputs` tells.
+        """Rows of the last layer, `[rows, f]`; `packed.outputs` are the rows of each request.
 
         Args:
             x: int64 `[B, L]`, the sequences that `packed` was made for.
             packed: the tables of the pass, from `pack`.
-            masks: `[S, requests, f]`, that of each request.
+            masks: `[S, requests, f]`.
             weights, convolve: as `layers`.
         """
         check_items(x)
@@ -324,7 +321,7 @@ class Backbone(nn.Module):
         self, hidden: Tensor, masks: Tensor, packed: packing.PackedBatch, weights: Sequence[Tensor] | None = None,
         convolve: Convolution | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
-        """Rows of every layer above the embedding, one convolution after the other.
+        """Rows of every layer above the embedding.
 
         Args:
             hidden: `[rows of layer 0, f]`.

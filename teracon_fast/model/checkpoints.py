@@ -74,11 +74,11 @@ def load_t7(
     backend: str = "auto",
     task_embedding_range: Sequence[float] = (0.0, 2.0),
 ) -> FastTCN:
-    """Rebuild the model of a published checkpoint (of task 1 or of a later task). Sizes are read off the tensors.
+    """Rebuild the model of a published checkpoint (of task 1 or of a later task). Sizes follow from the tensors.
 
     Args:
         path: a .t7 file.
-        dilations: one per residual block; a state dict does not tell them. None: 1, 4, 1, 4, ..., the published ones.
+        dilations: one per residual block, which a state dict does not contain. None: 1, 4, 1, 4, ..., the published ones.
         task_embedding_range: used to initialise the embeddings of tasks added later.
 
     Raises:

@@ -126,7 +126,7 @@ class Encoder:
             x: int64 or int32 `[B, L]` item ids on the CPU, oldest first, left-padded with 0.
             task: counted from 0, a column of the masks.
             drop_last: items dropped from the end of each sequence first.
-            lengths: real lengths int64 `[B]` before the drop, if known; else they are read from x.
+            lengths: real lengths int64 `[B]` before the drop, if known; else computed from x.
 
         Returns:
             float32 `[B, f]`.
@@ -172,7 +172,7 @@ class Encoder:
 
 
 def _pad_states(model: Network, mask: Tensor, length: int, weights: Sequence[Tensor] | None = None) -> Tensor:
-    """States of a sequence of nothing but pads under one mask `[S, f]`: every layer, every position, `[S + 1, L, f]`."""
+    """States of a sequence of pads only, under one mask `[S, f]`: every layer, every position, `[S + 1, L, f]`."""
     geometry = packing.geometry(length, model.dilations, model.kernel_size, every_position=True)
     packed = ops.pack(np.zeros(1, np.int64), [packing.Streams(np.zeros(1, np.int64))], geometry)
     hidden = model.embeding.rows(torch.zeros(1, dtype=torch.int64)).expand(length, -1)

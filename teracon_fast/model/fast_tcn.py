@@ -173,7 +173,7 @@ class FastTCN(Backbone):
         return ops.step_masks(own, its, s, c, backend=self._backend_of("task_masks"))
 
     def _mask_parameters(self, chosen: tuple[int, ...], plain: bool = False) -> ops.MaskParameters:
-        """What the masks of the chosen tasks are formed from; for plain masks the chosen tasks' embeddings only."""
+        """Parameters of the chosen tasks' masks; for plain masks only the chosen tasks' embeddings."""
         plain = plain or not self.has_relation
         # A parameter that the chosen masks do not depend on stays out of the graph: its gradient is None, as published.
         used = chosen if plain else tuple(range(self.num_tasks))
@@ -201,7 +201,7 @@ class FastTCN(Backbone):
             requests: what to encode; each gives one result.
             s: mask scale, used when `masks` is None.
             masks: `[S, T, f]` from `self.masks(s)`, to share them with other uses.
-            lengths: real lengths int64 `[B]` on the host, if known; else they are read from x.
+            lengths: real lengths int64 `[B]` on the host, if known; else computed from x.
 
         Returns:
             One `[n, f]` tensor per request, states of the last position, in the request's order of users.
@@ -214,7 +214,7 @@ class FastTCN(Backbone):
     def encoder(self, s: float = 50.0) -> Encode:  # type: ignore[override]  # takes a task with each call
         """`encode(x, task, drop_last, lengths)` for many calls without gradient: what does not depend on x is computed once.
 
-        Arguments and result as `Encoder.encode`. Good for as long as the model's parameters stay as they are.
+        Arguments and result as `Encoder.encode`. Valid while the model's parameters keep their values.
         """
         with torch.no_grad():
             masks = self.masks(s)
@@ -269,8 +269,7 @@ class FastTCN(Backbone):
         self, x: Tensor, s: float = 50.0, masks: Tensor | None = None, lengths: np.ndarray | None = None,
         predictions: bool = True,
     ) -> ops.CrossEntropy:  # fmt: skip
-        """`next_item_loss`, and from the same pass over the items each target's rank `[B*(L-1)]`. `argmax` is that of distinct
-        states. Without `predictions` both are empty."""
+        """`next_item_loss` with each target's rank `[B*(L-1)]` and the argmax of distinct states, both empty without `predictions`."""
         seen, real = next_item_inputs(x, lengths)
         return self.next_item_of(self.encode_all(seen, 0, s, masks, real), x, predictions)
 
@@ -322,8 +321,8 @@ class FastTCN(Backbone):
     def extended(self, num_labels: int, generator: torch.Generator | None = None) -> FastTCN:
         """A new model with one more task, ready to train it.
 
-        Backbone, item and task embeddings and heads are copied. The new task's embedding and head are initialised, and the
-        relation weights of all tasks anew, since their number changes.
+        Backbone, item and task embeddings and heads are copied. The new task's embedding and head are initialised, as are the
+        relation weights of all tasks, since their number changes.
 
         Args:
             num_labels: labels of the new task.
@@ -347,16 +346,16 @@ class FastTCN(Backbone):
     def grown(
         self, num_items: int, labels: Sequence[int] | None = None, generator: torch.Generator | None = None
     ) -> FastTCN:
-        """A new model with more items, and more labels in the heads of its tasks: the same form, ids of old ones unchanged.
+        """A new model with more items, and more labels in the heads of its tasks; old ids keep their meaning.
 
         New rows are initialised as those of a new model: items U(-sqrt(1/V), sqrt(1/V)) with V = num_items, labels N(0, 0.01)
-        with bias 0.1. All else is copied, bit by bit.
+        with bias 0.1. All else is copied.
 
         Args:
             num_items: V of the new model.
             labels: labels of each task; None: a task-1 head over all items grows with them, the others stay.
             generator: CPU generator that seeds the new rows; None draws from torch's global one. Models of one sequence of
-                tasks get the same rows from the same seed, whatever their number of tasks.
+                tasks get the same rows from the same seed, whatever the number of tasks.
 
         Raises:
             ConfigError: fewer items or labels than there are, or a task-1 head that would no longer cover the items.

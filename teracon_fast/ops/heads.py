@@ -46,10 +46,10 @@ def check_targets(operation: str, hidden: Tensor, targets: Tensor, rows: Tensor 
 
 
 def keep_gradients(ctx: Any, gradients: tuple[Tensor, ...]) -> None:
-    """Keep gradients that were formed with a loss until `kept_gradients` asks for them. They carry no gradient themselves."""
+    """Keep gradients that were computed with a loss for `kept_gradients`. They carry no gradient themselves."""
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)
-    # Not by save_for_backward: as long as it holds a gradient, autograd copies it into `.grad` instead of handing it on.
+    # Not by save_for_backward: while it holds a gradient, autograd copies it into `.grad` instead of moving it.
     ctx.gradients = gradients
 
 
@@ -59,8 +59,8 @@ _UNITS: dict[torch.device, Tensor] = {}
 def unit_gradient(loss: Tensor) -> Tensor:
     """A 1 to start a backward pass from: `loss.backward(unit_gradient(loss))`.
 
-    Operations that form gradients with their loss know it where it reaches them, and hand those on as they are. A GPU's
-    numbers they cannot look at without waiting, so another gradient costs them a pass over all of theirs.
+    Operations that compute gradients with their loss recognise it, and return those unscaled. On a GPU, where reading a number
+    means waiting, any other gradient costs a pass over all of them.
     """
     if loss.dtype != torch.float32:
         return torch.ones_like(loss)
@@ -78,10 +78,10 @@ def _is_unit(grad: Tensor) -> bool:
 
 
 def kept_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    """Those gradients, times what came down to the loss.
+    """Those gradients, times the upstream gradient of the loss.
 
     Raises:
-        RuntimeError: they are gone, with an earlier backward pass that did not retain the graph.
+        RuntimeError: an earlier backward pass that did not retain the graph has freed them.
     """
     gradients: tuple[Tensor, ...] | None = ctx.gradients
     if gradients is None:

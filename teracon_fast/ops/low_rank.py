@@ -1,8 +1,8 @@
 """Low-rank gradients: kept as factors, `left @ right`, and formed some rows at a time when they are used.
 
-The retention loss reads a head with few users, so the gradient of its weight `[C, f]` has rank n: `[C, n]` times `[n, f]`. With
-hundreds of thousands of labels, writing and reading that product is a good part of a step. `optim.Adam` forms some rows of it,
-uses them while they are in the cache, and never stores it.
+The retention loss of n users gives a head's weight `[C, f]` a gradient of rank n: `[C, n]` times `[n, f]`. With hundreds of
+thousands of labels, writing and reading that product takes a good part of a step. `optim.Adam` computes some rows at a time, uses
+them while they are in the cache, and never stores the product.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
+from teracon_fast.ops import backends
+
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool", str: "str", list[int]: "int[]",
 }  # fmt: skip
@@ -69,7 +71,7 @@ def nested(kind: Any, values: Iterable[Any]) -> Any:
 
 
 def register(
-    name: str, arguments: type, results: type, run: Callable[[Any], Any], fake: Callable[[Any], Any],
+    name: str, arguments: type, results: type, run: str | Callable[[Any], Any], fake: Callable[[Any], Any],
     gradient: Gradient | None = None,
 ) -> Any:  # fmt: skip
     """Register `teracon_fast::<name>`.
@@ -77,19 +79,19 @@ def register(
     Args:
         name: of the operation.
         arguments, results: NamedTuples; all results are tensors.
-        run: from arguments to results.
+        run: from arguments to results; "masked_conv.forward": that function of the operation's backend, see `implementation`.
         fake: the same in shapes and dtypes only.
 
     Returns:
-        the operation, which takes flat arguments and returns a tuple of flat results.
+        the operation, which takes flat arguments and returns a tuple of flat results, or the one that there is.
     """
     names = [leaf for leaf, _ in _leaves(arguments)]
     taken = ", ".join(f"{kind} {leaf}" for leaf, kind in _leaves(arguments))
-    full = f"teracon_fast::{name}"
+    full, call = f"teracon_fast::{name}", _dispatched(run) if isinstance(run, str) else run
     # define + impl rather than custom_op: the latter imports the whole compiler at the first call, some seconds.
     torch.library.define(full, f"({taken}) -> ({', '.join('Tensor' for _ in _leaves(results))})")
-    torch.library.impl(full, "default", lambda *values: tuple(flat(run(nested(arguments, values)))))
-    torch.library.register_fake(full, lambda *values: tuple(flat(fake(nested(arguments, values)))))
+    torch.library.impl(full, "default", lambda *values: _results(call(nested(arguments, values))))
+    torch.library.register_fake(full, lambda *values: _results(fake(nested(arguments, values))))
     if gradient is not None:
         setup, backward = gradient
 
@@ -107,6 +109,25 @@ def register(
 
         torch.library.register_autograd(full, autograd, setup_context=setup_context)
     return getattr(torch.ops.teracon_fast, name).default
+
+
+def _results(results: tuple[Any, ...]) -> Any:
+    values = flat(results)
+    return tuple(values) if len(values) > 1 else values[0]
+
+
+def implementation(operation: str, inputs: Any) -> Any:
+    """The module of the backend that `inputs.backend` names, for the device and dtype of the first tensor."""
+    main = inputs
+    while not isinstance(main, Tensor):
+        main = main[0]
+    return backends.implementation(operation, inputs.backend, main.device, main.dtype)
+
+
+def _dispatched(run: str) -> Callable[[Any], Any]:
+    operation, function = run.split(".")
+    # What backward takes has the inputs of forward inside.
+    return lambda given: getattr(implementation(operation, getattr(given, "inputs", given)), function)(given)
 
 
 def save(ctx: Any, *values: tuple[Any, ...]) -> None:

@@ -1,1 +1,1 @@
-"""Adam with torch's bits: sparse gradients, rows that are updated when they are read, low-rank gradients of large heads."""
+"""Adam with the bits of PyTorch's: sparse gradients, lazy updates of embedding rows, low-rank gradients of large heads."""

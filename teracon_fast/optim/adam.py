@@ -1,4 +1,4 @@
-"""Adam that takes sparse gradients without changing what Adam does: `ops.embedding_rows` makes them."""
+"""Adam for the sparse gradients of `ops.embedding_rows`, with the results of Adam for dense ones."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from teracon_fast.optim.lazy_rows import (
 class Adam(torch.optim.Adam):
     """`torch.optim.Adam` (Kingma and Ba 2015, Algorithm 1; PyTorch 2.13) that also takes sparse gradients, to the same bits.
 
-    A gradient whose layout is `torch.sparse_coo` stands for a dense one with zeros elsewhere, as in no optimiser of PyTorch: at
-    every step the moments of all rows decay and all rows move. `torch.optim.SparseAdam` leaves rows without gradient alone.
+    A gradient with layout `torch.sparse_coo` means a dense one with zeros elsewhere, unlike in PyTorch's optimisers: at every
+    step the moments of all rows decay and all rows move. `torch.optim.SparseAdam` does not touch rows without gradient.
 
     The compiled kernels (float32 on the CPU) never form the dense gradient. They round as `torch.optim.Adam(fused=True)` does,
-    also where `fused` is left open. With fused=False or foreach=True, another dtype or device, or without the extension, the
+    also with fused=None. With fused=False or foreach=True, another dtype or device, or without the extension, the
     gradient is made dense for PyTorch's own step. Dense gradients always go there. Arguments, state and `state_dict()` are
     those of `torch.optim.Adam`: each loads the other's, and a parameter may have sparse gradients in one step and dense
     ones in the next.
@@ -44,13 +44,13 @@ class Adam(torch.optim.Adam):
     Low-rank gradients of `ops.retention_mse` (`ops.low_rank`) are formed some rows at a time, while they are in the cache, and
     never stored. `Adam.zero_grad` forgets them; a module's `zero_grad` does not.
 
-    The Triton kernels (float32 on CUDA, on request) never wait for the device, take gradients whose rows repeat, and add those up
+    The Triton kernels (float32 on CUDA, on request) never wait for the device, take gradients whose rows repeat, and sum those
     themselves. They round each operation once, in the order of the compiled kernels, and so differ from PyTorch's CUDA kernels in
-    the last bits, but lazy steps have the same bits as others. They read the number of steps from the device once, after
-    `load_state_dict` or a step of PyTorch's; and at every step a learning rate that is a tensor there.
+    the last bits, but lazy steps have the same bits as others. They read the number of steps from the device once after
+    `load_state_dict` or a step of PyTorch's, and at every step a learning rate that is a tensor on the device.
 
-    In the compiled kernels moments below 1.2e-38 count as zero, unless eps is below 1e-10: far below what can move a
-    parameter, and on x86 each operation on such a number costs as much as a hundred others.
+    In the compiled kernels moments below 1.2e-38 count as zero, unless eps is below 1e-10: far too small to move a
+    parameter, while on x86 an operation on a subnormal number costs as much as a hundred others.
 
     Args:
         lazy: update rows without gradient when they are next read. Used where the compiled or Triton kernels are, and eps is at
@@ -59,8 +59,8 @@ class Adam(torch.optim.Adam):
         All others: of `torch.optim.Adam`.
 
     Raises:
-        BackendError: for a backend that is unknown or not installed; at a step with a sparse gradient, for one that was named
-            and cannot take it: for another device or dtype, a parameter that is not contiguous, fused=False or foreach=True.
+        BackendError: for a backend that is unknown or not installed; at a step with a sparse gradient, for a named backend that
+            cannot take it: another device or dtype, a parameter that is not contiguous, fused=False or foreach=True.
         ConfigError: at a step with a sparse gradient, for weight_decay, amsgrad, maximize, capturable, differentiable or a
             GradScaler with fused=True, or for a gradient that is sparse in more than its rows.
     """
@@ -96,8 +96,7 @@ class Adam(torch.optim.Adam):
         self.flush()
         return {**super().__getstate__(), "lazy": self.lazy, "backend": self.backend}
 
-    # Here and not in `step`, which closures, hooks and schedulers wrap. Should a later PyTorch call this no more, it refuses
-    # sparse gradients.
+    # Not in `step`, which closures, hooks and schedulers wrap. Should a later PyTorch not call this, it refuses sparse gradients.
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
         done, made_dense = set(), list[tuple[Tensor, Tensor]]()
         for parameter in group["params"]:
@@ -173,7 +172,7 @@ class Adam(torch.optim.Adam):
     def _implementation(self, group: Mapping[str, Any], parameter: Tensor) -> str:
         """What takes a step of this parameter with a sparse gradient: "cpu", "triton", or "torch" with a dense one."""
         chosen = backends.resolve(self.backend, "adam", parameter.device, parameter.dtype)
-        # Asked again, since `resolve` remembers its answers.
+        # Checked again, since `resolve` caches its answers.
         if chosen == "torch" or (self.backend == "auto" and not native.available()):
             return "torch"
         state = self.state[parameter]
@@ -222,16 +221,16 @@ class Adam(torch.optim.Adam):
             from teracon_fast.kernels import adam
 
             adam.whole_step(parameter, *moments, rows, values, *numbers, *constants)
-        # The kernel writes behind autograd's back.
+        # Autograd does not see what the kernel writes.
         torch.autograd.graph.increment_version((parameter, *moments))
 
 
-# Of counts of steps: the version of the tensor that was last counted up here, and what it then held.
+# By step count: the tensor's version when it was last incremented here, and its value then.
 _counts: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _counted(steps: Tensor) -> float:
-    """Add one to a count of steps and return it; read from where the tensor is only after a change from elsewhere."""
+    """Increment a step count and return it; the tensor is read only if something else has changed it."""
     version, number = _counts.get(steps, (None, 0.0))
     if version != steps._version:
         number = steps.item()
@@ -250,7 +249,7 @@ def _settle(parameter: Tensor) -> None:
 def _coalesced(parameter: Tensor) -> tuple[Tensor, Tensor]:
     """Rows that have a gradient, each once and ascending, and their gradients.
 
-    `Tensor.coalesce` is not asked: it sorts unless a mark is set, and PyTorch drops the mark on the way into `.grad`.
+    Not by `Tensor.coalesce`, which sorts unless a flag is set, and PyTorch drops the flag when it fills `.grad`.
     """
     gradient = parameter.grad
     assert gradient is not None
@@ -262,21 +261,21 @@ def _coalesced(parameter: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _uncoalesced(parameter: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that have a gradient, in any order and repeated, and the gradients: nothing is asked of the device."""
+    """Rows that have a gradient, in any order and repeated, and the gradients, without waiting for the device."""
     gradient = parameter.grad
     assert gradient is not None
     return gradient._indices()[0], gradient._values()
 
 
 def _added_up(gradient: Tensor) -> Tensor:
-    """The dense gradient, the same in every run: on a GPU `to_dense` adds up repeated rows in any order."""
+    """The dense gradient, the same in every run: on a GPU `to_dense` sums repeated rows in any order."""
     zeros = gradient._values().new_zeros(gradient.shape)
     return zeros.index_put_((gradient._indices()[0],), gradient._values(), accumulate=True)
 
 
 def _initialize(state: dict[str, Any], parameter: Tensor, fused: bool) -> None:
     """The initial state, as `torch.optim.Adam`'s."""
-    # The fused kernels read the number of steps where the parameter is.
+    # The fused kernels read the step count on the parameter's device.
     double = not fused and torch.get_default_dtype() == torch.float64
     step_dtype, device = torch.float64 if double else torch.float32, parameter.device if fused else "cpu"
     steps = state["step"] = torch.zeros((), dtype=step_dtype, device=device)

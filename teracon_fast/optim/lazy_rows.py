@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from teracon_fast.ops.embedding_rows import catch_up as catch_up
 from teracon_fast.ops.embedding_rows import embedding_rows, registered
 
-# From this eps on the compiled kernels may take moments below the smallest normal number for zero.
+# Least eps with which the compiled kernels may take subnormal moments for zero.
 LEAST_EPS = 1e-10
-# Floats in a vector of torch's fused kernel, which has no AVX-512 form.
+# Floats per vector in torch's fused kernel, which has no AVX-512 version.
 _TORCH_LANES = 8
-# Of the shrinking of an update from one step to the next, far more than roundings can undo.
+# An update that shrinks by this factor from one step to the next shrinks in spite of rounding.
 _SHRINKS = 0.999
-# Steps that are remembered. Then all rows are brought up to date once, which costs little in so many steps.
+# Steps in the history. When it is full all rows are brought up to date, which costs little per step.
 _MOST_STEPS = 1 << 16
 
 
 class Constants(NamedTuple):
-    """What is the same in all steps that are remembered together."""
+    """Of Adam, the same in all steps of a history."""
 
     beta1: float
     beta2: float
@@ -37,20 +37,20 @@ class Constants(NamedTuple):
 
 
 class StepNumbers(NamedTuple):
-    """What a step of Adam has of its own: lr / (1 - beta1^t) and sqrt(1 - beta2^t)."""
+    """Of one step of Adam: lr / (1 - beta1^t) and sqrt(1 - beta2^t)."""
 
     step_size: float
     root: float
 
 
 class LazyRows(ABC):
-    """The steps that rows of one parameter have yet to take. Subclasses say by which kernels.
+    """The steps that rows of one parameter have not taken yet. Subclasses call the kernels.
 
     The parameter is given to each call: the registry must not keep it alive.
 
     Args:
         rows: of the parameter.
-        fresh: the moments are zero, so that no row has anything to catch up with before its first gradient.
+        fresh: the moments are zero, so that no row changes before its first gradient.
     """
 
     def __init__(self, rows: int, exp_avg: Tensor, exp_avg_sq: Tensor, constants: Constants, fresh: bool) -> None:
@@ -64,18 +64,18 @@ class LazyRows(ABC):
 
     @abstractmethod
     def _take(self, parameter: Tensor, rows: Tensor, values: Tensor, numbers: StepNumbers) -> None:
-        """Take step `_number + 1` in these rows, after what they have missed, and remember its numbers."""
+        """Take step `_number + 1` in these rows, after their missed steps, and add it to the history."""
 
     @abstractmethod
     def _bring(self, parameter: Tensor, items: Tensor | None) -> bool:
-        """Bring rows to the end of `_number` steps; whether any may have changed."""
+        """Take all missed steps of rows; whether any row may have changed."""
 
     def continues(self, moments: tuple[Tensor, Tensor], constants: Constants) -> bool:
-        """Whether a step with these moments and constants can follow those that are remembered."""
+        """Whether a step with these moments and constants can follow those of the history."""
         return moments[0] is self.exp_avg and moments[1] is self.exp_avg_sq and constants == self.constants
 
     def step(self, parameter: Tensor, rows: Tensor, values: Tensor, numbers: StepNumbers) -> None:
-        """A step with a gradient in some rows, `[n]` and `[n, ...]`; the other rows are left behind.
+        """A step with a gradient in some rows, `[n]` and `[n, ...]`; the other rows become late.
 
         Rows are ascending for the compiled kernels, in any order and repeated for those of Triton.
         """
@@ -98,12 +98,12 @@ class LazyRows(ABC):
             self._changed(parameter)
 
     def _changed(self, parameter: Tensor) -> None:
-        # The kernels write behind autograd's back.
+        # Autograd does not see what the kernels write.
         torch.autograd.graph.increment_version((parameter, self.exp_avg, self.exp_avg_sq))
 
 
 class CompiledLazyRows(LazyRows):
-    """By the compiled kernels: float32 on the CPU."""
+    """With the compiled kernels: float32 on the CPU."""
 
     def _reset(self) -> None:
         super()._reset()
@@ -137,8 +137,8 @@ class CompiledLazyRows(LazyRows):
     def _shrinks(self, numbers: StepNumbers) -> bool:
         """Whether an update without gradient is smaller than the one of the step before, for any moments.
 
-        It is step_size * m / (sqrt(v) / root + eps): m shrinks by beta1 and sqrt(v) by sqrt(beta2), which matters most where
-        eps is nothing beside it and not at all where eps is everything.
+        It is step_size * m / (sqrt(v) / root + eps): m shrinks by beta1, and the denominator by sqrt(beta2) at most, where eps is
+        negligible.
         """
         before, (beta1, beta2, _) = self._newest, self.constants
         if before is None or beta2 == 0.0 or before.step_size == 0.0:
@@ -148,14 +148,14 @@ class CompiledLazyRows(LazyRows):
 
 
 class TritonLazyRows(LazyRows):
-    """By the Triton kernels: float32 on a GPU. Nothing waits for the device.
+    """With the Triton kernels: float32 on a GPU, without waiting for it.
 
-    Which rows were late is not known on the host, so autograd sees a change wherever there may have been one.
+    The host does not know which rows were late, so autograd sees a change whenever one is possible.
     """
 
     def __init__(self, rows: int, exp_avg: Tensor, exp_avg_sq: Tensor, constants: Constants, fresh: bool) -> None:
         super().__init__(rows, exp_avg, exp_avg_sq, constants, fresh)
-        # All of it at once, 512 KiB: the kernels write it, and it never moves.
+        # Of full size, 512 KiB: the kernels write it, and it never moves.
         self._history = torch.empty((_MOST_STEPS, 2), dtype=torch.float32, device=exp_avg.device)
 
     def _take(self, parameter: Tensor, rows: Tensor, values: Tensor, numbers: StepNumbers) -> None:
@@ -178,13 +178,13 @@ class TritonLazyRows(LazyRows):
 
 
 def tail(parameter: Tensor) -> int:
-    """Elements at the end of a parameter that are no whole vector of torch's kernel, which rounds them in another order."""
+    """Elements at the end of a parameter that do not fill a vector of torch's kernel, which rounds them in another order."""
     return parameter.numel() % _TORCH_LANES
 
 
 @contextmanager
 def caught_up(parameter: Tensor) -> Iterator[None]:
-    """Within it no row of the parameter counts as behind: the caller has brought all that are read there up to date."""
+    """Within it no row of the parameter counts as late: the caller has brought all rows that are read up to date."""
     rows = registered(parameter)
     if not isinstance(rows, LazyRows):
         yield
@@ -197,7 +197,7 @@ def caught_up(parameter: Tensor) -> Iterator[None]:
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding` whose readers never see a row that is behind.
+    """`nn.Embedding` whose readers never see a late row.
 
     Attributes:
         sparse_grad: whether `ops.embedding_rows` gives its weight sparse gradients. Only those make updates lazy, so while it is
@@ -217,7 +217,7 @@ class Embedding(nn.Embedding):
 
     @property
     def stored(self) -> nn.Parameter:
-        """The weight as it lies in memory, rows that are behind included: for those who call `catch_up` themselves."""
+        """The weight as stored, with late rows: for callers of `catch_up`."""
         found = self.__dict__["_parameters"].get("weight")
         if found is None:
             raise AttributeError("weight")
@@ -231,7 +231,7 @@ class Embedding(nn.Embedding):
         return self.stored
 
     def rows(self, items: Tensor) -> Tensor:
-        """`weight[items]`, differentiable, items int64 or int32 `[n]`: brings only these rows up to date."""
+        """`weight[items]`, differentiable, items int64 or int32 `[n]`; only these rows are brought up to date."""
         # Compiled code brings no rows up to date.
         parameter = self.weight if torch.compiler.is_compiling() else self.stored
         return embedding_rows(parameter, items, self._sparse_grad)
@@ -240,7 +240,7 @@ class Embedding(nn.Embedding):
         if self._sparse_grad:
             catch_up(self.stored)
 
-    # The ways around `weight` to what a module holds: traversal, checkpoints, copies, conversions.
+    # Other ways to a module's parameters: traversal, checkpoints, copies, conversions.
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         self._settle()

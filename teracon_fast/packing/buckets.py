@@ -59,7 +59,7 @@ def sizes(packed: PackedBatch) -> Sizes:
 def bucket(real: Sizes) -> Sizes:
     """The sizes to pad a batch to: the key of its bucket. Nothing stays nothing; outputs keep their shapes.
 
-    Where there are bags, one at least is added: PyTorch counts members behind the last bag to it.
+    Where there are bags, at least one is added: PyTorch counts members after the last bag to it.
 
     Raises:
         ShapeError: for 2^31 rows and more.
@@ -83,15 +83,15 @@ def rounded_bags(count: int) -> int:
 
 
 def padded_rows(rows_per_request: Sequence[int], rows: int) -> tuple[int, ...]:
-    """Rows of each request where those behind the last one count to it."""
+    """Rows of each request when padding belongs to the last one."""
     return (*rows_per_request[:-1], rows_per_request[-1] + rows - sum(rows_per_request)) if rows_per_request else ()
 
 
 def pad(packed: PackedBatch, wanted: Sizes | None = None) -> PackedBatch:
-    """The same batch in tables of other sizes, on the same device and without waiting for it.
+    """The same batch in tables of other sizes, on the same device, without waiting for it.
 
-    Rows that are added read nothing (taps -1), are read by nothing (readers -1), stand for cell 0, add row 0 of a block's
-    input, and count to the last request in `rows_per_request`; `row_ends` stays as it was. Bags that are added are empty.
+    Added rows read nothing (taps -1), are read by nothing (readers -1), are of cell 0, add row 0 of a block's input, and belong
+    to the last request in `rows_per_request`; `row_ends` does not change. Added bags are empty.
 
     Args:
         packed: any batch.

@@ -1,4 +1,4 @@
-"""Which offsets every layer must produce: the receptive field of the outputs, independent of the users."""
+"""Which offsets every layer must produce: the receptive field of the outputs, the same for all users."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TableForm(NamedTuple):
     """What a table of the network depends on. Equal tables are built once."""
 
     lookups: ConvGeometry
-    inputs: int  # numbers of the layers that it reads and makes, among the distinct ones
+    inputs: int  # numbers, among the distinct ones, of the layers that it reads and produces
     outputs: int
     dilation: int
 
@@ -35,7 +35,7 @@ class TableForm(NamedTuple):
 class Geometry:
     """Offsets that every layer must produce, for one length, network and kind of output. Layer 0 is the embedding.
 
-    Equal to itself only, and hashable: `geometry` returns the same one for the same arguments.
+    Compared by identity, hashable: `geometry` returns the same object for the same arguments.
     """
 
     length: int
@@ -49,7 +49,7 @@ class Geometry:
 
     @cached_property
     def layer_numbers(self) -> tuple[int, ...]:
-        """Of each layer its number among the distinct ones: neighbours with the same offsets are one."""
+        """The number of each layer among the distinct ones: neighbours with the same offsets are one."""
         new = [i == 0 or offsets is not self.offsets[i - 1] for i, offsets in enumerate(self.offsets)]
         return tuple(int(number) - 1 for number in np.cumsum(new))
 

@@ -1,4 +1,4 @@
-"""The tables of `teracon_fast.packing` in numpy, for where the compiled extension is missing; it fills the same numbers."""
+"""The tables of `teracon_fast.packing` in numpy, without the compiled extension, which gives the same numbers."""
 
 from __future__ import annotations
 

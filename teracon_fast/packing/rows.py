@@ -81,7 +81,7 @@ class Layer:
 
     @cached_property
     def row_ends(self) -> Tensor:
-        """int32 `[requests]`, behind the last row of each request."""
+        """int32 `[requests]`, end of each request's rows."""
         return torch.from_numpy(self.request_ends)
 
     @cached_property
@@ -92,7 +92,7 @@ class Layer:
 
 
 def _layers(spans: Spans, geo: Geometry) -> list[Layer]:
-    """The distinct layers: numbers of all of them are worked out at once."""
+    """The distinct layers, all computed at once."""
     ranks = geo.rank_table
     below = ranks.take(spans.low, axis=1)
     counts = ranks.take(spans.high, axis=1) - below

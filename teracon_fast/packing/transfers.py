@@ -1,6 +1,6 @@
-"""From the host to a GPU without waiting for what the GPU is doing: out of pinned memory, many arrays by one copy.
+"""Asynchronous copies from the host to a GPU through pinned memory; many arrays in one copy.
 
-Pinned memory is PyTorch's: it hands a block out again only when the copies that were queued from it are done.
+PyTorch's pinned allocator reuses a block only after the copies queued from it have finished.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# Bytes that every array of a shared buffer begins at a multiple of: what kernels assume of a tensor of its own.
+# Bytes that arrays in a shared buffer are aligned to, as kernels assume of separate tensors.
 ALIGNMENT = 16
 _DTYPES: dict[np.dtype[Any], torch.dtype] = {np.dtype(np.int32): torch.int32, np.dtype(np.int64): torch.int64}
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; from the host to a GPU without waiting for what the GPU is doing."""
+    """The tensor on a device; from the host to a GPU without waiting for the GPU."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def together(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[Tensor]:
-    """Dense copies of int32 and int64 arrays on a device: aligned views of one buffer, which arrives by one copy."""
+    """Dense copies of int32 and int64 arrays on a device: aligned views of one buffer, sent in one copy."""
     places, size = [], 0
     for array in arrays:
         places.append(size)

@@ -1,4 +1,4 @@
-"""The tables of a packed pass, and a request for one. Terms as in `teracon_fast.packing`."""
+"""The tables of a packed pass, and requests for them. Terms as in `teracon_fast.packing`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class TapTable:
     Attributes:
         taps: int32 `[rows_out, K]`. `taps[r, k]` is the input row that tap `k` of output row `r` reads; -1 reads zeros.
         readers: int32 `[rows_in, K]`. `readers[r, k]` is the output row that reads input row `r` through tap `k`; -1 none;
-            `rows_out + b` stands for the sum over the output rows of bag `b`, for pad rows that several rows read.
+            `rows_out + b`: the sum over the output rows of bag `b`, for pad rows with several readers.
         bag_rows: int32 `[sum of bag sizes]`, output rows of all bags, ascending in each; with padding, more behind them.
         bag_offsets: int32 `[bags + 1]`, start of each bag in `bag_rows`.
-        rows_per_request: number of consecutive output rows of each request; one mask serves a request's rows. Padding counts
+        rows_per_request: number of consecutive output rows of each request; one mask serves a request's rows. Padding belongs
             to the last request, so that they sum to all rows.
-        row_ends: int32 `[requests]`, where the tables are: behind the last row of each request, without padding.
+        row_ends: int32 `[requests]` on the tables' device, end of each request's rows, without padding.
         rows_in: number of input rows.
     """
 
@@ -89,7 +89,7 @@ class PackedBatch:
     outputs: list[Tensor]
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same tables on another device; from the host to a GPU by one copy, and without waiting for the GPU."""
+        """The same tables on another device; from the host to a GPU in one copy, without waiting for the GPU."""
         if self.cells.device == device:
             return self
         if device.type == "cuda" and self.cells.device.type == "cpu":
@@ -104,7 +104,7 @@ class PackedBatch:
         return self.mapped(lambda tensor: moved[id(tensor)])
 
     def tensors(self) -> Iterator[Tensor]:
-        """All tensors of all tables; one that several share comes several times."""
+        """All tensors of all tables; shared ones several times."""
         yield self.cells
         yield from self.outputs
         yield from (tensor for table in self.convolutions for tensor in table.tensors)
@@ -122,7 +122,7 @@ class PackedBatch:
 
     @property
     def convolution_rows(self) -> int:
-        """Number of (row, convolution) outputs that the pass computes, padding too. Dense: `streams * L * convolutions`."""
+        """Number of (row, convolution) outputs that the pass computes, with padding. Dense: `streams * L * convolutions`."""
         return sum(table.taps.shape[0] for table in self.convolutions)
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from bench import measure, report
 from bench.bench_ttl import ReplayClock
 from bench.cases import CASES, SIDES, TINY, TTL, ContinualStep, Forward
 from bench.operations import Operations
+
+from bench import measure, report
 from teracon_fast.ops import native
 from teracon_fast.packing import Streams
 

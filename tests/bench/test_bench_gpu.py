@@ -12,10 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from triton_here import require_triton
-
-from bench import gpu, gpu_cases, gpu_measure, gpu_report, heads, traffic
 from bench.cases import S_TRAINING
 from bench.gpu_cases import OURS, QUICK, Convolutions, Embedding, FirstTaskStep, GpuCase, TrainingStep
 from bench.gpu_measure import Found, Meter, Rates, Result
@@ -24,6 +20,10 @@ from bench.measure import DifferentAnswers
 from bench.measure import Run as Call
 from bench.operations import Operations
 from bench.traffic import Traffic
+from torch import Tensor
+from triton_here import require_triton
+
+from bench import gpu, gpu_cases, gpu_measure, gpu_report, heads, traffic
 from teracon_fast.ops.backends import BackendError, resolve
 from teracon_fast.reference import step as reference_step
 

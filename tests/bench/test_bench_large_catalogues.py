@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bench.large_catalogues import Results, Table
+from bench.measure import DifferentAnswers
 
 from bench import first_step, heads, large_catalogues
 from bench.heads import FULL, QUICK, CrossEntropy, Measured, Rank, Spec
-from bench.large_catalogues import Results, Table
-from bench.measure import DifferentAnswers
 
 ROOT = Path(__file__).resolve().parent.parent
 FUSED = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has no F.linear_cross_entropy")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from bench import methods
 from bench.cases import TINY
 from bench.measure import DifferentAnswers
+
+from bench import methods
 from teracon_fast.methods import METHODS
 
 

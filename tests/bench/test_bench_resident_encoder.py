@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-
-from bench import resident_encoder
 from bench.cases import TTL, Shape
 from bench.resident_encoder import counts
+
+from bench import resident_encoder
 
 
 def test_counts_of_a_network_that_can_be_counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

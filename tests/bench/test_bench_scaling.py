@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bench.cases import RHO, TINY, TTL, ContinualStep, Forward
 
 from bench import measure, scaling
-from bench.cases import RHO, TINY, TTL, ContinualStep, Forward
 
 ROOT = Path(__file__).resolve().parent.parent
 

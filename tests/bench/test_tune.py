@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from bench.gpu_measure import Meter
+from bench.tune_problems import CONVOLUTIONS, KINDS, OPERATIONS, Problem, Sizes, candidates, problems
 from torch import Tensor
 from triton_here import require_triton
 
 from bench import tune, tune_problems
-from bench.gpu_measure import Meter
 from bench.tune import QUICK, DifferentResults, Outcome, rewritten, with_winners, written
-from bench.tune_problems import CONVOLUTIONS, KINDS, OPERATIONS, Problem, Sizes, candidates, problems
 from teracon_fast.kernels import configs
 from teracon_fast.kernels.configs import Config
 from teracon_fast.ops.backends import BackendError

@@ -13,7 +13,7 @@ from triton_here import require_triton
 
 from teracon_fast import ops, packing
 from teracon_fast.ops.masked_conv import torch as plain
-from teracon_fast.ops.masked_conv.api import Backward, Inputs, Needs, Parameters
+from teracon_fast.ops.masked_conv.api import Backward, Inputs, Parameters
 from teracon_fast.ops.masked_conv.api import Tables as AllTables
 from teracon_fast.ops.registration import flat
 from teracon_fast.packing import ResidualTable, Streams, TapTable
@@ -80,8 +80,8 @@ def by_torch(
     addend = None if addend is None else addend.to(dtype)
     inputs = Inputs(x, Parameters(*parameters), tables, added if residual else None, addend, EPS, "torch", "auto", True)
     out, kept = plain.forward(inputs)
-    needs = Needs(need_input, need_weight, residual, addend is not None)
-    return [out, *flat(plain.backward(Backward(grad, inputs, kept, needs)))]
+    needs = need_input, need_weight, residual, addend is not None
+    return [out, *flat(plain.backward(Backward(grad, inputs, kept, *needs)))]
 
 
 def assert_as_exact(values: list[Tensor], table: TapTable, back: ResidualTable, got: list[Tensor], **options: Any) -> None:

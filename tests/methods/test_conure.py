@@ -1,4 +1,4 @@
-"""CONURE: what each phase trains, what is pruned, that nothing is forgotten, and equality with its eager dense form."""
+"""CONURE: what each phase trains, what is pruned, and equality with its eager dense form."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ import pytest
 import torch
 from parameters import changed, gradients, snapshot
 from some_batches import some_batch
-from torch import Tensor
 
-from teracon_fast.data import Batch, TaskSequence, split_task
+from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods import METHODS, Conure, Place, SinMo, Sizes
-from teracon_fast.methods.conure import FREE, PRUNING, Block, largest
+from teracon_fast.methods import Conure, Sizes, StepContext
+from teracon_fast.methods.conure import FREE, Block, largest
 from teracon_fast.methods.preactivation import PreActivationBackbone
-from teracon_fast.methods.sequence import Settings, evaluate_method, learn_task, train_step
 from teracon_fast.reference import dense_loss, dense_states
+from teracon_fast.train.loop import train_step
 
 SIZES = Sizes(23, channels=6, dilations=(1, 2))
-PLACE = Place(0, 1.0)
+CONTEXT = StepContext(0, 1.0)
 LABELS = (23, 5, 7, 4)
 BLOCKS: tuple[Block, ...] = ("post-norm", "pre-activation")
 
@@ -34,7 +33,7 @@ def learn(method: Conure, task: int, steps: int = 2) -> None:
 def run_phase(method: Conure, phase: str, steps: int = 2, seed: int = 0) -> None:
     optimizer = torch.optim.Adam(method.begin_phase(phase), lr=1e-2)
     for step in range(steps):
-        train_step(method, optimizer, a_batch(method.task, seed + step), PLACE, {})
+        train_step(method, optimizer, a_batch(method.task, seed + step), CONTEXT)
     method.end_phase(phase)
 
 
@@ -64,7 +63,7 @@ def test_loss_and_gradients_are_those_of_the_dense_form(block: Block, task: int,
     method.begin_phase(phase)
     method.zero_grad()
     batch = a_batch(task)
-    loss = method.loss(batch, PLACE, {})
+    loss = method.loss(batch, CONTEXT)
     loss.backward()
     method.after_backward()
     got = gradients(method)
@@ -114,20 +113,6 @@ def test_many_users_at_once_are_encoded_alike(block: Block) -> None:
 
 
 # Phases
-
-
-def test_unpruned_is_plain_training(tiny: TaskSequence, sizes: Sizes) -> None:
-    """With p = 0 task 0 is learnt as by a network without masks, to the last bit."""
-    splits, settings = [split_task(tiny.tasks[0])], Settings(lr=5e-3, batch_size=32, epochs=6, patience=2)
-    method, plain = Conure(sizes, pruning=0), SinMo(sizes)
-    epochs = [learn_task(one, tiny, splits, 0, settings) for one in (method, plain)]
-    assert [(e.loss, e.valid, e.best) for e in epochs[0]] == [(e.loss, e.valid, e.best) for e in epochs[1]]
-    assert method.phases() == ("train",)
-    for name, value in plain.backbone(0).state_dict().items():
-        assert torch.equal(method.backbone.state_dict()[name], value), name
-    assert torch.equal(method.head(0).weight, plain.head(0).weight)
-    x = torch.from_numpy(tiny.tasks[0].sequences[:80].astype("int64"))
-    assert torch.equal(method.encode(x, 0), plain.encode(x, 0))
 
 
 def test_task_0_trains_everything_then_only_what_is_kept_and_the_head() -> None:
@@ -232,7 +217,7 @@ def test_pruned_weights_stay_as_they_were_where_asked_for() -> None:
         method = learned(0, pruning=0.5, pruned=pruned)
         method.start(0, LABELS[0], torch.Generator().manual_seed(0))
         optimizer = torch.optim.Adam(method.begin_phase("train"), lr=1e-2)
-        train_step(method, optimizer, a_batch(0), PLACE, {})
+        train_step(method, optimizer, a_batch(0), CONTEXT)
         before = [weight.detach().clone() for weight in method.convolutions]
         method.end_phase("train")
         run_phase(method, "retrain")
@@ -241,56 +226,6 @@ def test_pruned_weights_stay_as_they_were_where_asked_for() -> None:
             free = owner == FREE
             assert torch.equal(weight[free], old[free] if pruned == "as-is" else torch.zeros_like(old[free]))
     assert torch.equal(found["zero"], found["as-is"]), "only later tasks differ"
-
-
-# Nothing is forgotten
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-def test_earlier_tasks_are_bit_identical(tiny: TaskSequence, sizes: Sizes, block: Block) -> None:
-    """Through the driver: representations, heads and metrics of every task after each later one; so BWT is exactly 0."""
-    splits, settings = [split_task(data) for data in tiny.tasks], Settings(lr=5e-3, batch_size=32, epochs=8, patience=3)
-    method = Conure(sizes, pruning="ml", block=block)
-    x = torch.from_numpy(tiny.tasks[0].sequences[:70].astype("int64"))
-    kept: list[tuple[Tensor, Tensor, dict[str, float]]] = []
-    for task, data in enumerate(tiny.tasks):
-        epochs = learn_task(method, tiny, splits, task, settings)
-        assert {epoch.phase for epoch in epochs} == {"train", "retrain"}
-        for earlier, (state, logits, metrics) in enumerate(kept):
-            assert torch.equal(method.encode(x, earlier), state)
-            assert torch.equal(method.head(earlier)(state), logits)
-            assert evaluate_method(method, tiny.tasks[earlier], earlier, splits[earlier].test) == metrics
-        state = method.encode(x, task)
-        kept.append((state, method.head(task)(state).detach(), evaluate_method(method, data, task, splits[task].test)))
-    assert kept[0][2]["mrr@5"] > 0.3, "better than chance"
-
-
-# State
-
-
-def test_a_state_dict_is_enough_to_go_on_with() -> None:
-    method, other = learned(2, pruning=0.5), Conure(SIZES, pruning=0.5).double()
-    other.restore(LABELS[:2], copy.deepcopy(method.state_dict()))
-    x = a_batch(0).x
-    for task in range(2):
-        assert torch.equal(other.encode(x, task), method.encode(x, task))
-    learn(method, 2)
-    learn(other, 2)
-    assert not changed(snapshot(method), other)
-
-
-def test_weights_for_inference_are_formed_once_until_they_change() -> None:
-    method = learned(1, pruning=0.5)
-    first = method.kept_weights(0)
-    assert method.kept_weights(0) is first
-    with torch.no_grad():
-        method.convolutions[0].mul_(2)
-    again = method.kept_weights(0)
-    assert again is not None and first is not None and again is not first
-    torch.testing.assert_close(again[0], 2 * first[0])
-    copied = copy.deepcopy(method)
-    copied.float()
-    assert copied.encode(a_batch(0).x, 0).dtype == torch.float32
 
 
 def test_a_task_in_training_is_encoded_by_its_present_weights() -> None:
@@ -302,7 +237,7 @@ def test_a_task_in_training_is_encoded_by_its_present_weights() -> None:
         optimizer = torch.optim.Adam(method.begin_phase(phase), lr=1e-2, fused=True)
         for _ in range(2):
             found.append(method.encode(x, 1))
-            train_step(method, optimizer, a_batch(1), PLACE, {})
+            train_step(method, optimizer, a_batch(1), CONTEXT)
         found.append(method.encode(x, 1))
         method.end_phase(phase)
     assert torch.equal(method.encode(x, 1), found[-1])
@@ -343,7 +278,7 @@ def test_a_task_may_keep_nothing() -> None:
     assert method.encode(a_batch(0).x, 0).isfinite().all()
 
 
-@pytest.mark.parametrize("pruning", [1.0, -0.1, (0.5, 1.0), (), "naver", float("nan")])
+@pytest.mark.parametrize("pruning", [1.0, -0.1, (0.5, 1.0), (), float("nan")])
 def test_ratios_out_of_range_are_refused(pruning: object) -> None:
     with pytest.raises(ConfigError, match="pruning is"):
         Conure(SIZES, pruning=pruning)  # type: ignore[arg-type]
@@ -370,7 +305,5 @@ def test_a_pre_activation_backbone_has_no_masks() -> None:
         backbone.represent(torch.zeros(2, 5, dtype=torch.int64), convolve=backbone.convolve)
 
 
-def test_registered_with_the_ratios_of_the_paper() -> None:
-    assert METHODS["conure"] is Conure
-    assert PRUNING == {"ttl": (0.7, 0.8, 0.9, 0.8, 0.9, 0.9), "ml": (0.7, 0.8, 0.7)}
+def test_ratios_of_the_paper_are_the_default() -> None:
     assert [Conure(SIZES).ratio(task) for task in range(6)] == [0.7, 0.8, 0.9, 0.8, 0.9, 0.9]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from steps import Step, continual_step, t1_step
 from torch import Tensor
 from triton_here import require_triton
 
@@ -18,8 +19,8 @@ from teracon_fast.errors import ConfigError  # noqa: E402
 from teracon_fast.methods import teracon_graphs  # noqa: E402
 from teracon_fast.methods.teracon_graphs import StepGraphs  # noqa: E402
 from teracon_fast.packing import buckets  # noqa: E402
-from teracon_fast.train import loop as trainer  # noqa: E402
-from teracon_fast.train.loop import HostCopy, StepResult, continual_step, make_optimizer, t1_step  # noqa: E402
+from teracon_fast.train import loop  # noqa: E402
+from teracon_fast.train.loop import make_optimizer  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ITEMS, LABELS, LENGTH = 25, [25, 6, 4], 6
@@ -54,10 +55,9 @@ def batch(users: int, seed: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, LABELS[2], (users,), generator=generator)
 
 
-def numbers(result: StepResult) -> list[float]:
-    rates = result.next_rho.tolist() if isinstance(result.next_rho, HostCopy) else []
-    losses = [result.class_loss, result.retention_loss, result.hit]
-    return [float(value) for value in losses if value is not None] + rates
+def numbers(step: Step) -> list[float]:
+    hits = [] if step.hit is None else [step.hit]
+    return [float(value) for value in (*step.result.losses.values(), *hits)] + step.next_rho
 
 
 def same_weights(model: FastTCN, other: FastTCN) -> None:
@@ -69,9 +69,9 @@ def same_weights(model: FastTCN, other: FastTCN) -> None:
 def test_steps_of_a_later_task(student_mask: str, steps: int) -> None:
     """Batches of other lengths and other numbers of users are served by one recording; the losses of each step stay its own."""
     plain, replayed, teacher = network(3), network(3), network(2).frozen()
-    step_graphs = StepGraphs(replayed, teacher, 0.7, student_mask, record=RECORD)  # type: ignore[arg-type]
+    step_graphs = StepGraphs(replayed, teacher, 0.7, student_mask == "current", record=RECORD)
     optimizers = [make_optimizer(model, 1e-2) for model in (plain, replayed)]
-    found: list[tuple[StepResult, StepResult]] = []
+    found: list[tuple[Step, Step]] = []
     for step, (users, rates) in enumerate([([2, 1], [0.3, 0.1]), ([1, 2], [0.5, 0.6])][:steps]):
         x, y = batch(4, step)
         drawn = [torch.randperm(4)[:count] for count in users]
@@ -86,9 +86,9 @@ def test_steps_of_a_later_task(student_mask: str, steps: int) -> None:
     assert step_graphs.recordings == 1
 
 
-def test_steps_of_task_1_with_rows_left_behind_by_the_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_of_task_1_with_rows_left_behind_by_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Items that a batch lacks are left behind by Adam, and brought up to date for the next batch that has them."""
-    monkeypatch.setattr(trainer, "LAZY_FROM", 1)
+    monkeypatch.setattr(loop, "LAZY_FROM", 1)
     plain, replayed = network(1), network(1)
     step_graphs = StepGraphs(replayed, record=RECORD)
     optimizers = [make_optimizer(model, 1e-2) for model in (plain, replayed)]
@@ -105,10 +105,10 @@ def test_steps_of_task_1_with_rows_left_behind_by_the_optimiser(monkeypatch: pyt
 
 
 def test_sparse_gradients_of_a_recording_and_rows_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedding's gradient lies where the recording writes it, with repeats; the optimiser adds them up outside."""
+    """The embedding's gradient lies where the recording writes it, with repeats; the optimizer adds them up outside."""
     rows = importlib.import_module("teracon_fast.ops.embedding_rows.api")  # `ops` has a function of this name
     monkeypatch.setattr(rows, "_leaves_sums", lambda grad: True)  # as on a GPU
-    monkeypatch.setattr(trainer, "LAZY_FROM", 1)
+    monkeypatch.setattr(loop, "LAZY_FROM", 1)
     plain, replayed = network(1), network(1)
     step_graphs = StepGraphs(replayed, record=RECORD)
     optimizers = [make_optimizer(model, 1e-2) for model in (plain, replayed)]
@@ -142,7 +142,7 @@ def test_parameters_without_a_part_in_the_loss_have_no_gradient() -> None:
     found = continual_step(
         model, teacher, make_optimizer(model, 1e-2), x, y, [torch.tensor([0])] * 2, [0.2, 0.2], 2.0, 0.0, graphs=step_graphs
     )
-    assert found.retention_loss is not None and float(found.retention_loss) > 0
+    assert float(found.retention_loss) > 0
     assert model.head(0).weight.grad is None and model.head(2).weight.grad is not None
 
 

@@ -7,15 +7,16 @@ import math
 
 import pytest
 import torch
+from learn import total
 from some_batches import shaken, some_batch
 
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods import HAT, Place, Sizes
-from teracon_fast.methods.sequence import train_step
+from teracon_fast.methods import HAT, Sizes, StepContext
 from teracon_fast.reference import dense_loss, dense_states
+from teracon_fast.train.loop import train_step
 
 SIZES = Sizes(20, channels=8, dilations=(1, 2))
-PLACE = Place(2, 4.0)
+CONTEXT = StepContext(2, 4.0)
 
 
 def begun(tasks: int, dtype: torch.dtype = torch.float64, **settings: object) -> HAT:
@@ -38,7 +39,7 @@ def test_masks_are_drawn_from_a_normal_distribution() -> None:
 @pytest.mark.parametrize("protection", ["strict", "as_published"])
 @pytest.mark.parametrize("task", [0, 2])
 def test_a_step_is_that_of_the_dense_form(protection: str, task: int) -> None:
-    """Every formula once more, written out: loss, regularisation, compensation, protection, clamp."""
+    """Every formula once more, written out: loss, regularization, compensation, protection, clamp."""
     method = begun(task + 1, protection=protection)
     with torch.no_grad():
         # Masks between 0 and 1 at s_max too, so that shares are not all 0 or 1.
@@ -48,7 +49,7 @@ def test_a_step_is_that_of_the_dense_form(protection: str, task: int) -> None:
     plain = copy.deepcopy(method)
     batch = some_batch(20, 6)
     optimizer = torch.optim.SGD(method.begin_phase("train"), lr=0.1)
-    loss = train_step(method, optimizer, batch, PLACE, {})
+    loss = total(train_step(method, optimizer, batch, CONTEXT))
 
     s = (50 - 1 / 50) * 2 / 4 + 1 / 50
     plain.begin_phase("train")
@@ -90,7 +91,7 @@ def trained(protection: str, steps: int = 5, used: float | None = None) -> tuple
     before = copy.deepcopy(method)
     optimizer = torch.optim.Adam(method.begin_phase("train"), lr=1e-2)
     for step in range(steps):
-        train_step(method, optimizer, some_batch(20, 6, seed=step), Place(step, 5.0), {})
+        train_step(method, optimizer, some_batch(20, 6, seed=step), StepContext(step, 5.0))
     return before, method
 
 
@@ -133,18 +134,18 @@ def test_items_move_on_request() -> None:
     method = begun(2, train_items=True)
     before = method.backbone.embeding.weight.detach().clone()
     optimizer = torch.optim.Adam(method.begin_phase("train"), lr=1e-2)
-    train_step(method, optimizer, some_batch(20, 6), PLACE, {})
+    train_step(method, optimizer, some_batch(20, 6), CONTEXT)
     assert not torch.equal(method.backbone.embeding.weight, before)
 
 
-def test_regularisation_of_a_network_that_is_all_used_is_zero() -> None:
+def test_regularization_of_a_network_that_is_all_used_is_zero() -> None:
     method = begun(2)
     with torch.no_grad():
         method.embeddings[0].fill_(6.0)  # sigmoid(300) is 1
     method.begin_phase("train")
     batch = some_batch(20, 6)
-    plain = dense_loss(1, method.backbone, method.head(1), batch, method.masks(1, PLACE.scale(50.0)))
-    torch.testing.assert_close(method.loss(batch, PLACE, {}), plain, rtol=1e-10, atol=1e-12)
+    plain = dense_loss(1, method.backbone, method.head(1), batch, method.masks(1, CONTEXT.scale(50.0)))
+    torch.testing.assert_close(method.loss(batch, CONTEXT), plain, rtol=1e-10, atol=1e-12)
 
 
 def test_embeddings_are_clamped() -> None:
@@ -152,7 +153,7 @@ def test_embeddings_are_clamped() -> None:
     with torch.no_grad():
         method.embeddings[0][0, :2] = torch.tensor([7.0, -7.0])
     optimizer = torch.optim.SGD(method.begin_phase("train"), lr=1e-6)
-    train_step(method, optimizer, some_batch(20, 6), PLACE, {})
+    train_step(method, optimizer, some_batch(20, 6), CONTEXT)
     assert method.embeddings[0][0, :2].tolist() == [6.0, -6.0]
 
 
@@ -160,7 +161,7 @@ def test_inference_is_under_the_largest_scale() -> None:
     """Also in the middle of an epoch, at a smaller one."""
     method = begun(2)
     optimizer = torch.optim.SGD(method.begin_phase("train"), lr=0.1)
-    train_step(method, optimizer, some_batch(20, 6), PLACE, {})
+    train_step(method, optimizer, some_batch(20, 6), CONTEXT)
     x = some_batch(20, 6).x
     for task in (0, 1):
         for drop in (0, 1):

@@ -6,16 +6,18 @@ import copy
 
 import pytest
 import torch
+from learn import total
+from parameters import snapshot
 from some_batches import shaken, some_batch
 
-from teracon_fast.methods import MTL, FineAll, Method, Place, SinMo, Sizes
-from teracon_fast.methods.sequence import train_step
+from teracon_fast.data import Batch
+from teracon_fast.methods import MTL, FineAll, SinMo, Sizes, StepContext
 from teracon_fast.reference import dense_loss, dense_states
+from teracon_fast.train.loop import train_step
 
 SIZES = Sizes(20, channels=8, dilations=(1, 2))
 LABELS = (20, 6, 3)
 KINDS: list[type[SinMo]] = [SinMo, FineAll, MTL]
-PLACE = Place(1, 4.0)
 
 
 def begun(kind: type[SinMo], tasks: int, dtype: torch.dtype = torch.float64) -> SinMo:
@@ -26,8 +28,8 @@ def begun(kind: type[SinMo], tasks: int, dtype: torch.dtype = torch.float64) -> 
     return method
 
 
-def snapshot(method: Method) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in method.state_dict().items()}
+def context(first: Batch) -> StepContext:
+    return StepContext(1, 4.0, companions={0: first})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -39,7 +41,7 @@ def test_a_step_is_that_of_the_dense_form(kind: type[SinMo], task: int) -> None:
     batch = some_batch(20, LABELS[task])
     first = some_batch(20, 20, users=5, seed=1)
     optimizer = torch.optim.SGD(method.begin_phase("train"), lr=0.1)
-    loss = train_step(method, optimizer, batch, PLACE, {0: first} if task else {})
+    loss = total(train_step(method, optimizer, batch, context(first)))
 
     plain.begin_phase("train")
     expected = dense_loss(task, plain.backbone(task), plain.head(task), batch)
@@ -60,7 +62,7 @@ def test_what_is_not_in_training_stays_bit_by_bit(kind: type[SinMo]) -> None:
     method = begun(kind, 2, torch.float32)
     before = snapshot(method)
     optimizer = torch.optim.Adam(method.begin_phase("train"), lr=1e-2)
-    train_step(method, optimizer, some_batch(20, 6), PLACE, {0: some_batch(20, 20)})
+    train_step(method, optimizer, some_batch(20, 6), context(some_batch(20, 20)))
     for name, value in method.state_dict().items():
         own = name.startswith(("backbones.1.", "heads.1.", "first_head."))
         assert torch.equal(value, before[name]) != own, name
@@ -98,7 +100,7 @@ def test_multi_task_asks_for_the_first_task_and_sees_both_losses() -> None:
     method.begin_phase("train")
     shaken(method)
     batch, first = some_batch(20, 6), some_batch(20, 20, seed=1)
-    both = method.loss(batch, PLACE, {0: first})
+    both = method.loss(batch, context(first))
     both.backward()
     both = both.detach()
     assert method.first_head[0].weight.grad.any() and method.head(1).weight.grad.any()

@@ -20,7 +20,7 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_method.py"
 
 
 def test_the_example_is_short_and_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(EXAMPLE.read_text("utf-8").splitlines()) <= 60
+    assert len(EXAMPLE.read_text("utf-8").splitlines()) < 60
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, str(EXAMPLE), str(tmp_path)], capture_output=True, text=True, env=environment)
     page = done.stdout

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from teracon_fast import FastTCN, packing
 from teracon_fast.data import Batch
-from teracon_fast.methods import ParameterMasks, Place, Sizes
+from teracon_fast.methods import ParameterMasks, Sizes, StepContext
 from teracon_fast.methods.parameter_masks import WeightMaskedTCN
 from teracon_fast.model.fast_tcn import Request
 from teracon_fast.reference import dense_states
@@ -58,12 +58,12 @@ def begun(tasks: int) -> ParameterMasks:
 
 @pytest.mark.parametrize("tasks", [1, 2, 3])
 def test_loss_and_gradients_are_those_of_the_dense_form(tasks: int) -> None:
-    method, place, task = begun(tasks), Place(1, 30.0), tasks - 1
-    s, model, teacher = place.scale(50.0), method.model, method.teacher
+    method, context, task = begun(tasks), StepContext(1, 30.0), tasks - 1
+    s, model, teacher = context.scale(50.0), method.model, method.teacher
     x = ragged(LENGTHS, 9)
     batch = Batch(x, torch.tensor([0, 1, 2, 0, 1, 2]), packing.real_lengths(x))
     state = method.draws.get_state()
-    loss = method.loss(batch, place, {})
+    loss = method.loss(batch, context)
     loss.backward()
     got = gradients(method)
     method.zero_grad()
@@ -87,11 +87,11 @@ def test_loss_and_gradients_are_those_of_the_dense_form(tasks: int) -> None:
 
 def test_rho_compares_masks_of_weights() -> None:
     """Eq. 15 over vectors of all weights of a convolution."""
-    method, s = begun(2), Place(1, 30.0).scale(50.0)
+    method, s = begun(2), StepContext(1, 30.0).scale(50.0)
     model, teacher = method.model, method.teacher
     assert teacher is not None
     x = ragged(LENGTHS, 9)
-    method.loss(Batch(x, torch.zeros(6, dtype=torch.int64), packing.real_lengths(x)), Place(1, 30.0), {})
+    method.loss(Batch(x, torch.zeros(6, dtype=torch.int64), packing.real_lengths(x)), StepContext(1, 30.0))
 
     def divided(network: FastTCN, task: int) -> list[Tensor]:
         weights = [network.site(number)[0].weight for number in range(network.num_sites)]

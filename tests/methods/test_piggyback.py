@@ -1,8 +1,6 @@
-"""Piggyback: what trains, the straight-through gradient, bits, that nothing is forgotten, and equality with the dense form."""
+"""Piggyback: what trains, the straight-through gradient, bits, and equality with the dense form."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
@@ -10,15 +8,15 @@ from parameters import changed, gradients, snapshot
 from some_batches import some_batch
 from torch import Tensor
 
-from teracon_fast.data import Batch, TaskSequence, split_task
+from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods import METHODS, Piggyback, Place, SinMo, Sizes
+from teracon_fast.methods import Piggyback, Sizes, StepContext
 from teracon_fast.methods.piggyback import pack_bits, unpack_bits
-from teracon_fast.methods.sequence import Settings, evaluate_method, learn_task, train_step
 from teracon_fast.reference import dense_loss, dense_states
+from teracon_fast.train.loop import train_step
 
 SIZES = Sizes(23, channels=5, dilations=(1, 2))  # 5 * 5 * 3 weights: no whole number of bytes
-PLACE = Place(0, 1.0)
+CONTEXT = StepContext(0, 1.0)
 LABELS = (23, 5, 7)
 
 
@@ -30,7 +28,7 @@ def run(method: Piggyback, steps: int = 3) -> None:
     """The phase of a task that has been started, with r moving far enough for some to cross the threshold."""
     optimizer = torch.optim.Adam(method.begin_phase("train"), lr=1e-2)
     for step in range(steps):
-        train_step(method, optimizer, a_batch(method.task, step), PLACE, {})
+        train_step(method, optimizer, a_batch(method.task, step), CONTEXT)
     method.end_phase("train")
 
 
@@ -46,7 +44,7 @@ def test_loss_and_gradients_of_task_0_are_those_of_the_dense_form() -> None:
     method = learned(0)
     method.start(0, LABELS[0])
     method.begin_phase("train")
-    loss = method.loss(a_batch(0), PLACE, {})
+    loss = method.loss(a_batch(0), CONTEXT)
     loss.backward()
     got = gradients(method)
     expected_loss = dense_loss(0, method.backbone, method.head(0), a_batch(0))
@@ -66,7 +64,7 @@ def test_loss_and_gradients_are_those_of_the_dense_form(task: int) -> None:
     with torch.no_grad():
         for real in method.reals:
             real.copy_(5e-3 + 5e-3 * torch.randn_like(real))
-    loss = method.loss(a_batch(task), PLACE, {})
+    loss = method.loss(a_batch(task), CONTEXT)
     loss.backward()
     got = gradients(method)
 
@@ -98,15 +96,6 @@ def test_encode_is_the_dense_form_of_each_tasks_mask() -> None:
     assert not torch.equal(method.encode(x, 1), method.encode(x, 2))
 
 
-def test_task_0_is_plain_training(tiny: TaskSequence, sizes: Sizes) -> None:
-    splits, settings = [split_task(tiny.tasks[0])], Settings(lr=5e-3, batch_size=32, epochs=4)
-    method, plain = Piggyback(sizes), SinMo(sizes)
-    for one in (method, plain):
-        learn_task(one, tiny, splits, 0, settings)
-    for name, value in plain.backbone(0).state_dict().items():
-        assert torch.equal(method.backbone.state_dict()[name], value), name
-
-
 @pytest.mark.parametrize("task", [1, 2])
 def test_a_later_task_trains_its_mask_and_its_head_alone(task: int) -> None:
     method = learned(task)
@@ -125,7 +114,7 @@ def test_real_masks_start_at_their_initial_value_with_a_learning_rate_of_their_o
     x = a_batch(0).x
     assert torch.equal(method.encode(x, 1), method.encode(x, 0)), "at first every weight counts"
     optimizer = torch.optim.Adam([reals, heads], lr=1.0)
-    train_step(method, optimizer, a_batch(1), PLACE, {})
+    train_step(method, optimizer, a_batch(1), CONTEXT)
     assert all(float((real.detach() - 1e-2).abs().max()) == pytest.approx(1e-4, rel=1e-3) for real in method.reals)
 
 
@@ -134,7 +123,7 @@ def test_masks_are_kept_as_bits() -> None:
     method.start(1, LABELS[1])
     optimizer = torch.optim.Adam(method.begin_phase("train"), lr=1e-2)
     for step in range(3):
-        train_step(method, optimizer, a_batch(1, step), PLACE, {})
+        train_step(method, optimizer, a_batch(1, step), CONTEXT)
     expected, state = [real > 5e-3 for real in method.reals], method.encode(a_batch(0).x, 1)
     assert any(not mask.all() for mask in expected)
     method.end_phase("train")
@@ -157,37 +146,6 @@ def test_bits_are_counted_from_the_lowest() -> None:
     assert pack_bits(torch.tensor([True, False, True] + [False] * 5 + [True])).tolist() == [5, 1]
 
 
-def test_earlier_tasks_are_bit_identical(tiny: TaskSequence, sizes: Sizes) -> None:
-    """Through the driver: representations, heads and metrics of every task after each later one; so BWT is exactly 0."""
-    splits, settings = [split_task(data) for data in tiny.tasks], Settings(lr=5e-3, batch_size=32, epochs=6)
-    method = Piggyback(sizes, mask_lr=1e-3)
-    x = torch.from_numpy(tiny.tasks[0].sequences[:70].astype("int64"))
-    kept: list[tuple[Tensor, Tensor, dict[str, float]]] = []
-    for task, data in enumerate(tiny.tasks):
-        epochs = learn_task(method, tiny, splits, task, settings)
-        assert epochs[-1].loss < epochs[0].loss
-        for earlier, (state, logits, metrics) in enumerate(kept):
-            assert torch.equal(method.encode(x, earlier), state)
-            assert torch.equal(method.head(earlier)(state), logits)
-            assert evaluate_method(method, tiny.tasks[earlier], earlier, splits[earlier].test) == metrics
-        state = method.encode(x, task)
-        kept.append((state, method.head(task)(state).detach(), evaluate_method(method, data, task, splits[task].test)))
-    assert all(not mask.all() for task in (1, 2) for mask in method.masks(task)), "masks have been learnt"
-    assert kept[0][2]["mrr@5"] > 0.3, "better than chance"
-
-
-def test_a_state_dict_is_enough_to_go_on_with() -> None:
-    method, other = learned(2), Piggyback(SIZES, mask_lr=3e-3).double()
-    other.restore(LABELS[:2], copy.deepcopy(method.state_dict()))
-    x = a_batch(0).x
-    for task in range(2):
-        assert torch.equal(other.encode(x, task), method.encode(x, task))
-    for one in (method, other):
-        one.start(2, LABELS[2], torch.Generator().manual_seed(2))
-        run(one)
-    assert not changed(snapshot(method), other)
-
-
 def test_invalid_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="mask_lr is 0"):
         Piggyback(SIZES, mask_lr=0)
@@ -195,4 +153,3 @@ def test_invalid_settings_are_refused() -> None:
         Piggyback(SIZES, init=float("nan"))
     with pytest.raises(ConfigError, match="task 0 has no masks"):
         learned(1).masks(0)
-    assert METHODS["piggyback"] is Piggyback

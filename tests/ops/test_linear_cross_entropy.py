@@ -373,7 +373,7 @@ def test_when_a_loss_is_formed_with_its_gradients(monkeypatch: pytest.MonkeyPatc
     values[1].requires_grad_(False)
     ops.linear_cross_entropy(*values, targets, rows).backward()
     assert values[1].grad is None and values[0].grad is not None
-    torch.library.opcheck(_linear_cross_entropy_reduced, (*values, targets, rows, torch.rand(100), 0.0, True))
+    torch.library.opcheck(_linear_cross_entropy_reduced, (*values, targets, rows, torch.rand(100), 0.0, "cpu", True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

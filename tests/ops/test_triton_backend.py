@@ -63,7 +63,7 @@ def test_ranking() -> None:
 
 def test_they_run_on_request_only() -> None:
     """Until they have been measured on a GPU."""
-    for operation in ("linear_cross_entropy", "retention_mse", "linear_rank", "packing"):
+    for operation in ("linear_cross_entropy", "retention_mse", "linear_rank", "pack"):
         assert resolve("auto", operation) != "triton"
         assert resolve("triton", operation, torch.device(DEVICE)) == "triton"
         assert env_report()["auto"][operation] != "triton"

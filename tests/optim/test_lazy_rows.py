@@ -9,19 +9,20 @@ from collections.abc import Callable
 import pytest
 import torch
 from adam_checks import COMPILED, assert_same, assert_same_state, by_rows, small_model
+from steps import t1_step
 from torch import Tensor, nn
 
 from teracon_fast import FastTCN, Request, ops
 from teracon_fast.optim import lazy_rows
 from teracon_fast.optim.adam import Adam
 from teracon_fast.optim.lazy_rows import LazyRows
-from teracon_fast.train import loop as trainer
-from teracon_fast.train.loop import make_optimizer, t1_step
+from teracon_fast.train import loop
+from teracon_fast.train.loop import make_optimizer
 
 
 def lazy_adam(model: FastTCN, monkeypatch: pytest.MonkeyPatch) -> Adam:
     """The optimiser of a model whose embedding counts as large."""
-    monkeypatch.setattr(trainer, "LAZY_FROM", 1)
+    monkeypatch.setattr(loop, "LAZY_FROM", 1)
     optimizer = make_optimizer(model, 1e-2)
     assert optimizer.lazy
     return optimizer

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from steps import continual_step
 from torch import Tensor, nn
 
 from teracon_fast import FastTCN, ops
@@ -13,7 +14,7 @@ from teracon_fast.ops import low_rank, native
 from teracon_fast.ops.heads import Head
 from teracon_fast.ops.retention_mse import cpu as _cpu_retention_mse
 from teracon_fast.optim.adam import Adam
-from teracon_fast.train.loop import continual_step, make_optimizer
+from teracon_fast.train.loop import make_optimizer
 
 COMPILED = pytest.mark.skipif(not native.available(), reason="this installation has no compiled extension")
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from adam_checks import COMPILED, MOMENTS, assert_same, assert_same_state, by_rows, random_gradients, small_model
 from instruction_sets import INSTRUCTION_SETS, passes_under
+from steps import t1_step
 from torch import nn
 
 from teracon_fast.errors import ConfigError
 from teracon_fast.ops import native
 from teracon_fast.optim.adam import Adam
-from teracon_fast.train.loop import make_optimizer, t1_step
+from teracon_fast.train.loop import make_optimizer
 
 Make = Callable[..., Adam]
 V = 150  # more than two blocks of rows of the kernel

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from steps import t1_step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_here import require_triton
@@ -21,8 +22,8 @@ from teracon_fast.ops import backends
 from teracon_fast.ops.backends import BackendError
 from teracon_fast.optim import lazy_rows
 from teracon_fast.optim.adam import Adam
-from teracon_fast.train import loop as trainer
-from teracon_fast.train.loop import make_optimizer, t1_step
+from teracon_fast.train import loop
+from teracon_fast.train.loop import make_optimizer
 
 require_triton()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -233,7 +234,7 @@ def test_gradients_in_half_precision(adam: Make) -> None:
 def model_and_optimizer(monkeypatch: pytest.MonkeyPatch, large: bool) -> tuple[FastTCN, Adam]:
     """A model and its optimiser, of backend="triton"; the interpreter, which is slow, runs only Adam's kernels."""
     model = FastTCN(num_items=30, channels=8, dilations=[1, 2], backend="triton").to(DEVICE)
-    monkeypatch.setattr(trainer, "LAZY_FROM", 1 if large else 10**9)
+    monkeypatch.setattr(loop, "LAZY_FROM", 1 if large else 10**9)
     optimizer = make_optimizer(model, 1e-2)
     assert optimizer.backend == "triton" and optimizer.lazy == large and model.sparse_embedding_grad
     if DEVICE == "cpu":

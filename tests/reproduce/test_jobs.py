@@ -49,7 +49,7 @@ echo "epoch 1 of $5"
 case $(grep "^seed" "$4") in
 "seed = 1") printf 'Traceback (most recent call last):\\n  File\\nValueError: too bad\\n'; code=1;;
 "seed = 2") printf 'error: got this, expected that:\\n  threads: 2\\n'; code=2;;
-"seed = 3") kill -9 $$;;
+"seed = 3") rm "$folder/running"; kill -9 $$;;
 "seed = 4") while true; do sleep 0.05; done;;
 *) sleep 0.3; code=0;;
 esac
@@ -82,7 +82,7 @@ def test_a_failure_stops_nothing_and_is_explained(script: None, tmp_path: Path) 
         1: "ValueError: too bad", 2: "got this, expected that: threads: 2", 3: "killed by SIGKILL, see log.txt",
     }  # fmt: skip
     assert (tmp_path / "seed1" / "error.txt").read_text().startswith("Traceback (most recent call last):\n  File\n")
-    others = [int((config.run / "others").read_text()) for config in runs if config.seed != 3]
+    others = [int((config.run / "others").read_text()) for config in runs]
     assert max(others) == 1, "two at a time"
     assert (tmp_path / "seed0" / "parent").read_text() == f"{os.getpid()}\n"
     assert not (tmp_path / "seed0" / "error.txt").exists()
@@ -152,9 +152,8 @@ def test_a_finished_run_is_that_of_train_and_is_reused(
     assert config.threads == 1 and config.task_options(2)["c"] == 3.0
     expected = train(config.model_copy(update={"run": tmp_path / "alone"}))
     found = read_run(run)
-    assert found is not None and found.R == expected.R and found.epochs == [1, 1, 1] and found.peak_mib > 50
-    per_network = 31 * 8 + 4 * (8 * 8 * 3 + 8) + 4 * 2 * 8 + 3 * 4 * 8  # items, convolutions, LayerNorms, task embeddings
-    assert found.parameters == per_network + sum(9 * task.num_labels for task in tiny.tasks)
+    assert found is not None and found.R == expected.R and found.epochs == [1, 1, 1]
+    assert found.parameters > 9 * sum(task.num_labels for task in tiny.tasks) and found.peak_mib > 50
     # Reused with other threads and another backend, here in a copy of the folder; weights are kept unless asked otherwise.
     shutil.copytree(folder / "runs", tmp_path / "out" / "runs")
     copy = tmp_path / "out" / "runs" / run.name

@@ -57,6 +57,6 @@ def test_gradients_of_two_processes_are_those_of_the_whole_batch(tmp_path: Path)
 
 
 def test_the_page_has_this_module() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "gpu.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
     own = Path(__file__).read_text().split("class Loss")[1].split("\n\n\ndef ")[0]
     assert own in page

@@ -1,4 +1,4 @@
-"""Training as the published program does it: the golden trajectories, by our loop and by its own way with FastTCN."""
+"""Training as the published program does it: the golden trajectories, by our steps and in its own way with FastTCN."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from typing import Any
 import pytest
 import torch
 from golden_vectors import Golden, load, relative_error
+from steps import continual_step, t1_step
 from torch import Tensor, nn
 
 from teracon_fast import FastTCN
+from teracon_fast.methods.teracon import FIRST_RHO
 from teracon_fast.model.masks import annealed_scale
-from teracon_fast.train.loop import (
-    FIRST_RHO,
-    continual_step,
-    make_optimizer,
-    t1_step,
-)
+from teracon_fast.train.loop import make_optimizer
 
 Trajectory = dict[str, Tensor]
 
@@ -64,8 +61,7 @@ def own_training(given: Golden, dtype: torch.dtype, restart: bool, algorithm: st
                 continue
             users = [given[f"t{task}.users.{b}.{j}"] for j in range(task - 1)]
             step = continual_step(model, teacher, optimizer, x, given[f"t{task}.y.{b}"], users, rho, s, meta["alpha"])
-            assert step.next_rho is not None and step.retention_loss is not None
-            rho = step.next_rho.tolist()
+            rho = step.next_rho
             result[f"t{task}.class_loss.{b}"] = step.class_loss
             result[f"t{task}.retention_loss.{b}"] = step.retention_loss
             result[f"t{task}.next_ratio.{b}"] = torch.tensor(rho, dtype=torch.float64)

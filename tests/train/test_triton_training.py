@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from steps import continual_step, t1_step
 from tiny_data import write_tiny
 from torch import Tensor
 from triton_here import require_triton
@@ -17,7 +18,8 @@ require_triton()
 
 from teracon_fast import FastTCN, Request  # noqa: E402
 from teracon_fast.config import load_config  # noqa: E402
-from teracon_fast.train.loop import HostCopy, Precision, continual_step, make_optimizer, t1_step  # noqa: E402
+from teracon_fast.methods.base import Precision  # noqa: E402
+from teracon_fast.train.loop import make_optimizer  # noqa: E402
 from teracon_fast.train.run import train  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,8 +57,7 @@ def trained(
                 continue
             drawn = [torch.arange(1, 3), torch.arange(step + 1)]
             found = continual_step(model, teacher, optimizer, x, y, drawn, [0.4, 0.2], 3.0, 0.7, precision=precision)
-            assert found.retention_loss is not None and isinstance(found.next_rho, HostCopy)
-            numbers += [float(found.class_loss), float(found.retention_loss), *found.next_rho.tolist()]
+            numbers += [float(found.class_loss), float(found.retention_loss), *found.next_rho]
         weights |= {f"{tasks} {name}": value.detach().cpu().clone() for name, value in model.state_dict().items()}
     return numbers, weights
 
@@ -111,7 +112,7 @@ def test_a_step_does_not_wait_for_the_gpu(precision: Precision) -> None:
         drawn = [torch.arange(10), torch.arange(3 + seed)]
         continual_step(model, teacher, optimizers[1], x, y, drawn, [0.2, 0.1], 2.0, 0.7, precision=precision, predictions=True)
 
-    steps(0)  # compiles; makes the optimiser's state
+    steps(0)  # compiles; makes the optimizer's state
     with no_waits():
         steps(1)
 

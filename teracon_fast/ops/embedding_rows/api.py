@@ -1,4 +1,4 @@
-"""Rows of an embedding, with a gradient that may be sparse: no dense matrix for the few rows that a batch reads."""
+"""Rows of an embedding, with a gradient that may be sparse: no dense matrix for the few rows of a batch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ def embedding_rows(weight: Tensor, items: Tensor, sparse: bool = False) -> Tenso
     """`weight[items]`, differentiable with respect to `weight`.
 
     With `sparse` the gradient is a `torch.sparse_coo` tensor: the items of the batch, each once and ascending, with the sums
-    of their rows in the order of occurrence. These are the bits of the dense gradient on the CPU, in every run. Optimisers that
-    take it: `teracon_fast.optim.Adam`, torch's SGD, Adagrad and SparseAdam. `DistributedDataParallel` does not. PyTorch drops
-    the mark "coalesced" when it puts the gradient into `.grad`; the rows there are still unique and ascending.
+    of their rows in the order of occurrence. On the CPU these are the bits of the dense gradient. Optimisers that take it:
+    `teracon_fast.optim.Adam`, torch's SGD, Adagrad and SparseAdam; `DistributedDataParallel` does not. PyTorch drops the flag
+    "coalesced" when it fills `.grad`; rows are still unique and ascending there.
 
-    On a GPU how many different items there are is unknown without waiting for it, so there the sums are left to whoever uses
-    the gradient: it is not coalesced, and holds the `items` and the upstream gradient themselves, which must not be written to
-    until it has been used.
+    On a GPU the number of different items is unknown without waiting, so the sums are left to the optimiser: the gradient is not
+    coalesced, and consists of `items` and the upstream gradient themselves, which must not be modified before it is used.
 
     Rows of a weight that `optim.Adam(lazy=True)` has not updated yet are brought up to date first, in place, as by `Adam.flush`.
 
@@ -67,7 +66,7 @@ def sum_rows(items: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     ordered, order = torch.sort(items, stable=True)
     different, counts = torch.unique_consecutive(ordered, return_counts=True)
     exact = rows if rows.dtype == torch.float64 else rows.float()
-    # Adds the rows of a bag one by one, in the order given, and shares bags among threads.
+    # Adds the rows of a bag in the order given, bags in parallel.
     sums = F.embedding_bag(order, exact.contiguous(), counts.cumsum(0) - counts, mode="sum")
     return different, sums.to(rows.dtype)
 
@@ -84,11 +83,11 @@ class _RowsWithSparseGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         items, summed = ctx.saved_tensors[0].long(), not _leaves_sums(grad)
         rows, values = sum_rows(items, grad) if summed else (items, grad)
-        # Checking that rows are in range would read the device; forward has read them.
+        # Forward has read these rows, so they are in range; a check would wait for the device.
         gradient = torch.sparse_coo_tensor(rows[None], values, ctx.shape, check_invariants=False, is_coalesced=summed)
         return gradient, None
 
 
 def _leaves_sums(grad: Tensor) -> bool:
-    """Whether adding up the rows of each item is left to the optimiser: their number would have to come from the device."""
+    """Whether summing the rows of each item is left to the optimiser: their number is known on the device only."""
     return grad.device.type != "cpu"

@@ -1,4 +1,4 @@
-"""Parameters with late rows: an optimiser that updates rows lazily registers them, and whoever reads rows updates them first."""
+"""Parameters with late rows: a lazy optimiser registers their missed updates, which readers of rows apply first."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def register(parameter: Tensor, updates: Updates | None) -> None:
 def catch_up(parameter: Tensor, items: Tensor | None = None) -> None:
     """Bring the rows `items`, int64 or int32 of any shape, or all rows of a parameter up to date, before they are read.
 
-    Items out of range are left to whoever reads them.
+    Items out of range are skipped here; reading them raises.
     """
     # Not as a decorator: it would load the compiler with this module.
     run = torch.compiler.disable(_catch_up) if torch.compiler.is_compiling() else _catch_up

@@ -10,16 +10,15 @@ Milakov & Gimelshein 2018, arXiv 1805.02867).
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Protocol, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from teracon_fast.errors import ShapeError
-from teracon_fast.ops import backends
 from teracon_fast.ops.checks import autocast, expect, sums_dtype
 from teracon_fast.ops.heads import Head, check_head, check_targets, keep_gradients, kept_gradients
-from teracon_fast.ops.registration import Gradient, Needs, flat, nested, register, save, saved
+from teracon_fast.ops.registration import Gradient, Needs, flat, implementation, nested, register, save, saved
 
 
 class Inputs(NamedTuple):
@@ -76,6 +75,7 @@ class ReducedInputs(NamedTuple):
     rows: Tensor
     scales: Tensor
     filter_eps: float
+    backend: str
     predict: bool
 
 
@@ -88,22 +88,11 @@ class Reduced(NamedTuple):
     rank: Tensor
 
 
-class Backend(Protocol):
-    """What a backend's module offers. `cpu` has `reduced` too, and `rows_at_once` says where that is faster."""
-
-    def room(self, inputs: Inputs) -> Kept:
-        """What is kept, uninitialised."""
-
-    def forward(self, inputs: Inputs) -> Results: ...
-
-    def backward(self, inputs: Backward) -> Gradients: ...
-
-
 class CrossEntropy(NamedTuple):
-    """A loss with what its logits say of the labels.
+    """A loss with predictions from the same logits.
 
     Attributes:
-        loss: as without predictions.
+        loss: as `linear_cross_entropy` without predictions.
         argmax: int64 `[R]`, the label of each row's highest logit, the lowest of equals. No logit that is NaN.
         rank: int64 `[N]`, labels with a higher logit than the target, plus equal ones at a lower index: 0 is a hit@1. Logits that
             are NaN count as higher, so a target whose logit is NaN has rank C.
@@ -149,14 +138,13 @@ def linear_cross_entropy(
         targets: int64 `[N]`, labels in 0..C-1.
         rows: int64 `[N]`, row of `hidden` that each target belongs to, any number of targets per row in any order; None when
             N = R and target n belongs to row n.
-        target_weights: float `[N]`, what each target counts for, such as how often it occurs; None for 1 each. No gradient.
-        reduction: "mean" (weighted: the sum divided by the sum of the weights), "sum", or "none": the loss of each target, times
+        target_weights: float `[N]`, such as how often each target occurs; None for 1 each. No gradient.
+        reduction: "mean" (weighted: the sum divided by the sum of the weights), "sum", or "none": the loss of each target times
             its weight.
         predictions: also return each row's best label and each target's rank, from the same pass over the labels.
-        filter_eps: probabilities below it are treated as zero by the gradient, where a whole tile of rows and labels has nothing
-            larger and no target: its products are skipped. 0 (the default) skips nothing and is exact; 2**-24 is float32's
-            resolution beside 1, 2**-9 bfloat16's. The loss does not change. docs/large_catalogues.md has what it measures. The
-            `torch` backend has no tiles and skips nothing.
+        filter_eps: backward skips tiles of rows and labels without a target whose probabilities are all below it. 0 (the
+            default) skips nothing and is exact; 2**-24 is float32's resolution near 1, 2**-9 bfloat16's. The loss does not
+            change. See docs/large_catalogues.md for measurements. The `torch` backend has no tiles and skips nothing.
         backend: "auto", "torch", or another that `teracon_fast.env_report()` lists as available.
 
     Returns:
@@ -173,14 +161,13 @@ def linear_cross_entropy(
     save = torch.is_grad_enabled() and any(t.requires_grad for t in head)
     dtype, count = sums_dtype(head.hidden.dtype), targets.shape[0]
     weights = None if target_weights is None else target_weights.detach().to(dtype)
-    if save and reduction != "none" and count and not torch.compiler.is_compiling() and _reduces(head, backend):
+    inputs = Inputs(head, targets, rows, filter_eps, backend, save, predictions)
+    if save and reduction != "none" and count and not torch.compiler.is_compiling() and _reduces(inputs):
         scales = hidden.new_ones(count, dtype=dtype) if weights is None else weights
         scales = scales / scales.sum() if reduction == "mean" else scales
-        total, _, _, _, *found = _linear_cross_entropy_reduced(
-            *flat(ReducedInputs(head, targets, rows, scales, filter_eps, predictions))
-        )
+        reduced = ReducedInputs(head, targets, rows, scales, filter_eps, backend, predictions)
+        total, _, _, _, *found = _linear_cross_entropy_reduced(*flat(reduced))
         return CrossEntropy(total, *found) if predictions else total
-    inputs = Inputs(head, targets, rows, filter_eps, backend, save, predictions)
     losses, _, _, _, *found = _linear_cross_entropy(*flat(inputs))
     loss: Tensor = losses if weights is None else losses * weights
     if reduction == "sum":
@@ -207,14 +194,10 @@ def _check(
     return rows
 
 
-def _implementation(head: Head, backend: str) -> Any:
-    return backends.implementation("linear_cross_entropy", backend, head.hidden.device, head.hidden.dtype)
-
-
-def _reduces(head: Head, backend: str) -> bool:
-    """Whether the backend forms the reduced loss with its gradients, and does so faster."""
-    rows_at_once = getattr(_implementation(head, backend), "rows_at_once", None)
-    hidden, weight, _ = head
+def _reduces(inputs: Inputs) -> bool:
+    """Whether the backend has a `reduced` form, and it is faster."""
+    rows_at_once = getattr(implementation("linear_cross_entropy", inputs), "rows_at_once", None)
+    hidden, weight, _ = inputs.head
     return rows_at_once is not None and bool(rows_at_once(len(hidden), len(weight), hidden.dtype, weight.dtype))
 
 
@@ -226,7 +209,7 @@ def predictions_of(hidden: Tensor, targets: Tensor, wanted: bool) -> tuple[Tenso
 def _forward_fake(inputs: Inputs) -> Results:
     hidden, targets = inputs.head.hidden, inputs.targets
     losses = hidden.new_empty(targets.shape[0], dtype=sums_dtype(hidden.dtype))
-    kept = _implementation(inputs.head, inputs.backend).room(inputs)
+    kept = implementation("linear_cross_entropy", inputs).room(inputs)
     return Results(losses, kept, *predictions_of(hidden, targets, inputs.predict))
 
 
@@ -237,10 +220,6 @@ def _backward_fake(backward: Backward) -> Gradients:
         weight.new_empty(weight.shape if backward.need_weight else (0,)),
         bias.new_empty(bias.shape),
     ))  # fmt: skip
-
-
-def _setup(ctx: Any, inputs: Inputs, results: Results) -> None:
-    save(ctx, inputs, results.kept)
 
 
 def _gradient(ctx: Any, grad: Tensor, needs: Needs) -> Gradients:
@@ -258,16 +237,14 @@ def _reduced_fake(inputs: ReducedInputs) -> Reduced:
 
 
 _linear_cross_entropy_backward = register(
-    "linear_cross_entropy_backward", Backward, Gradients,
-    lambda given: _implementation(given.inputs.head, given.inputs.backend).backward(given), _backward_fake,
-)  # fmt: skip
+    "linear_cross_entropy_backward", Backward, Gradients, "linear_cross_entropy.backward", _backward_fake
+)
 _linear_cross_entropy = register(
-    "linear_cross_entropy", Inputs, Results, lambda inputs: _implementation(inputs.head, inputs.backend).forward(inputs),
-    _forward_fake, Gradient(_setup, _gradient),
+    "linear_cross_entropy", Inputs, Results, "linear_cross_entropy.forward", _forward_fake,
+    Gradient(lambda ctx, inputs, results: save(ctx, inputs, results.kept), _gradient),
 )  # fmt: skip
 _linear_cross_entropy_reduced = register(
-    "linear_cross_entropy_reduced", ReducedInputs, Reduced, lambda inputs: _implementation(inputs.head, "cpu").reduced(inputs),
-    _reduced_fake,
+    "linear_cross_entropy_reduced", ReducedInputs, Reduced, "linear_cross_entropy.reduced", _reduced_fake,
     Gradient(
         lambda ctx, inputs, results: keep_gradients(ctx, results.gradients),
         lambda ctx, grad, needs: Gradients(Head(*kept_gradients(ctx, grad))),

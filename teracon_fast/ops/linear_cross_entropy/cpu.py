@@ -1,7 +1,7 @@
 """`linear_cross_entropy` by the compiled C++ kernels: float32 and bfloat16 hidden states on the CPU. The `cpu` backend.
 
-Labels are taken in blocks: the logits of some rows under a block stay in the cache. With hidden states in bfloat16, matrix
-products are of bfloat16 where the processor multiplies pairs of them, else of float32; everything else is float32.
+Labels are processed in blocks: the logits of some rows under a block stay in the cache. With hidden states in bfloat16, matrix
+products are of bfloat16 if the processor has instructions for it, else of float32; everything else is float32.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from teracon_fast.ops.linear_cross_entropy.api import (
 
 Shape = tuple[int, ...]
 
-# Backward is a third faster with the exponentials of all logits kept from forward. Beyond this size it forms them again: malloc
-# gives larger memory back to the system every time, and getting it anew can cost more than the product.
+# Backward is a third faster with the exponentials of all logits kept from forward. Beyond this size it recomputes them: malloc
+# returns larger blocks to the system every time, and fresh pages can cost more than the product.
 KEPT_BYTES = 32 << 20
-# A loss that is formed with its gradients keeps exponentials for a turn only, in one array for all turns: as many rows as
-# KEPT_BYTES allow, or, of many labels, more of them.
+# A loss computed with its gradients keeps the exponentials of one chunk of rows, in one array for all chunks: as many rows as
+# KEPT_BYTES allow, or more if there are many labels.
 TURN_BYTES = 160 << 20
 _MOST_ROWS = 384
-# Fewer rows than this do not pay for walking over weight and d(weight) once more. Forming logits again costs half where pairs of
-# bfloat16 are multiplied, and the walk as much as ever.
+# Chunks with fewer rows do not pay for another pass over weight and d(weight). With bfloat16 instructions recomputing logits
+# costs half, and the pass as much as before.
 _FEWEST_ROWS = {torch.float32: 128, torch.bfloat16: 256}
 
 
@@ -82,14 +82,11 @@ def backward(backward: Backward) -> Gradients:
 
 
 def rows_at_once(rows: int, labels: int, hidden: torch.dtype, weight: torch.dtype) -> int | None:
-    """Rows whose loss and gradients `reduced` forms together; None where something else is faster.
-
-    All rows at once, where their exponentials may be kept, need no second walk over d(weight). A few rows at a time would
-    walk over it too often.
+    """Rows whose loss and gradients `reduced` computes together; None where keeping or recomputing all logits is faster.
 
     Args:
         rows, labels: R, C.
-        hidden, weight: dtypes. Turns add to d(weight), which only float32 is good for.
+        hidden, weight: dtypes. Several chunks add to d(weight), which needs float32.
     """
     if rows == 0 or 4 * _kept_shapes(rows, labels)[0][0] <= KEPT_BYTES:
         return None
@@ -100,8 +97,8 @@ def rows_at_once(rows: int, labels: int, hidden: torch.dtype, weight: torch.dtyp
 
 
 def reduced(inputs: ReducedInputs) -> Reduced:
-    """The exponentials of some rows serve loss and gradients, and are gone: logits are formed once, and never all held."""
-    head, targets, rows, scales, filter_eps, predict = inputs
+    """Chunks of rows, whose exponentials serve loss and gradients: logits are computed once, and never all held."""
+    head, targets, rows, scales, filter_eps, _, predict = inputs
     count, labels = head.hidden.shape[0], head.weight.shape[0]
     at_once = rows_at_once(count, labels, head.hidden.dtype, head.weight.dtype)
     assert at_once is not None
@@ -113,7 +110,7 @@ def reduced(inputs: ReducedInputs) -> Reduced:
     begins = range(0, count, at_once)
     ends = torch.searchsorted(rows, torch.tensor([begin + at_once for begin in begins])).tolist()
     total, from_target = torch.zeros((), dtype=torch.float64), 0
-    # One array for all turns: fresh memory costs a good part of what keeping the exponentials saves.
+    # One array for all chunks: fresh memory costs a good part of what keeping the exponentials saves.
     memory = [torch.empty(math.prod(shape)) for shape in _kept_shapes(at_once, labels)]
     for begin, end in zip(begins, ends, strict=True):
         turn, own, row_of = slice(begin, begin + at_once), targets[from_target:end], rows[from_target:end] - begin

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from teracon_fast.errors import ShapeError
-from teracon_fast.ops import backends
 from teracon_fast.ops.checks import autocast, expect, sums_dtype
 from teracon_fast.ops.heads import Head, check_head, check_targets
-from teracon_fast.ops.registration import flat, register
+from teracon_fast.ops.registration import flat, implementation, register
 
 
 class RankInputs(NamedTuple):
@@ -47,14 +46,6 @@ class Topk(NamedTuple):
     labels: Tensor
 
 
-class Backend(Protocol):
-    """What a backend's module offers."""
-
-    def rank(self, inputs: RankInputs) -> Tensor: ...
-
-    def topk(self, inputs: TopkInputs) -> Topk: ...
-
-
 @torch.no_grad()
 def linear_rank(
     hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: Tensor | None = None, *, backend: str = "auto"
@@ -83,7 +74,7 @@ def linear_rank(
     head = Head(autocast(hidden), weight, bias)
     check_head("linear_rank", head)
     rows = check_targets("linear_rank", head.hidden, targets, rows)
-    ranks: Tensor = _linear_rank(*flat(RankInputs(head, targets, rows, backend)))[0]
+    ranks: Tensor = _linear_rank(*flat(RankInputs(head, targets, rows, backend)))
     return ranks
 
 
@@ -123,14 +114,8 @@ def linear_topk(
     return scores, labels
 
 
-def _implementation(inputs: RankInputs | TopkInputs) -> Backend:
-    hidden = inputs.head.hidden
-    found: Backend = backends.implementation("linear_rank", inputs.backend, hidden.device, hidden.dtype)
-    return found
-
-
 def _topk(inputs: TopkInputs) -> Topk:
-    scores, labels = _implementation(inputs).topk(inputs)
+    scores, labels = implementation("linear_rank", inputs).topk(inputs)
     return Topk(scores.to(sums_dtype(inputs.head.hidden.dtype)), labels)
 
 
@@ -140,7 +125,6 @@ def _topk_fake(inputs: TopkInputs) -> Topk:
 
 
 _linear_rank = register(
-    "linear_rank", RankInputs, Ranks, lambda inputs: Ranks(_implementation(inputs).rank(inputs)),
-    lambda inputs: Ranks(torch.empty_like(inputs.targets)),
-)  # fmt: skip
+    "linear_rank", RankInputs, Ranks, "linear_rank.rank", lambda inputs: Ranks(torch.empty_like(inputs.targets))
+)
 _linear_topk = register("linear_topk", TopkInputs, Topk, _topk, _topk_fake)

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from teracon_fast.ops.heads import dense_head, schedule
-from teracon_fast.ops.linear_rank.api import RankInputs, Topk, TopkInputs
+from teracon_fast.ops.linear_rank.api import RankInputs, Ranks, Topk, TopkInputs
 from teracon_fast.ops.linear_rank.torch import require_no_nan
 
 # The best labels that threads hold of all rows at once, each 8 bytes.
 _HELD_BYTES = 64 << 20
 
 
-def rank(inputs: RankInputs) -> Tensor:
-    """Ranks int64 `[N]`."""
+def rank(inputs: RankInputs) -> Ranks:
+    """As `ops.linear_rank`."""
     head, targets, rows, _ = inputs
     ranks = torch.empty(targets.shape[0], dtype=torch.int64)
     nan = torch.ops.teracon_fast.linear_rank_cpu(
         *dense_head(head), targets.contiguous(), rows.contiguous(), *schedule(len(head.weight)), ranks
     )
     require_no_nan("linear_rank", nan)
-    return ranks
+    return Ranks(ranks)
 
 
 def topk(inputs: TopkInputs) -> Topk:

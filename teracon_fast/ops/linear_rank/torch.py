@@ -11,7 +11,7 @@ from torch import Tensor
 from teracon_fast.errors import TeraconError
 from teracon_fast.ops.checks import require_range
 from teracon_fast.ops.heads import Head
-from teracon_fast.ops.linear_rank.api import RankInputs, Topk, TopkInputs
+from teracon_fast.ops.linear_rank.api import RankInputs, Ranks, Topk, TopkInputs
 
 _BLOCK_BYTES = 64 << 20
 
@@ -30,7 +30,7 @@ def _scores(operation: str, head: Head, part: slice) -> Tensor:
 
 
 def require_no_nan(operation: str, found: Tensor | bool) -> None:
-    """Raise TeraconError where a score is NaN: nothing can be ranked then. On a GPU the device is not waited for: it stops."""
+    """Raise TeraconError if a score is NaN, which cannot be ranked. On a GPU an assertion on the device stops it, without a wait."""
     if isinstance(found, Tensor) and found.device.type != "cpu":
         torch._assert_async(~found)
     elif found:
@@ -46,15 +46,15 @@ def ranks_among(logits: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
         scores, mine, target = logits[rows[part]], own[part, None], targets[part, None]
         ties = scores == mine
         above = (~(scores <= mine)).sum(1)
-        # Ties besides the target itself are rare; only then does their order matter.
+        # Only with ties beyond the target itself, which are rare, does their order matter.
         if logits.device.type != "cpu" or bool((ties.sum(1) > 1).any()):
             above += (ties & (labels < target)).sum(1)
         rank[part] = above
     return rank
 
 
-def rank(inputs: RankInputs) -> Tensor:
-    """Ranks int64 `[N]`."""
+def rank(inputs: RankInputs) -> Ranks:
+    """As `ops.linear_rank`."""
     head, targets, rows, _ = inputs
     require_range("linear_rank", targets, len(head.weight), "targets")
     require_range("linear_rank", rows, len(head.hidden), "rows")
@@ -65,7 +65,7 @@ def rank(inputs: RankInputs) -> Tensor:
         low, high = torch.searchsorted(sorted_rows, torch.tensor([part.start, part.stop], device=rows.device)).tolist()
         own = order[low:high]
         ranks[own] = ranks_among(scores, targets[own], rows[own] - part.start)
-    return ranks
+    return Ranks(ranks)
 
 
 def topk(inputs: TopkInputs) -> Topk:

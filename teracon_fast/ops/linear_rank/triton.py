@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from teracon_fast.kernels import linear_rank as kernels
 from teracon_fast.kernels.tiles import dot_precision
 from teracon_fast.ops.checks import require_range
-from teracon_fast.ops.linear_rank.api import RankInputs, Topk, TopkInputs
+from teracon_fast.ops.linear_rank.api import RankInputs, Ranks, Topk, TopkInputs
 from teracon_fast.ops.linear_rank.torch import require_no_nan
 
 
-def rank(inputs: RankInputs) -> Tensor:
-    """Ranks int64 `[N]`."""
+def rank(inputs: RankInputs) -> Ranks:
+    """As `ops.linear_rank`."""
     head, targets, rows, _ = inputs
     require_range("linear_rank", targets, len(head.weight), "targets")
     require_range("linear_rank", rows, len(head.hidden), "rows")
     ranks = kernels.rank(*head, targets, rows, dot_precision(head.hidden.device))
     require_no_nan("linear_rank", (ranks >= len(head.weight)).any())
-    return ranks
+    return Ranks(ranks)
 
 
 def topk(inputs: TopkInputs) -> Topk:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from torch import Tensor
 from teracon_fast.errors import ShapeError
 from teracon_fast.ops import backends
 from teracon_fast.ops.checks import autocast, expect, parameter_dtypes, sums_dtype
-from teracon_fast.ops.registration import Gradient, flat, nested, register, save, saved
-from teracon_fast.ops.registration import Needs as ByName
+from teracon_fast.ops.registration import Gradient, Needs, flat, nested, register, save, saved
 from teracon_fast.ops.rows import check_convolution
 from teracon_fast.packing import ResidualTable, TapTable
 
@@ -75,22 +74,16 @@ class Results(NamedTuple):
     kept: Kept
 
 
-class Needs(NamedTuple):
-    """Gradients that are wanted; those of the other parameters always are."""
-
-    x: bool
-    weight: bool
-    residual: bool
-    addend: bool
-
-
 class Backward(NamedTuple):
-    """What backward computes from; `inputs` without residual and addend."""
+    """What backward computes from; `inputs` without residual and addend. Some gradients are formed only if needed."""
 
     grad: Tensor
     inputs: Inputs
     kept: Kept
-    needs: Needs
+    need_x: bool
+    need_weight: bool
+    need_residual: bool
+    need_addend: bool
 
 
 class Gradients(NamedTuple):
@@ -100,14 +93,6 @@ class Gradients(NamedTuple):
     parameters: Parameters
     residual: Tensor
     addend: Tensor
-
-
-class Backend(Protocol):
-    """What a backend's module offers."""
-
-    def forward(self, inputs: Inputs) -> Results: ...
-
-    def backward(self, inputs: Backward) -> Gradients: ...
 
 
 def masked_conv(
@@ -192,11 +177,6 @@ def _check_algorithm(algorithm: str, backend: str, kernel_size: int, x: Tensor) 
         raise backends.BackendError(f"masked_conv: algorithm 'winograd' needs backend 'cpu', got {chosen!r}")
 
 
-def _implementation(inputs: Inputs) -> Backend:
-    found: Backend = backends.implementation("masked_conv", inputs.backend, inputs.x.device, inputs.x.dtype)
-    return found
-
-
 def room(inputs: Inputs) -> Results:
     """Uninitialised results."""
     x, f_out, rows = inputs.x, inputs.parameters.weight.shape[0], inputs.tables.taps.shape[0]
@@ -206,16 +186,16 @@ def room(inputs: Inputs) -> Results:
 
 
 def _backward_fake(backward: Backward) -> Gradients:
-    grad, inputs, _, needs = backward
+    grad, inputs, *_ = backward
     x, (weight, _, *others), readers = inputs.x, inputs.parameters, inputs.tables.residual_readers
     return Gradients(
-        x.new_empty(x.shape if needs.x else (0,)),
+        x.new_empty(x.shape if backward.need_x else (0,)),
         Parameters(
-            weight.new_empty(weight.shape if needs.weight else (0,)), weight.new_empty(weight.shape[0]),
+            weight.new_empty(weight.shape if backward.need_weight else (0,)), weight.new_empty(weight.shape[0]),
             *(torch.empty_like(other) for other in others),
         ),
-        grad.new_empty((len(readers), len(weight)) if needs.residual and readers is not None else (0,)),
-        grad.new_empty(grad.shape if needs.addend else (0,)),
+        grad.new_empty((len(readers), len(weight)) if backward.need_residual and readers is not None else (0,)),
+        grad.new_empty(grad.shape if backward.need_addend else (0,)),
     )  # fmt: skip
 
 
@@ -223,16 +203,12 @@ def _setup(ctx: Any, inputs: Inputs, results: Results) -> None:
     save(ctx, inputs._replace(residual=None, addend=None), results.kept)
 
 
-def _gradient(ctx: Any, grad: Tensor, needs: ByName) -> Gradients:
-    wanted = Needs(needs["x"], needs["parameters_weight"], needs["residual"], needs["addend"])
+def _gradient(ctx: Any, grad: Tensor, needs: Needs) -> Gradients:
     inputs, kept = saved(ctx)
-    found: Gradients = nested(Gradients, _masked_conv_backward(*flat(Backward(grad.contiguous(), inputs, kept, wanted))))
+    wanted = needs["x"], needs["parameters_weight"], needs["residual"], needs["addend"]
+    found: Gradients = nested(Gradients, _masked_conv_backward(*flat((grad.contiguous(), inputs, kept, *wanted))))
     return found
 
 
-_masked_conv_backward = register(
-    "masked_conv_backward", Backward, Gradients, lambda given: _implementation(given.inputs).backward(given), _backward_fake
-)
-_masked_conv = register(
-    "masked_conv", Inputs, Results, lambda inputs: _implementation(inputs).forward(inputs), room, Gradient(_setup, _gradient)
-)
+_masked_conv_backward = register("masked_conv_backward", Backward, Gradients, "masked_conv.backward", _backward_fake)
+_masked_conv = register("masked_conv", Inputs, Results, "masked_conv.forward", room, Gradient(_setup, _gradient))

@@ -28,14 +28,14 @@ def forward(inputs: Inputs) -> Results:
 
 def backward(backward: Backward) -> Gradients:
     """As `torch.backward`."""
-    grad, inputs, kept, needs = backward
+    grad, inputs, kept, need_x, need_weight, need_residual, need_addend = backward
     x, parameters, tables = inputs[:3]
-    weight, readers = parameters.weight, tables.residual_readers if needs.residual else None
+    weight, readers = parameters.weight, tables.residual_readers if need_residual else None
     wide = Parameters(*(torch.empty(parameter.shape) for parameter in parameters))
-    wide = wide if needs.weight else wide._replace(weight=torch.empty(0))
-    d_x = x.new_empty(x.shape if needs.x else 0)
+    wide = wide if need_weight else wide._replace(weight=torch.empty(0))
+    d_x = x.new_empty(x.shape if need_x else 0)
     d_residual = x.new_empty(0 if readers is None else (len(readers), len(weight)))
-    d_addend = x.new_empty(grad.shape if needs.addend else 0)
+    d_addend = x.new_empty(grad.shape if need_addend else 0)
     torch.ops.teracon_fast.masked_conv_cpu_backward(
         x.contiguous(), *_wide(parameters), tables.taps.contiguous(), tables.readers.contiguous(), *_options(inputs),
         grad.contiguous(), *kept, tables.bag_rows.contiguous(), tables.bag_offsets.contiguous(), *_dense(x, readers), d_x, *wide,

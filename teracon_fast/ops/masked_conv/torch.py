@@ -10,15 +10,7 @@ import torch.nn.functional as F
 
 from teracon_fast.ops.checks import sums_dtype
 from teracon_fast.ops.masked_conv.api import Backward, Gradients, Inputs, Parameters, Results, room
-from teracon_fast.ops.rows import (
-    add_product,
-    bag_sums,
-    chunks,
-    gather_taps,
-    input_gradient,
-    kernel_of,
-    weight_gradient,
-)
+from teracon_fast.ops.rows import add_product, bag_sums, chunks, gather_taps, input_gradient, kernel_of, weight_gradient
 
 
 def forward(inputs: Inputs) -> Results:
@@ -44,11 +36,11 @@ def forward(inputs: Inputs) -> Results:
 
 def backward(backward: Backward) -> Gradients:
     """No scatter and no atomics: the input's gradient gathers from its readers, so results do not change from run to run."""
-    grad, (x, parameters, tables, *_), (conv, mean, rstd), needs = backward
+    grad, (x, parameters, tables, *_), (conv, mean, rstd), need_x, need_weight, need_residual, need_addend = backward
     weight, sums = parameters.weight, sums_dtype(x.dtype)
     (f_out, f_in, kernel_size), rows = weight.shape, tables.taps.shape[0]
     ln_weight, ln_bias, mask = (parameter.to(sums) for parameter in parameters[2:])
-    d_kernel = weight.new_zeros(kernel_size * f_in if needs.weight else 0, f_out, dtype=sums)
+    d_kernel = weight.new_zeros(kernel_size * f_in if need_weight else 0, f_out, dtype=sums)
     d_bias = weight.new_zeros(f_out, dtype=sums)
     d_ln_weight, d_ln_bias, d_mask = (torch.zeros_like(parameter) for parameter in (ln_weight, ln_bias, mask))
     dz = grad.new_empty(rows + len(tables.bag_offsets) - 1, f_out)
@@ -62,7 +54,7 @@ def backward(backward: Backward) -> Gradients:
         )
         d_ln_weight += dw
         d_ln_bias += db
-        if needs.weight:
+        if need_weight:
             add_product(d_kernel, gather_taps(x, tables.taps[part]), dz_part)
         d_bias += dz_part.sum(0, dtype=sums)
         dz[part] = dz_part
@@ -72,8 +64,8 @@ def backward(backward: Backward) -> Gradients:
     totals = (d_bias, d_ln_weight, d_ln_bias, d_mask)
     narrow = (total.to(parameter.dtype) for total, parameter in zip(totals, parameters[1:], strict=True))
     return Gradients(
-        input_gradient(dz, tables.readers, weight) if needs.x else x.new_empty(0),
-        Parameters(weight_gradient(d_kernel, weight) if needs.weight else weight.new_empty(0), *narrow),
-        gather_taps(grad, readers[:, None]) if needs.residual and readers is not None else grad.new_empty(0),
-        dz[:rows].clone() if needs.addend else grad.new_empty(0),  # an operation's result is no part of another
+        input_gradient(dz, tables.readers, weight) if need_x else x.new_empty(0),
+        Parameters(weight_gradient(d_kernel, weight) if need_weight else weight.new_empty(0), *narrow),
+        gather_taps(grad, readers[:, None]) if need_residual and readers is not None else grad.new_empty(0),
+        dz[:rows].clone() if need_addend else grad.new_empty(0),  # an operation's result is no part of another
     )

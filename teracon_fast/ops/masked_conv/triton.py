@@ -1,7 +1,6 @@
 """`masked_conv` by Triton kernels. The `triton` backend.
 
-The device is not waited for, so nothing is said of a table that names a row which is not there: it is never read, and counts
-as a row of zeros.
+Nothing waits for the device, so a table entry out of range raises no error: it reads zeros.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ def forward(inputs: Inputs) -> Results:
 
 def backward(backward: Backward) -> Gradients:
     """As `torch.backward`."""
-    grad, (x, parameters, tables, *_), kept, needs = backward
+    grad, (x, parameters, tables, *_), kept, need_x, need_weight, need_residual, need_addend = backward
     weight, _, *others = parameters
     d_x, *gradients, d_residual, d_addend = masked_conv_backward.backward(
         grad, x, weight, *others, tables.taps, tables.readers, tables.bag_rows, tables.bag_offsets, tables.row_ends,
-        tables.residual_readers if needs.residual else None, *kept, needs.x, dot_precision(x.device), needs.weight, needs.addend,
+        tables.residual_readers if need_residual else None, *kept, need_x, dot_precision(x.device), need_weight, need_addend,
     )  # fmt: skip
     return Gradients(d_x, Parameters(*gradients), d_residual, d_addend)

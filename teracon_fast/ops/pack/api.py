@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +10,6 @@ import torch
 
 from teracon_fast import packing
 from teracon_fast.ops import backends
-
-
-class Backend(Protocol):
-    """What a backend's module offers; arguments as `pack`."""
-
-    def tables(self, plan: packing.Plan, device: torch.device, padded: bool) -> packing.PackedBatch: ...
 
 
 def pack(
@@ -38,5 +31,5 @@ def pack(
         BackendError: when an explicitly requested backend is not available for this device.
     """
     device = torch.device("cpu") if device is None else device
-    implementation: Backend = backends.implementation("pack", backend, device)
-    return implementation.tables(packing.plan(lengths, requests, geometry), device, padded)
+    tables = backends.implementation("pack", backend, device).tables
+    return tables(packing.plan(lengths, requests, geometry), device, padded)  # type: ignore[no-any-return]

@@ -8,15 +8,7 @@ import torch
 from torch import Tensor
 
 from teracon_fast.ops.checks import sums_dtype
-from teracon_fast.ops.rows import (
-    add_product,
-    bag_sums,
-    chunks,
-    gather_taps,
-    input_gradient,
-    kernel_of,
-    weight_gradient,
-)
+from teracon_fast.ops.rows import add_product, bag_sums, chunks, gather_taps, input_gradient, kernel_of, weight_gradient
 from teracon_fast.packing import ResidualTable, TapTable
 
 

@@ -2,15 +2,15 @@
 
 `sum_j rho_j / sum(rho) * mean((student logits_j - teacher logits_j)^2)`, mean over users and labels (Eq. 16 of the paper).
 
-The teacher's forward pass of the heads is part of the operation, and loss and gradients come from the same pass over the labels,
-so no [users, labels] matrix is ever held.
+The teacher's heads run inside the operation, and loss and gradients come from one pass over the labels, so that no
+[users, labels] matrix is ever held.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from teracon_fast.errors import ShapeError
 from teracon_fast.ops import backends, low_rank
 from teracon_fast.ops.checks import autocast, sums_dtype
 from teracon_fast.ops.heads import Head, check_head, keep_gradients, kept_gradients
-from teracon_fast.ops.registration import Gradient, flat, register
+from teracon_fast.ops.registration import Gradient, flat, implementation, register
 from teracon_fast.ops.registration import Needs as ByName
 
 FORMS = ("auto", "direct", "gram")
@@ -66,12 +66,6 @@ class Gradients(NamedTuple):
     student: Head
 
 
-class Backend(Protocol):
-    """What a backend's module offers. `cpu` has `low_rank_is_faster` too."""
-
-    def distance(self, inputs: Inputs) -> Results: ...
-
-
 OneOrMore = Tensor | Sequence[Tensor]
 
 
@@ -91,14 +85,14 @@ def retention_mse(
             bias: `[C_j]`, as the weight.
         teacher_weight, teacher_bias: the teacher's heads, as the student's.
         rho: per past task, the rate that its users were drawn with; None for equal ones. A tensor stays where it is.
-        scale: what the loss is multiplied by (alpha of Eq. 18). Gradients are formed with the loss, so a factor here costs
-            nothing, while one outside costs a pass over every gradient.
+        scale: factor of the loss (alpha of Eq. 18). Gradients are computed with the loss, so a factor here costs nothing, while
+            one outside costs a pass over every gradient.
         form: "direct", or "gram", whose cost does not depend on the number of users (`cpu` backend only), or "auto": what
             measures faster.
         low_rank_gradients: leave the gradient of large weights as low-rank factors for `optim.Adam`, where that measures faster
             (`cpu` backend, weights that are leaves): `weight.grad` then lacks it, see `ops.low_rank`. Not in compiled code.
-        valid: int32 `[J]`, for each past task how many of its rows are users, at least 1; the others are padding, which counts
-            for nothing. None: all of them. With a `rho` on the same device, neither is read on the host.
+        valid: int32 `[J]`, for each past task how many of its rows are users, at least 1; the others are padding, which does not
+            count. None: all of them. With a `rho` on the same device, neither is read on the host.
         backend: "auto", "torch", or another that `teracon_fast.env_report()` lists as available.
 
     Returns:
@@ -137,12 +131,12 @@ def retention_mse(
 def _low_rank_is_faster(inputs: Inputs) -> bool:
     if torch.compiler.is_compiling():
         return False
-    faster = getattr(_implementation(inputs), "low_rank_is_faster", None)
+    faster = getattr(implementation("retention_mse", inputs), "low_rank_is_faster", None)
     return faster is not None and bool(faster(inputs.form, inputs.student))
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
-    """The value on the device, in double precision; a number is filled in there, without a copy to wait for."""
+    """The value on the device in double precision; numbers are filled in without a copy."""
     if isinstance(value, Tensor):
         return value.to(device, torch.float64)
     return torch.full((), value, dtype=torch.float64, device=device)
@@ -169,18 +163,12 @@ def _check(task: int, student: Head, teacher: Head) -> None:
         )
 
 
-def _implementation(inputs: Inputs) -> Backend:
-    hidden = inputs.student.hidden
-    found: Backend = backends.implementation("retention_mse", inputs.backend, hidden.device, hidden.dtype)
-    return found
-
-
-def _distance(inputs: Inputs) -> Results:
+def _distance(inputs: Inputs) -> Any:
     hidden = inputs.student.hidden
     chosen = backends.resolve(inputs.backend, "retention_mse", hidden.device, hidden.dtype)
     if inputs.form == "gram" and chosen != "cpu":
         raise backends.BackendError(f"retention_mse: backend {chosen!r} has no form 'gram', expected 'auto' or 'direct'")
-    return _implementation(inputs).distance(inputs)
+    return implementation("retention_mse", inputs).distance(inputs)
 
 
 def _distance_fake(inputs: Inputs) -> Results:

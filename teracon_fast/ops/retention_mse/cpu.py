@@ -1,9 +1,9 @@
 """`retention_mse` of one past task by the compiled C++ kernels, for float32 and bfloat16 on the CPU. The `cpu` backend.
 
-The direct form makes one pass over the labels: student's and teacher's logits of a block meet in registers, and what comes of
-them for the loss and all gradients is formed before the next block.
+The direct form makes one pass over the labels: logits of student and teacher exist for one block at a time, which contributes to
+the loss and all gradients before the next one.
 
-The Gram form makes no logits. With M = [Ws - Wt, bs - bt, Wt] and, of each user, z = [hs, 1, hs - ht], the differences are M z:
+The Gram form needs no logits. With M = [Ws - Wt, bs - bt, Wt] and, of each user, z = [hs, 1, hs - ht], the differences are M z:
 
     loss = c * sum_ij (M^T M)_ij (Z^T Z)_ij,   d(hs) = 2 c (M^T M Z)[of hs],   [d(Ws), d(bs)] = 2 c M (Z^T Z)[:, of hs and 1]
 
@@ -39,7 +39,7 @@ def chosen_form(form: str, rows: int, channels: int, dtype: torch.dtype) -> str:
 
 def low_rank_is_faster(form: str, student: Head) -> bool:
     """Whether leaving the gradient of a weight as factors measures faster than forming it, see bench/NOTES.md: a large one, which
-    would go to memory and come back, from few users."""
+    does not fit the cache, from few users."""
     hidden, weight, _ = student
     large = weight.numel() >= _LOW_RANK_FROM and weight.dtype == torch.float32
     few = 2 * len(hidden) <= weight.shape[1]

@@ -8,7 +8,7 @@ The `torch` backend is the formulas themselves; `triton` has all of it in one la
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class MaskParameters(NamedTuple):
         embeddings: floating `[S, T, f]`, task embeddings of T tasks.
         weights: `[S, n, 2T-1]` ("positive_only": `[S, n, T]`), relation weights of n tasks; None for plain masks (Eq. 6).
         biases: `[S, n]`; None for plain masks.
-        variant: "relation" or "positive_only"; of no matter for plain masks.
+        variant: "relation" or "positive_only"; unused for plain masks.
     """
 
     embeddings: Tensor
@@ -61,18 +61,6 @@ class StepMasks(NamedTuple):
     rho: Tensor
 
 
-class Backend(Protocol):
-    """What a backend's module offers."""
-
-    def task_masks(self, parameters: MaskParameters, s: float | Tensor, tasks: tuple[int, ...]) -> Tensor:
-        """`[S, n, f]`; weights and biases, where there are any, are those of `tasks`."""
-
-    def step_masks(
-        self, student: MaskParameters, teacher: MaskParameters, s: float | Tensor, c: float, current: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The student's masks `[S, T, f]`; without gradient the teacher's `[S, J, f]` and rho `[J]`."""
-
-
 def task_masks(
     embeddings: Tensor, weights: Tensor | None, biases: Tensor | None, s: float | Tensor, *, variant: str = "relation",
     tasks: tuple[int, ...] | None = None, backend: str = "auto",
@@ -83,9 +71,9 @@ def task_masks(
 
     Args:
         embeddings, weights, biases, variant: as in `MaskParameters`; weights and biases are those of the chosen tasks.
-        s: mask scale; a tensor of one number where the embeddings are, so that a CUDA graph can be replayed with another one.
+        s: mask scale; a tensor of one number where the embeddings are, so that a CUDA graph can be replayed with another scale.
             It has a gradient on the `torch` backend only.
-        tasks: the n chosen tasks, counted from 0, any of them any number of times; None for all T, in order.
+        tasks: the n chosen tasks, counted from 0, repeats allowed; None for all T, in order.
         backend: "auto", "torch", or another that `teracon_fast.env_report()` lists as available.
 
     Returns:
@@ -97,7 +85,8 @@ def task_masks(
     """
     parameters = MaskParameters(embeddings, weights, biases, check_variant(variant))
     chosen = _check("task_masks", parameters, s, tasks)
-    return _implementation(backend, embeddings).task_masks(parameters, s, chosen)
+    masks: Tensor = _implementation(backend, embeddings).task_masks(parameters, s, chosen)
+    return masks
 
 
 def step_masks(
@@ -107,7 +96,7 @@ def step_masks(
     """Masks of student and teacher for one training step, and the sampling rates of the next one.
 
     Args:
-        student: of all T tasks. teacher: of all its J tasks, frozen: nothing here has a gradient with respect to it.
+        student: of all T tasks. teacher: of all its J tasks, frozen: it gets no gradient.
         s: mask scale of both, as in `task_masks`.
         c: scale of the cosine.
         current: the task in training, counted from 0; None for the student's last.
@@ -130,7 +119,7 @@ def step_masks(
     return StepMasks(*_implementation(backend, embeddings).step_masks(student, teacher, s, c, current))
 
 
-def _implementation(backend: str, embeddings: Tensor) -> Backend:
+def _implementation(backend: str, embeddings: Tensor) -> Any:
     # Compilers see through this operation: they warn of caches, and trace no import but one that is written out.
     resolve = backends.resolve.__wrapped__ if torch.compiler.is_compiling() else backends.resolve
     if resolve(backend, "task_masks", embeddings.device, embeddings.dtype) == "triton":

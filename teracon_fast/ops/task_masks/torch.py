@@ -47,7 +47,7 @@ def of_tasks(masks: Tensor, tasks: Sequence[int]) -> Tensor:
         return masks
     if not tasks:
         return masks[:, :0]
-    # Not by a list of indices, which is copied to the device, waiting for it.
+    # Not by a list of indices, whose copy waits for the device.
     parts = masks.unbind(1)
     return torch.stack([parts[task] for task in tasks], 1)
 
@@ -73,7 +73,7 @@ def _kept_columns(
     num_tasks: int, variant: MaskVariant, tasks: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_columns`, copied to a device once."""
-    with torch.inference_mode(False):  # whoever asks first: training may ask next
+    with torch.inference_mode(False):  # the first call may be inference, the next training
         return _columns(num_tasks, variant, tasks, device)
 
 

@@ -16,23 +16,22 @@ import numpy as np
 import pytest
 import torch
 from called import Calls
+from steps import continual_step, t1_step
 from torch import Tensor
 
 import teracon_fast
 from teracon_fast import FastTCN, packing
 from teracon_fast.data import Batch
-from teracon_fast.methods import METHODS, Place, Sizes, sequence
+from teracon_fast.methods import METHODS, Sizes, StepContext
 from teracon_fast.ops.task_masks import torch as masks
-from teracon_fast.train import loop as trainer
-from teracon_fast.train.loop import continual_step, t1_step
+from teracon_fast.packing.transfers import HostCopy
+from teracon_fast.train.loop import train_step
 
 # Where a step may do so all the same, by file and function.
 HOST = "works on tensors that are on the host whatever the model's device"
 CPU_ONLY = "a branch for the CPU; other devices take one that does not wait"
 ALLOWED = {
-    ("packing/*", "*"): HOST,  # tables
-    ("ops/pack/*", "*"): HOST,
-    ("train/loop.py", "tolist"): "reads rho of the step before: waits for that step's masks, not for the step",
+    ("packing/*", "*"): HOST,  # tables; and rho of the step before, which waits for that step's masks, not for the step
     ("model/backbone.py", "run"): HOST,  # drawn users, to numpy for the packing
     ("ops/heads.py", "require_range"): CPU_ONLY,
     ("ops/heads.py", "_is_unit"): CPU_ONLY,
@@ -175,7 +174,7 @@ def test_no_step_of_a_method_waits(name: str, watch: Watch) -> None:
             optimizer = torch.optim.Adam(method.begin_phase(phase), lr=1e-3, fused=True)
 
             def step(optimizer: torch.optim.Optimizer = optimizer, batch: Batch = batch) -> None:
-                sequence.train_step(method, optimizer, batch, Place(1, 3.0), {0: first})
+                train_step(method, optimizer, batch, StepContext(1, 3.0, predictions=True, companions={0: first}))
 
             step()
             assert waiting(step, watch) == [], (task, phase)
@@ -223,10 +222,10 @@ def test_the_next_rates_are_on_their_way_before_the_encoder_is_queued(monkeypatc
         monkeypatch.setattr(owner, name, lambda *arguments, **options: queued.append(name) or plain(*arguments, **options))
 
     run = steps("relation", 3, "past", "fp32")
-    for owner, name in ((FastTCN, "step_masks"), (trainer, "HostCopy"), (FastTCN, "run"), (FastTCN, "class_loss")):
+    for owner, name in ((FastTCN, "step_masks"), (HostCopy, "__init__"), (FastTCN, "run"), (FastTCN, "class_loss")):
         recorded(owner, name)
     run()
-    assert queued[:5] == ["step_masks", "HostCopy", "run", "run", "class_loss"]
+    assert queued[:5] == ["step_masks", "__init__", "run", "run", "class_loss"]
 
 
 def test_columns_are_made_once_for_a_device(watch: Watch) -> None:
