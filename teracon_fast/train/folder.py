@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -173,30 +174,36 @@ def training_data(config: RunConfig) -> tuple[TaskSequence, tuple[int, ...]]:
 def resolved_device(config: RunConfig) -> str:
     """The device that "auto" stands for here."""
     if config.device != "auto":
-        try:
-            torch.empty(0, device=config.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"device: got {config.device!r}, expected one that works here: {reason}") from None
+        if reason := _why_no_device(config.device):
+            raise ConfigError(f"device: got {config.device!r}, expected one that works here: {reason}")
         return config.device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _why_no_device(device: str) -> str:
+    """Why there is no such device here; "" if there is."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 def resolved(config: RunConfig, begun: Mapping[str, Any] | None = None) -> RunConfig:
     """The configuration with what it leaves open ("auto", no thread count) set: as a run began, or as it would begin here.
 
     Args:
-        begun: the exact view of the run's fingerprint.
+        begun: the exact view of the run's fingerprint. A device or backend that is not here is passed over: a finished run is
+            read anyway, and one in the middle of a task is refused by `require_same`.
     """
-    fill: dict[str, Any] = {}
     begun = begun or {}
-    if config.device == "auto":
-        fill["device"] = begun.get("device") or resolved_device(config)
-    else:
-        resolved_device(config)
-    device = torch.device(fill.get("device", config.device))
-    if config.backend == "auto" and begun and backends.resolve("auto", device=device) != begun["backend"]:
-        fill["backend"] = begun["backend"]
+    device = begun.get("device", "") if config.device == "auto" else ""
+    fill: dict[str, Any] = {"device": device if device and not _why_no_device(device) else resolved_device(config)}
+    if config.backend == "auto" and begun:
+        with contextlib.suppress(backends.BackendError):
+            found = backends.resolve(begun["backend"], device=torch.device(fill["device"]))
+            if found != backends.resolve("auto", device=torch.device(fill["device"])):
+                fill["backend"] = found
     if config.threads is None:
         fill["threads"] = begun.get("threads") or torch.get_num_threads()
     return config.model_copy(update=fill)

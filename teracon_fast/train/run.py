@@ -91,9 +91,7 @@ class Run(Callbacks):
         super().__init__()
         self.observer, self.stop, self.folder = observer, stop, config.run
         self.dataset, self.order = training_data(config)
-        if fresh or not RunState.file(self.folder).exists():
-            delete_old_run(self.folder)
-        saved = RunState.load(self.folder)
+        saved = None if fresh else RunState.load(self.folder)
         config = resolved(config, saved.fingerprint["exact"] if saved else None)
         begun = saved.begun if saved else 0
         now = fingerprint(config, self.dataset, self.order, begun)
@@ -107,6 +105,8 @@ class Run(Callbacks):
         self.splits = [task_split(config, data) for data in self.dataset.tasks[: self.last_task]]
         check_tasks(self.dataset, self.splits)
         self.method = new_method(config, self.dataset.num_items, self.device)
+        if saved is None:
+            delete_old_run(self.folder)
         with atomic_write(self.folder / "config.toml", "w") as file:
             file.write(config.to_toml())
         keep_dictionaries(self.dataset, self.order, self.folder, begun)
