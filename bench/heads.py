@@ -3,13 +3,13 @@
     python -m bench.heads [--only PART] [--rounds 3] [--quick] [--results FOLDER]
 
 Parts: `compared`, where PyTorch can follow; `large`, ours over the whole catalogue; `step`, a step of task 1 there, memory with
-parameters, gradients and Adam's state; `growth`, cross-entropy from a thousand labels to a million. Each side runs in a process of
-its own, in turns where the sides are compared, one after the other elsewhere.
+parameters, gradients and Adam's state; `growth`, cross-entropy from a thousand labels to a million. Each side runs in a process
+of its own, in turns where the sides are compared, one after the other elsewhere.
 
-`eager` forms all logits in fp32, `eager-bf16` under autocast; `fused` is `F.linear_cross_entropy`, PyTorch's own loss in parts, and
-`fused-N` the same in chunks of N rows with compact sums: which is fastest depends on the machine. `ours-merged` has rows of pads,
-which depend on the position only, once with many targets, as FastTCN does. Peak memory of a head is that of a call above parameters,
-inputs and the gradients that it leaves.
+`eager` forms all logits in fp32, `eager-bf16` under autocast; `fused` is `F.linear_cross_entropy`, PyTorch's own loss in parts,
+and `fused-N` the same in chunks of N rows with compact sums: which is fastest depends on the machine. `ours-merged` has rows of
+pads, which depend on the position only, once with many targets, as FastTCN does. Peak memory of a head is that of a call above
+parameters, inputs and the gradients that it leaves.
 """
 
 from __future__ import annotations

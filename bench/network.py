@@ -1,10 +1,10 @@
 """TERACON's forward pass, training steps and evaluation, on the CPU and on a GPU.
 
-PyTorch's sides run the dense reference of this package, one pass for every (users, task) as the published program does: `eager`
-in fp32, `eager-bf16` under autocast, `compile` and `compile-bf16` the same through torch.compile with static shapes. Ours: `torch`
-on plain PyTorch operations, which shows what packing alone brings; `ours` on the fastest backend of the machine (on a GPU,
-Triton); `ours-direct` without minimal filtering; `ours-bf16`; `ours-bf16-graphs`, steps replayed as CUDA graphs. On a GPU TF32 is
-allowed while calls are timed, cudnn.benchmark is on, and the reference has its inputs there.
+PyTorch's sides run the dense reference of this package, one pass for every (users, task) as the published program does:
+`eager` in fp32, `eager-bf16` under autocast, `compile` and `compile-bf16` the same through torch.compile with static shapes.
+Ours: `torch` on plain PyTorch operations, which shows what packing alone brings; `ours` on the fastest backend of the machine
+(on a GPU, Triton); `ours-direct` without minimal filtering; `ours-bf16`; `ours-bf16-graphs`, steps replayed as CUDA graphs. On a
+GPU TF32 is allowed while calls are timed, cudnn.benchmark is on, and the reference has its inputs there.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class NetworkCase(Case):
     def __init__(self, shape: Shape, device: torch.device = CPU, backend: str = "auto", compiled: bool = True) -> None:
         self.shape, self.device, self.backend = shape, device, backend
         self.users: int = getattr(shape, self.users_of)
-        names = ON_CPU if device.type == "cpu" and backend == "auto" else ON_GPU
+        names: tuple[str, ...] = ON_CPU if device.type == "cpu" and backend == "auto" else ON_GPU
         names += ("ours-bf16-graphs",) if self.trains and device.type == "cuda" else ()
         self.sides = tuple(name for name in names if compiled or not name.startswith("compile"))
 
@@ -75,11 +75,10 @@ class NetworkCase(Case):
 
     def fast(self, tasks: int, side: str) -> FastTCN:
         """The network of a side of ours, with the reference's weights."""
+        backend = "torch" if side.startswith("torch") else self.backend
         algorithm: Literal["auto", "direct"] = "direct" if side == "ours-direct" else "auto"
         with self.device:
-            model = FastTCN(
-                self.shape.model_para(tasks), backend="torch" if side.startswith("torch") else self.backend, algorithm=algorithm
-            )
+            model = FastTCN(self.shape.model_para(tasks), backend=backend, algorithm=algorithm)
         model.load_state_dict(self.reference(tasks).state_dict())
         return model
 
@@ -87,10 +86,9 @@ class NetworkCase(Case):
         return side not in PYTORCH
 
     def compiled(self, side: str, function: Any) -> Any:
-        """Compiled, if the side is; with static shapes, as `TINY` says with another compiler."""
-        if not side.startswith("compile"):
-            return function
-        return torch.compile(function, backend=self.shape.compiler, dynamic=False)
+        """Compiled with static shapes, if the side is."""
+        compiles = side.startswith("compile")
+        return torch.compile(function, backend=self.shape.compiler, dynamic=False) if compiles else function
 
     def adam(self, side: str, model: torch.nn.Module, lr: float) -> torch.optim.Adam:
         """The published program's optimiser; fused, where the side is PyTorch at its best."""
@@ -225,12 +223,9 @@ class Evaluation(NetworkCase):
         self.sides = tuple(name for name in self.sides if precision(name) == "fp32")
 
     def operations(self, side: str) -> Operations:
-        shape, total, lengths = self.shape, Operations(), self.shape.lengths(self.users)
-        for low in range(0, self.users, shape.batch):
-            part = lengths[low : low + shape.batch]
-            packed = shape.pack(part, [Streams(np.arange(len(part)), drop_last=1)])
-            total += shape.encoder(packed, len(part) * (shape.length - 1)) + shape.head(len(part), shape.labels[0])
-        return total
+        shape, users = self.shape, self.users
+        packed = shape.pack(shape.lengths(users), [Streams(np.arange(users), drop_last=1)])
+        return shape.encoder(packed, users * (shape.length - 1)) + shape.head(users, shape.labels[0])
 
     def side(self, name: str) -> Call:
         x, batch = self.shape.items(self.users), self.shape.batch
@@ -326,16 +321,7 @@ class Convolutions(NetworkCase):
             *_, hidden = model.layers(rows, masks, packed)
             return {"states": hidden}
 
-        if not name.endswith("kernels"):
-            return Call(run)
-        answer = run()
-        replay = replayed(lambda: answer.update(run()), self.device)
-
-        def kernels() -> dict[str, Tensor]:
-            replay()
-            return answer
-
-        return Call(kernels, kernels_only=True)
+        return Call(replayed(run, self.device), kernels_only=True) if name.endswith("kernels") else Call(run)
 
 
 def on_cpu(shape: Shape) -> list[NetworkCase]:

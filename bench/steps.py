@@ -5,7 +5,6 @@ A step is a function without arguments that trains once and returns losses by na
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,10 +33,8 @@ NAMES = tuple(name for name in METHODS if name not in ("teracon", "parameter_mas
 
 def first_step(model: FastTCN, x: Tensor, lr: float, low: bool, graphs: bool = False) -> Step:
     """TERACON's step of task 1. `low`: in bf16. `graphs`: replayed as CUDA graphs."""
-    optimizer, recorded = make_optimizer(model, lr), None
     precision: Any = "bf16" if low else "fp32"
-    if graphs:
-        recorded = StepGraphs(model, None, ALPHA, precision=precision)
+    optimizer, recorded = make_optimizer(model, lr), StepGraphs(model, precision=precision) if graphs else None
     return lambda: {"loss": t1_step(model, optimizer, x, S_TRAINING, precision, graphs=recorded).class_loss}
 
 
@@ -47,15 +44,12 @@ def later_step(
 ) -> Step:  # fmt: skip
     """TERACON's step of a later task with retention of `users`, drawn with the rates `rho`; reads the next step's rates, as
     training does."""
-    optimizer, recorded = make_optimizer(model, lr), None
     precision: Any = "bf16" if low else "fp32"
-    if graphs:
-        recorded = StepGraphs(model, teacher, ALPHA, precision=precision)
+    optimizer, recorded = make_optimizer(model, lr), StepGraphs(model, teacher, ALPHA, precision=precision) if graphs else None
+    inputs = x, y, users, rho, S_TRAINING, ALPHA
 
     def step() -> dict[str, Tensor]:
-        found = continual_step(
-            model, teacher, optimizer, x, y, users, rho, S_TRAINING, ALPHA, precision=precision, graphs=recorded
-        )
+        found = continual_step(model, teacher, optimizer, *inputs, precision=precision, graphs=recorded)
         assert found.retention_loss is not None and found.next_rho is not None
         rates = torch.tensor(found.next_rho.tolist())
         return {"loss": found.class_loss, "retention": found.retention_loss, "rho": rates}
