@@ -85,13 +85,11 @@ def cases(part: str, given: Any, here: torch.device) -> Sequence[Case]:
 def facts(here: torch.device) -> dict[str, Any]:
     """What a record says of a device."""
     architecture = configs.architecture(here)
-    found = {"architecture": architecture, "configurations": configs.read().get(architecture, {}).get("measured")}
-    found |= {"name": "cpu", "cuda": torch.version.cuda, "hip": torch.version.hip}
+    found = {"name": "cpu", "architecture": architecture, "cuda": torch.version.cuda, "hip": torch.version.hip}
     if here.type == "cuda":
         properties = torch.cuda.get_device_properties(here)
         found |= {"name": properties.name, "memory_gib": properties.total_memory / 2**30}
-        found |= {"processors": properties.multi_processor_count, "cudnn": torch.backends.cudnn.version()}
-    return found
+    return found | {"configurations": configs.read().get(architecture, {}).get("measured")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -219,7 +219,7 @@ def measure(
     Args:
         rounds: turns of each side; fewer where they would take longer than `budget` seconds, but at least one.
         apart: each side in a process of its own.
-        one_by_one: all turns of a side before the next side is made, where memory or time is short.
+        one_by_one: all turns of a side before the next side is made: it takes less memory and time.
         peaks: see `Measured`; None: the FMA peak, measured now.
     """
     sides = {name: Side(case.operations(name), case.moved_bytes(name)) for name in case.sides}

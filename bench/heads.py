@@ -117,6 +117,7 @@ class HeadCase(Case):
         return self.normal(self.labels, self.sizes.channels, std=std), torch.full((self.labels,), 0.1)
 
     def put(self, *tensors: Tensor) -> list[Tensor]:
+        """The tensors on the device."""
         return [tensor.to(self.device) for tensor in tensors]
 
     def autocast(self, dtype: torch.dtype) -> torch.autocast:
@@ -298,12 +299,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = report.close(sizes=sizes)
     if report.path is not None and growth:
         panels = []
-        for key, name, least in (("median_seconds", "time of a call (s)", 0.0), ("peak_mib", "peak memory (MiB)", 0.1)):
+        for key, name in (("median_seconds", "time of a call (s)"), ("peak_mib", "peak memory (MiB)")):
             lines = []
             for side in GROWTH:
-                points = [(int(row["case"].split("-")[-1]), row.get(key)) for row in growth if row["side"] == side]
-                known = [(labels, max(value, least)) for labels, value in points if value is not None]
-                lines.append(record.Line(side, [x for x, _ in known], [y for _, y in known]))
+                rows = [row for row in growth if row["side"] == side and row.get(key)]
+                lines.append(record.Line(side, [int(row["case"].split("-")[-1]) for row in rows], [row[key] for row in rows]))
             panels.append(record.Panel("labels", name, lines))
         record.plot(report.path.with_suffix(".png"), "Cross-entropy of a linear head, forward and backward", panels)
     return status

@@ -47,17 +47,19 @@ class NetworkCase(Case):
     Attributes:
         what: title, with fields of the case.
         users_of: the number of a shape that tells the users of a call.
+        only: sides, where they are not those of all cases.
         trains: a step, which can be replayed where there are CUDA graphs.
     """
 
     what: ClassVar[str]
     users_of: ClassVar[str] = "batch"
+    only: ClassVar[tuple[str, ...]] = ()
     trains: ClassVar[bool] = False
 
     def __init__(self, shape: Shape, device: torch.device = CPU, backend: str = "auto", compiled: bool = True) -> None:
         self.shape, self.device, self.backend = shape, device, backend
         self.users: int = getattr(shape, self.users_of)
-        names: tuple[str, ...] = ON_CPU if device.type == "cpu" and backend == "auto" else ON_GPU
+        names = self.only or (ON_CPU if device.type == "cpu" and backend == "auto" else ON_GPU)
         names += ("ours-bf16-graphs",) if self.trains and device.type == "cuda" else ()
         self.sides = tuple(name for name in names if compiled or not name.startswith("compile"))
 
@@ -216,11 +218,7 @@ class Evaluation(NetworkCase):
     """Rank of the last item among all items, from the items before it, for many users of a network of three tasks; in fp32."""
 
     name, what = "evaluate", "evaluation of task 1, {users:,} users in batches of {shape.batch}"
-    users_of = "evaluated"
-
-    def __init__(self, shape: Shape, device: torch.device = CPU, backend: str = "auto", compiled: bool = True) -> None:
-        super().__init__(shape, device, backend, compiled)
-        self.sides = tuple(name for name in self.sides if precision(name) == "fp32")
+    users_of, only = "evaluated", tuple(name for name in ON_CPU if precision(name) == "fp32")
 
     def operations(self, side: str) -> Operations:
         shape, users = self.shape, self.users
@@ -295,10 +293,7 @@ class Convolutions(NetworkCase):
     the kernels without the host's part."""
 
     name, what = "masked-conv", "masked_conv forward, all convolutions of task 3's step, B={users:,}"
-
-    def __init__(self, shape: Shape, device: torch.device = CPU, backend: str = "auto", compiled: bool = True) -> None:
-        super().__init__(shape, device, backend, compiled)
-        self.sides = ("torch", "torch-bf16", "ours", "ours-bf16", "ours-bf16-kernels")
+    only = ("torch", "torch-bf16", "ours", "ours-bf16", "ours-bf16-kernels")
 
     def packed(self) -> PackedBatch:
         return LaterStep(self.shape).passes()[0]
@@ -333,8 +328,7 @@ def on_gpu(shape: Shape, device: torch.device, backend: str, many: int, compiled
     """The cases of `make bench-gpu`; `many`: a larger number of users, for the rate of a service."""
     here = device, backend, compiled
     large, more = FirstStep(replace(shape, first_batch=shape.batch), *here), Embedding(replace(shape, batch=many), *here)
-    large.name, more.name = "t1-step-large", "embed-large"
-    large.sides = ("ours-bf16",)  # does it fit? No dense logits do
+    large.name, more.name, large.sides = "t1-step-large", "embed-large", ("ours-bf16",)  # dense logits do not fit
     return [LaterStep(shape, *here), Embedding(shape, *here), more, FirstStep(shape, *here), large, Convolutions(shape, *here)]
 
 

@@ -106,14 +106,10 @@ def _triton_version() -> str | None:
 
 
 class Report:
-    """Prints the table of each case as it is measured, and writes the record at the end.
+    """Prints the table of each case as it is measured, and writes the record at the end: to `path`, where there is one.
 
     Args:
-        kind: of the record, and part of its file's name.
-        given: options, from `parse`.
-
-    Attributes:
-        path: of the record, once it is written.
+        kind: of the record, and part of its file's name. given: options, from `parse`.
     """
 
     def __init__(self, kind: str, given: Any) -> None:

@@ -49,15 +49,9 @@ WHOLE_ROWS: tuple[Operation, ...] = ("conv", "conv_input")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the representative calls.
-
-    Attributes:
-        labels: of heads, each bucket's upper bound and the number that stands for it. channels: of convolutions, the same.
-        head_channels: f of the heads' hidden states.
-        rows: distinct states of a step of task 1 with 32 users. ranked, retained: users in evaluation and in retention.
-        users: whose rows a convolution reads.
-        top: k of top-k.
-    """
+    """Of the representative calls: bounds of the buckets of heads and of convolutions, and what stands for each; f of the heads'
+    hidden states; distinct states of a step of task 1 with 32 users; users in evaluation and in retention; users whose rows
+    a convolution reads; k of top-k."""
 
     labels: tuple[tuple[int | None, int], ...] = ((4096, 2_000), (65_536, 17_880), (None, 646_000))
     channels: tuple[tuple[int | None, int], ...] = ((128, 128), (256, 256), (None, 512))
@@ -200,16 +194,15 @@ _TILES: dict[Kind, dict[Operation, list[tuple[int, int, int, int]]]] = {
     },
 }  # fmt: skip
 _FEATURES: dict[Kind, tuple[int, ...]] = {"half": (128, 256), "single": (64, 128)}
-_STAGES, _STAGES_OF_CONVOLUTIONS = (2, 3), (2, 3, 4)
 
 
 def candidates(problem: Problem, architecture: str) -> list[Config]:
     """Configurations to try: those of a small grid that should fit the architecture's shared memory."""
     features = _FEATURES[problem.kind] if problem.operation in ("weight", "hidden", "retention") else (0,)
+    stages = (2, 3, 4) if problem.operation in CONVOLUTIONS else (2, 3)
     grid = [
-        Config(rows, columns, depth, owned, warps, stages)
-        for rows, columns, depth, warps in _TILES[problem.kind][problem.operation] for owned in features
-        for stages in (_STAGES_OF_CONVOLUTIONS if problem.operation in CONVOLUTIONS else _STAGES)
+        Config(rows, columns, depth, owned, warps, number)
+        for rows, columns, depth, warps in _TILES[problem.kind][problem.operation] for owned in features for number in stages
         if problem.operation not in WHOLE_ROWS or columns < problem.channels
     ]  # fmt: skip
     return [tried for tried in grid if shared_kib(problem, tried, architecture) <= configs.SHARED[architecture]]
@@ -243,12 +236,12 @@ Table = dict[str, dict[str, Any]]
 class Configurations(Case):
     """One call with several configurations, as sides; the first is the present one."""
 
+    limits = {"": (1e-4, 2e-2)}  # sums are taken in another order
+
     def __init__(self, problem: Problem, call: Any, tried: Sequence[Config], device: torch.device) -> None:
         self.problem, self.call, self.device = problem, call, device
         self.of = {written(config) + (", bf16" if problem.kind == "half" else ""): config for config in tried}
         self.name, self.sides = problem.operation, tuple(self.of)
-        # Sums are taken in another order.
-        self.limits = {"": (1e-4, 2e-2)}  # type: ignore[misc]
 
     @property
     def title(self) -> str:

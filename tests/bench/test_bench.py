@@ -56,8 +56,8 @@ def test_scaling(tmp_path: Path) -> None:
     assert [row["side"] for row in found["rows"] if row["case"] == "past tasks"] == list("12345678")
     base = {row["title"]: row for row in found["rows"] if row["time_times_base"] == 1 == row["useful_times_base"]}
     for row in found["rows"]:
-        cost = row["median_seconds"] / row["useful_gflop"]
-        assert row["cost_times_base"] == pytest.approx(cost / (base[row["title"]]["median_seconds"] / base[row["title"]]["useful_gflop"]))
+        cost, other = (of["median_seconds"] / of["useful_gflop"] for of in (row, base[row["title"]]))
+        assert row["cost_times_base"] == pytest.approx(cost / other)
     assert said.count("A useful operation takes ") == 5 and next((tmp_path / "kept").glob("*.png")).stat().st_size > 20_000
 
 
