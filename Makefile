@@ -66,20 +66,20 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest bench/ $(BENCH)
 
 bench-scaling: $(VENV)/.installed-dev
-	$(BIN)/python bench/scaling.py $(BENCH)
+	$(BIN)/python -m bench.scaling $(BENCH)
 
 bench-large: $(VENV)/.installed-dev
-	$(BIN)/python bench/large_catalogues.py $(BENCH)
+	$(BIN)/python -m bench.heads $(BENCH)
 
 bench-methods: $(VENV)/.installed-dev
-	$(BIN)/python bench/methods.py $(BENCH)
+	$(BIN)/python -m bench.methods $(BENCH)
 
 # The tests are run by the script, which keeps what they say beside the figures, and refuses at once where there is no GPU.
 bench-gpu: $(VENV)/.installed-dev
-	$(BIN)/python bench/gpu.py $(BENCH)
+	$(BIN)/python -m bench.gpu $(BENCH)
 
 tune: $(VENV)/.installed-dev
-	$(BIN)/python bench/tune.py $(TUNE)
+	$(BIN)/python -m bench.tune $(TUNE)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .

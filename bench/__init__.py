@@ -1,9 +1,9 @@
-"""Measurements: ours beside the eager reference and torch.compile of it. Run them with `pytest bench/`.
+"""Measurements: ours beside PyTorch. `make bench` and its relatives run them; NOTES.md has the figures of each version.
 
-    bench_ttl.py    the suite    cases.py       what is measured and by which sides
-    measure.py      how          operations.py  how many operations the results really need
-    report.py       closing table and JSON      NOTES.md    the figures of each version
-    gpu.py          a script of its own, for a GPU: gpu_cases.py, gpu_measure.py, gpu_report.py; traffic.py counts bytes
-    tune.py         measures launch configurations on a GPU and rewrites kernels/configs.json (tune_problems.py)
-    scaling.py      a script of its own: how the cost of ours grows with length, batch and past tasks
+    harness.py  how everything is measured: cases, sides in turns, processes    device.py   clocks, memory and rates
+    record.py   tables, records, plots, options                                 shapes.py   sizes, inputs, operations
+    steps.py    all calls of the trainer and of methods                         network.py  TERACON (`pytest bench/`)
+    methods.py  the other methods                                               scaling.py  growth of the cost
+    heads.py    very large catalogues                                           adam.py     Adam on an embedding
+    gpu.py      all of it on a GPU                                              tune.py     launch configurations
 """

@@ -2,10 +2,10 @@
 
     python -m bench.adam [--users 1024 32] [--rounds 3] [--quick] [--results FOLDER]
 
-A step reads the rows of a batch of Zipf(1) items, forms the gradient and takes an optimiser step: ours brings the rows up to date
-first, and sums the gradients of repeated items; PyTorch forms the dense gradient in memory that it keeps. Both take the same steps,
-so the rows that they read must agree bit by bit on the CPU. Before the first timed step there are as many untimed ones as it takes
-until rows have missed about as many steps as they ever do.
+A step reads the rows of a batch of Zipf(1) items, forms the gradient and takes an optimiser step: ours brings the rows up to
+date first, and sums the gradients of repeated items; PyTorch forms the dense gradient in memory that it keeps. Both take the
+same steps, so the rows that they read must agree bit by bit on the CPU. Many untimed steps come first, until rows have missed
+about as many as they ever do.
 """
 
 from __future__ import annotations

@@ -10,8 +10,11 @@ import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
+from typing import TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 FLUSHED_BYTES = 256 << 20  # more than any L2 cache holds
 
@@ -91,8 +94,13 @@ def kernel_seconds(run: Callable[[], object], device: torch.device, calls: int =
     return statistics.median(taken)
 
 
-def replayed(run: Callable[[], object], device: torch.device) -> Callable[[], None]:
-    """The kernels of a call as a CUDA graph, without the host's work.
+def first_line(error: BaseException) -> str:
+    """Kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+
+
+def replayed(run: Callable[[], Result], device: torch.device) -> Callable[[], Result]:
+    """The kernels of a call as a CUDA graph, without the host's work; each replay writes the same result.
 
     Raises:
         NotMeasured: it cannot be captured.
@@ -106,10 +114,15 @@ def replayed(run: Callable[[], object], device: torch.device) -> Callable[[], No
         wait(device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            run()
+            result = run()
     except RuntimeError as error:
         raise NotMeasured(f"cannot be captured as a CUDA graph: {first_line(error)}") from error
-    return graph.replay
+
+    def replay() -> Result:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def rates(device: torch.device, size: int = 8192, copied: int = 2**30) -> dict[str, float]:

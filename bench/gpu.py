@@ -2,14 +2,14 @@
 
     python -m bench.gpu [--only PART] [--tests gpu|all|none] [--compile] [--rounds 3] [--quick] [--results FOLDER]
 
-Parts: `tests`, the tests whose kernels run on the GPU; `cases` (`bench.network`), `heads` (`bench.heads`) and `adam` over the first
-task's labels. A time is the mean of a block of queued calls, as a training loop queues its steps, by the wall clock; where kernels
-are timed alone, it lies between two CUDA events, with a cold L2 cache. "of peak" compares useful operations with `torch.mm` of the
-same precision (fp32 with TF32), "x floor" the time with the larger of those operations at that rate and the bytes that must be
-moved at the rate of a copy.
+Parts: `tests`, the tests whose kernels run on the GPU; `cases` (`bench.network`), `heads` (`bench.heads`) and `adam` over the
+first task's labels. A time is the mean of a block of queued calls, as a training loop queues its steps, by the wall clock; where
+kernels are timed alone, it lies between two CUDA events, with a cold L2 cache. "of peak" compares useful operations with
+`torch.mm` of the same precision (fp32 with TF32), "x floor" the time with the larger of those operations at that rate and the
+bytes that must be moved at the rate of a copy.
 
-`--device cpu --quick` is a self-test without a GPU, at tiny sizes; with TRITON_INTERPRET=1 and `--backend triton` the kernels then
-run in Triton's interpreter.
+`--device cpu --quick` is a self-test without a GPU, at tiny sizes; with TRITON_INTERPRET=1 and `--backend triton` the kernels
+then run in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from bench import adam, device, heads, network, record
-from bench.harness import Case, first_line, measure
+from bench.device import first_line
+from bench.harness import Case, measure
 from bench.record import ROOT
 from bench.shapes import TINY, TTL
 from teracon_fast.kernels import configs
@@ -84,22 +85,11 @@ def cases(part: str, given: Any, here: torch.device) -> Sequence[Case]:
 def facts(here: torch.device) -> dict[str, Any]:
     """What a record says of a device."""
     architecture = configs.architecture(here)
-    found = {"architecture": architecture, "configurations": configs.read().get(architecture, {}).get("measured")}
-    found |= {"name": "cpu", "triton": triton_version(), "cuda": torch.version.cuda, "hip": torch.version.hip}
+    found = {"name": "cpu", "architecture": architecture, "cuda": torch.version.cuda, "hip": torch.version.hip}
     if here.type == "cuda":
         properties = torch.cuda.get_device_properties(here)
         found |= {"name": properties.name, "memory_gib": properties.total_memory / 2**30}
-        found |= {"processors": properties.multi_processor_count, "cudnn": torch.backends.cudnn.version()}
-    return found
-
-
-def triton_version() -> str | None:
-    """None where it is not installed."""
-    try:
-        import triton
-    except ImportError:
-        return None
-    return str(triton.__version__)
+    return found | {"configurations": configs.read().get(architecture, {}).get("measured")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bench.device import NotMeasured, Peak, kernel_seconds, tf32, wait
+from bench.device import NotMeasured, Peak, first_line, kernel_seconds, tf32, wait
 from teracon_fast.ops import native
 
 CPU = torch.device("cpu")
@@ -205,11 +205,6 @@ def precision(side: str) -> str:
     return "bf16" if "bf16" in side else "fp32"
 
 
-def first_line(error: BaseException) -> str:
-    """Kind of an error and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
-
-
 def fma_peak() -> dict[str, float]:
     """The machine's measured fp32 FMA peak on the threads that torch uses, operations a second, as `Measured.peaks`."""
     return {"fp32": 1e9 * native.fma_peak(torch.get_num_threads())} if native.available() else {}
@@ -224,7 +219,7 @@ def measure(
     Args:
         rounds: turns of each side; fewer where they would take longer than `budget` seconds, but at least one.
         apart: each side in a process of its own.
-        one_by_one: all turns of a side before the next side is made, where memory or time is short.
+        one_by_one: all turns of a side before the next side is made: it takes less memory and time.
         peaks: see `Measured`; None: the FMA peak, measured now.
     """
     sides = {name: Side(case.operations(name), case.moved_bytes(name)) for name in case.sides}
@@ -265,7 +260,7 @@ def _noting(side: Side, name: str) -> Iterator[None]:
         # The compiler may need what a machine lacks.
         side.failed = not (isinstance(error, NotMeasured | MemoryError | torch.OutOfMemoryError) or name.startswith("compile"))
         side.seconds.clear()
-        if side.failed:
+        if side.failed and not isinstance(error, DifferentAnswers):
             traceback.print_exc()
 
 

@@ -3,13 +3,13 @@
     python -m bench.heads [--only PART] [--rounds 3] [--quick] [--results FOLDER]
 
 Parts: `compared`, where PyTorch can follow; `large`, ours over the whole catalogue; `step`, a step of task 1 there, memory with
-parameters, gradients and Adam's state; `growth`, cross-entropy from a thousand labels to a million. Each side runs in a process of
-its own, in turns where the sides are compared, one after the other elsewhere.
+parameters, gradients and Adam's state; `growth`, cross-entropy from a thousand labels to a million. Each side runs in a process
+of its own, in turns where the sides are compared, one after the other elsewhere.
 
-`eager` forms all logits in fp32, `eager-bf16` under autocast; `fused` is `F.linear_cross_entropy`, PyTorch's own loss in parts, and
-`fused-N` the same in chunks of N rows with compact sums: which is fastest depends on the machine. `ours-merged` has rows of pads,
-which depend on the position only, once with many targets, as FastTCN does. Peak memory of a head is that of a call above parameters,
-inputs and the gradients that it leaves.
+`eager` forms all logits in fp32, `eager-bf16` under autocast; `fused` is `F.linear_cross_entropy`, PyTorch's own loss in parts,
+and `fused-N` the same in chunks of N rows with compact sums: which is fastest depends on the machine. `ours-merged` has rows of
+pads, which depend on the position only, once with many targets, as FastTCN does. Peak memory of a head is that of a call above
+parameters, inputs and the gradients that it leaves.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ class HeadCase(Case):
         return self.normal(self.labels, self.sizes.channels, std=std), torch.full((self.labels,), 0.1)
 
     def put(self, *tensors: Tensor) -> list[Tensor]:
+        """The tensors on the device."""
         return [tensor.to(self.device) for tensor in tensors]
 
     def autocast(self, dtype: torch.dtype) -> torch.autocast:
@@ -298,12 +299,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = report.close(sizes=sizes)
     if report.path is not None and growth:
         panels = []
-        for key, name, least in (("median_seconds", "time of a call (s)", 0.0), ("peak_mib", "peak memory (MiB)", 0.1)):
+        for key, name in (("median_seconds", "time of a call (s)"), ("peak_mib", "peak memory (MiB)")):
             lines = []
             for side in GROWTH:
-                points = [(int(row["case"].split("-")[-1]), row.get(key)) for row in growth if row["side"] == side]
-                known = [(labels, max(value, least)) for labels, value in points if value is not None]
-                lines.append(record.Line(side, [x for x, _ in known], [y for _, y in known]))
+                rows = [row for row in growth if row["side"] == side and row.get(key)]
+                lines.append(record.Line(side, [int(row["case"].split("-")[-1]) for row in rows], [row[key] for row in rows]))
             panels.append(record.Panel("labels", name, lines))
         record.plot(report.path.with_suffix(".png"), "Cross-entropy of a linear head, forward and backward", panels)
     return status

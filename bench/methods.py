@@ -66,9 +66,8 @@ def cases(shape: Shape, sides: tuple[str, ...]) -> list[MethodStep]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = record.parse(
-        __doc__, arguments, only=steps.NAMES, compile={"action": "store_true", "help": "torch.compile of the eager form too (slow)"}
-    )
+    compiled = {"action": "store_true", "help": "torch.compile of the eager form too (slow)"}
+    given = record.parse(__doc__, arguments, only=steps.NAMES, compile=compiled)
     shape, report = TINY if given.quick else TTL, record.Report("methods", given)
     for case in cases(shape, ("eager", "compile", "ours") if given.compile else ("eager", "ours")):
         if case.method in given.only:

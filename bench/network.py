@@ -1,10 +1,10 @@
 """TERACON's forward pass, training steps and evaluation, on the CPU and on a GPU.
 
-PyTorch's sides run the dense reference of this package, one pass for every (users, task) as the published program does: `eager`
-in fp32, `eager-bf16` under autocast, `compile` and `compile-bf16` the same through torch.compile with static shapes. Ours: `torch`
-on plain PyTorch operations, which shows what packing alone brings; `ours` on the fastest backend of the machine (on a GPU,
-Triton); `ours-direct` without minimal filtering; `ours-bf16`; `ours-bf16-graphs`, steps replayed as CUDA graphs. On a GPU TF32 is
-allowed while calls are timed, cudnn.benchmark is on, and the reference has its inputs there.
+PyTorch's sides run the dense reference of this package, one pass for every (users, task) as the published program does:
+`eager` in fp32, `eager-bf16` under autocast, `compile` and `compile-bf16` the same through torch.compile with static shapes.
+Ours: `torch` on plain PyTorch operations, which shows what packing alone brings; `ours` on the fastest backend of the machine
+(on a GPU, Triton); `ours-direct` without minimal filtering; `ours-bf16`; `ours-bf16-graphs`, steps replayed as CUDA graphs. On a
+GPU TF32 is allowed while calls are timed, cudnn.benchmark is on, and the reference has its inputs there.
 """
 
 from __future__ import annotations
@@ -46,17 +46,19 @@ class NetworkCase(Case):
     Attributes:
         what: title, with fields of the case.
         users_of: the number of a shape that tells the users of a call.
+        only: sides, where they are not those of all cases.
         trains: a step, which can be replayed where there are CUDA graphs.
     """
 
     what: ClassVar[str]
     users_of: ClassVar[str] = "batch"
+    only: ClassVar[tuple[str, ...]] = ()
     trains: ClassVar[bool] = False
 
     def __init__(self, shape: Shape, device: torch.device = CPU, backend: str = "auto", compiled: bool = True) -> None:
         self.shape, self.device, self.backend = shape, device, backend
         self.users: int = getattr(shape, self.users_of)
-        names = ON_CPU if device.type == "cpu" and backend == "auto" else ON_GPU
+        names = self.only or (ON_CPU if device.type == "cpu" and backend == "auto" else ON_GPU)
         names += ("ours-bf16-graphs",) if self.trains and device.type == "cuda" else ()
         self.sides = tuple(name for name in names if compiled or not name.startswith("compile"))
 
@@ -74,11 +76,10 @@ class NetworkCase(Case):
 
     def fast(self, tasks: int, side: str) -> FastTCN:
         """The network of a side of ours, with the reference's weights."""
+        backend = "torch" if side.startswith("torch") else self.backend
         algorithm: Literal["auto", "direct"] = "direct" if side == "ours-direct" else "auto"
         with self.device:
-            model = FastTCN(
-                self.shape.model_para(tasks), backend="torch" if side.startswith("torch") else self.backend, algorithm=algorithm
-            )
+            model = FastTCN(self.shape.model_para(tasks), backend=backend, algorithm=algorithm)
         model.load_state_dict(self.reference(tasks).state_dict())
         return model
 
@@ -86,10 +87,9 @@ class NetworkCase(Case):
         return side not in PYTORCH
 
     def compiled(self, side: str, function: Any) -> Any:
-        """Compiled, if the side is; with static shapes, as `TINY` says with another compiler."""
-        if not side.startswith("compile"):
-            return function
-        return torch.compile(function, backend=self.shape.compiler, dynamic=False)
+        """Compiled with static shapes, if the side is."""
+        compiles = side.startswith("compile")
+        return torch.compile(function, backend=self.shape.compiler, dynamic=False) if compiles else function
 
     def adam(self, side: str, model: torch.nn.Module, lr: float) -> torch.optim.Adam:
         """The published program's optimiser; fused, where the side is PyTorch at its best."""
@@ -217,19 +217,12 @@ class Evaluation(NetworkCase):
     """Rank of the last item among all items, from the items before it, for many users of a network of three tasks; in fp32."""
 
     name, what = "evaluate", "evaluation of task 1, {users:,} users in batches of {shape.batch}"
-    users_of = "evaluated"
-
-    def __init__(self, shape: Shape, device: torch.device = CPU, backend: str = "auto", compiled: bool = True) -> None:
-        super().__init__(shape, device, backend, compiled)
-        self.sides = tuple(name for name in self.sides if precision(name) == "fp32")
+    users_of, only = "evaluated", tuple(name for name in ON_CPU if precision(name) == "fp32")
 
     def operations(self, side: str) -> Operations:
-        shape, total, lengths = self.shape, Operations(), self.shape.lengths(self.users)
-        for low in range(0, self.users, shape.batch):
-            part = lengths[low : low + shape.batch]
-            packed = shape.pack(part, [Streams(np.arange(len(part)), drop_last=1)])
-            total += shape.encoder(packed, len(part) * (shape.length - 1)) + shape.head(len(part), shape.labels[0])
-        return total
+        shape, users = self.shape, self.users
+        packed = shape.pack(shape.lengths(users), [Streams(np.arange(users), drop_last=1)])
+        return shape.encoder(packed, users * (shape.length - 1)) + shape.head(users, shape.labels[0])
 
     def side(self, name: str) -> Call:
         x, batch = self.shape.items(self.users), self.shape.batch
@@ -299,10 +292,7 @@ class Convolutions(NetworkCase):
     the kernels without the host's part."""
 
     name, what = "masked-conv", "masked_conv forward, all convolutions of task 3's step, B={users:,}"
-
-    def __init__(self, shape: Shape, device: torch.device = CPU, backend: str = "auto", compiled: bool = True) -> None:
-        super().__init__(shape, device, backend, compiled)
-        self.sides = ("torch", "torch-bf16", "ours", "ours-bf16", "ours-bf16-kernels")
+    only = ("torch", "torch-bf16", "ours", "ours-bf16", "ours-bf16-kernels")
 
     def packed(self) -> PackedBatch:
         return LaterStep(self.shape).passes()[0]
@@ -325,16 +315,7 @@ class Convolutions(NetworkCase):
             *_, hidden = model.layers(rows, masks, packed)
             return {"states": hidden}
 
-        if not name.endswith("kernels"):
-            return Call(run)
-        answer = run()
-        replay = replayed(lambda: answer.update(run()), self.device)
-
-        def kernels() -> dict[str, Tensor]:
-            replay()
-            return answer
-
-        return Call(kernels, kernels_only=True)
+        return Call(replayed(run, self.device), kernels_only=True) if name.endswith("kernels") else Call(run)
 
 
 def on_cpu(shape: Shape) -> list[NetworkCase]:
@@ -346,8 +327,7 @@ def on_gpu(shape: Shape, device: torch.device, backend: str, many: int, compiled
     """The cases of `make bench-gpu`; `many`: a larger number of users, for the rate of a service."""
     here = device, backend, compiled
     large, more = FirstStep(replace(shape, first_batch=shape.batch), *here), Embedding(replace(shape, batch=many), *here)
-    large.name, more.name = "t1-step-large", "embed-large"
-    large.sides = ("ours-bf16",)  # does it fit? No dense logits do
+    large.name, more.name, large.sides = "t1-step-large", "embed-large", ("ours-bf16",)  # dense logits do not fit
     return [LaterStep(shape, *here), Embedding(shape, *here), more, FirstStep(shape, *here), large, Convolutions(shape, *here)]
 
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import os
 import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 import teracon_fast
 from bench.harness import BUDGET, ROUNDS, Measured
@@ -69,57 +70,46 @@ def table(title: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def provenance() -> dict[str, Any]:
     """Where and when and of what a measurement is taken: format, date, machine, versions, backends."""
+    here = teracon_fast.env_report()
     allocator = {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "LD_PRELOAD", "THP_MEM"))}
+    machine = {key: here[key] for key in ("cores", "threads", "cpu_capability", "cpu_isa", "platform", "devices")}
+    versions = {key: here[key] for key in ("teracon_fast", "python", "torch")}
     return {
         "format_version": FORMAT_VERSION,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "cpu": _cpu_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "system": platform.platform(),
-            "allocator": allocator or "default",
-        },
-        "versions": {
-            "teracon_fast": teracon_fast.__version__,
-            "commit": _commit(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "backend": teracon_fast.env_report()["auto"],
+        "machine": {"cpu": _cpu_name(), **machine, "allocator": allocator or "default"},
+        "versions": {**versions, "numpy": np.__version__, "triton": _triton_version(), "commit": _commit()},
+        "backend": here["auto"],
     }
 
 
 def _commit() -> str | None:
     """Short hash of the checkout's commit, with -dirty when files differ from it; None outside a git checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
+    with suppress(OSError):
+        command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+    return None
 
 
 def _cpu_name() -> str:
     """The processor's name; the kernel knows it better than Python does."""
-    try:
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor()
+
+
+def _triton_version() -> str | None:
+    with suppress(ImportError):
+        return str(importlib.import_module("triton").__version__)
+    return None
 
 
 class Report:
-    """Prints the table of each case as it is measured, and writes the record at the end.
+    """Prints the table of each case as it is measured, and writes the record at the end: to `path`, where there is one.
 
     Args:
-        kind: of the record, and part of its file's name.
-        given: options, from `parse`.
-
-    Attributes:
-        path: of the record, once it is written.
+        kind: of the record, and part of its file's name. given: options, from `parse`.
     """
 
     def __init__(self, kind: str, given: Any) -> None:

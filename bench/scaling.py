@@ -2,8 +2,8 @@
 
     python -m bench.scaling [--rounds 3] [--quick] [--results FOLDER]
 
-The sides of a curve are sizes, run by the fastest backend of the machine. Times are held against *useful* operations: where cost is
-linear in them, the time of an operation is the same at every size.
+The sides of a curve are sizes, run by the fastest backend of the machine. Times are held against *useful* operations: where
+cost is linear in them, the time of an operation is the same at every size.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Curve(Case):
     @property
     def title(self) -> str:
         shape = self.cases[int(self.base)].shape
-        others = {"length": f"B = {shape.batch}", "batch": f"L = {shape.length}", "past tasks": f"{RHO:.0%} of the users for each"}
+        others = {"length": f"B = {shape.batch}", "batch": f"L = {shape.length}", "past tasks": f"{RHO:.0%} of users for each"}
         return f"{self.call} over {self.name}, {others[self.name]}"
 
     def operations(self, side: str) -> Operations:

@@ -4,21 +4,20 @@
 
 Each operation in each size bucket is called with the present configuration and with each candidate, one compilation each;
 candidates that fail to compile or launch, or give other results than the present one, are passed over. The fastest ones and the
-present one then take turns, and the present one stays unless another is at least 2 % faster: so a second run changes nothing. Times
-are of a CUDA graph of the call where it can be captured. Everything takes half an hour or more.
+present one then take turns, and the present one stays unless another is at least 2 % faster: so a second run changes nothing.
+Times are of a CUDA graph of the call where it can be captured. Everything takes half an hour or more.
 
 The calls are those of a training step of the TTL shape and of its evaluation. Rows are what such a step has: they choose no
 configuration (a batch of another size must not compile again), so one number of them stands for all.
 
-`--device cpu --quick --architecture NAME --table FILE` is a self-test without a GPU: with TRITON_INTERPRET=1 the heads' kernels run
-in Triton's interpreter, convolutions by plain PyTorch operations, all at tiny sizes.
+`--device cpu --quick --architecture NAME --table FILE` is a self-test without a GPU: with TRITON_INTERPRET=1 the heads' kernels
+run in Triton's interpreter, convolutions by plain PyTorch operations, all at tiny sizes.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,9 +28,9 @@ import torch
 from torch import Tensor
 
 from bench import record
-from bench.device import NotMeasured, replayed
-from bench.gpu import refusal, triton_version
-from bench.harness import Call, Case, first_line, measure
+from bench.device import NotMeasured, first_line, replayed
+from bench.gpu import refusal
+from bench.harness import Call, Case, measure
 from bench.shapes import TINY, TTL, Shape
 from teracon_fast import ops
 from teracon_fast.errors import TeraconError
@@ -50,15 +49,9 @@ WHOLE_ROWS: tuple[Operation, ...] = ("conv", "conv_input")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the representative calls.
-
-    Attributes:
-        labels: of heads, each bucket's upper bound and the number that stands for it. channels: of convolutions, the same.
-        head_channels: f of the heads' hidden states.
-        rows: distinct states of a step of task 1 with 32 users. ranked, retained: users in evaluation and in retention.
-        users: whose rows a convolution reads.
-        top: k of top-k.
-    """
+    """Of the representative calls: bounds of the buckets of heads and of convolutions, and what stands for each; f of the heads'
+    hidden states; distinct states of a step of task 1 with 32 users; users in evaluation and in retention; users whose rows
+    a convolution reads; k of top-k."""
 
     labels: tuple[tuple[int | None, int], ...] = ((4096, 2_000), (65_536, 17_880), (None, 646_000))
     channels: tuple[tuple[int | None, int], ...] = ((128, 128), (256, 256), (None, 512))
@@ -117,7 +110,8 @@ class Problem:
         if self.operation == "retention":
             student = torch.randn(sizes.retained, f).to(dtype)
             teacher = (student.float() + 0.1 * torch.randn(sizes.retained, f)).to(dtype)
-            pseudo, scale = (teacher, weight + 0.002 * torch.randn(labels, f), bias), torch.full((), 1.0 / (sizes.retained * labels))
+            pseudo = teacher, weight + 0.002 * torch.randn(labels, f), bias
+            scale = torch.full((), 1.0 / (sizes.retained * labels))
             return lambda: retention_mse.forward_backward(student, weight, bias, *pseudo, scale, True)
         if self.operation == "topk":
             hidden, none = torch.randn(sizes.ranked, f).to(dtype), torch.zeros(0, dtype=torch.int64)
@@ -200,24 +194,18 @@ _TILES: dict[Kind, dict[Operation, list[tuple[int, int, int, int]]]] = {
     },
 }  # fmt: skip
 _FEATURES: dict[Kind, tuple[int, ...]] = {"half": (128, 256), "single": (64, 128)}
-_STAGES, _STAGES_OF_CONVOLUTIONS = (2, 3), (2, 3, 4)
-# Sums of products that a thread may hold in its at most 255 registers: heads need more for other things, and spill from here on.
-_SUMS_OF_HEADS, _SUMS_OF_CONVOLUTIONS = 90, 128
 
 
 def candidates(problem: Problem, architecture: str) -> list[Config]:
-    """Configurations to try: those of a small grid that should fit the architecture's registers and shared memory."""
-    convolution, lanes = problem.operation in CONVOLUTIONS, 64 if architecture.startswith("gfx") else 32
+    """Configurations to try: those of a small grid that should fit the architecture's shared memory."""
     features = _FEATURES[problem.kind] if problem.operation in ("weight", "hidden", "retention") else (0,)
-    most = _SUMS_OF_CONVOLUTIONS if convolution else _SUMS_OF_HEADS
+    stages = (2, 3, 4) if problem.operation in CONVOLUTIONS else (2, 3)
     grid = [
-        Config(rows, columns, depth, owned, warps, stages)
-        for rows, columns, depth, warps in _TILES[problem.kind][problem.operation] for owned in features
-        for stages in (_STAGES_OF_CONVOLUTIONS if convolution else _STAGES)
+        Config(rows, columns, depth, owned, warps, number)
+        for rows, columns, depth, warps in _TILES[problem.kind][problem.operation] for owned in features for number in stages
         if problem.operation not in WHOLE_ROWS or columns < problem.channels
     ]  # fmt: skip
-    fitting = [tried for tried in grid if shared_kib(problem, tried, architecture) <= configs.SHARED[architecture]]
-    return [tried for tried in fitting if sums(problem, tried) <= most * tried.warps * lanes]
+    return [tried for tried in grid if shared_kib(problem, tried, architecture) <= configs.SHARED[architecture]]
 
 
 def shared_kib(problem: Problem, tried: Config, architecture: str) -> float:
@@ -226,7 +214,7 @@ def shared_kib(problem: Problem, tried: Config, architecture: str) -> float:
     An estimate, which agrees with what the compiler takes for products without a second one: what does not fit after all fails
     to launch, and is passed over.
     """
-    columns, bytes_of = width(problem, tried), DTYPES[problem.kind].itemsize
+    columns, bytes_of = problem.channels if problem.operation in WHOLE_ROWS else tried.columns, DTYPES[problem.kind].itemsize
     # A head's weight is float32 until it is in registers; those of convolutions are rounded before.
     across = bytes_of if problem.operation in CONVOLUTIONS else 4
     taken = (tried.stages - 1) * (tried.rows * bytes_of + columns * across) * tried.depth
@@ -236,18 +224,6 @@ def shared_kib(problem: Problem, tried: Config, architecture: str) -> float:
         second = tried.rows * columns + max(tried.rows, columns) * min(tried.features, problem.channels)
         taken = max(taken, second * bytes_of)
     return taken / 1024
-
-
-def width(problem: Problem, tried: Config) -> int:
-    """Columns of a tile's sums."""
-    return problem.channels if problem.operation in WHOLE_ROWS else tried.columns
-
-
-def sums(problem: Problem, tried: Config) -> int:
-    """Sums of products that a program holds: a tile of the result, and its part of a gradient."""
-    columns = width(problem, tried)
-    owned = {"weight": columns, "hidden": tried.rows, "retention": tried.rows}.get(problem.operation, 0)
-    return tried.rows * columns + owned * min(tried.features, problem.channels)
 
 
 FASTER = 0.98  # the present configuration stays unless another takes at most this share of its time
@@ -260,12 +236,12 @@ Table = dict[str, dict[str, Any]]
 class Configurations(Case):
     """One call with several configurations, as sides; the first is the present one."""
 
+    limits = {"": (1e-4, 2e-2)}  # sums are taken in another order
+
     def __init__(self, problem: Problem, call: Any, tried: Sequence[Config], device: torch.device) -> None:
         self.problem, self.call, self.device = problem, call, device
         self.of = {written(config) + (", bf16" if problem.kind == "half" else ""): config for config in tried}
         self.name, self.sides = problem.operation, tuple(self.of)
-        # Sums are taken in another order.
-        self.limits = {"": (1e-4, 2e-2)}  # type: ignore[misc]
 
     @property
     def title(self) -> str:
@@ -277,19 +253,13 @@ class Configurations(Case):
                 return {str(number): tensor for number, tensor in enumerate(self.call()) if tensor.numel()}
 
         try:
-            answer = run()
+            run()
         except Exception as error:
             raise NotMeasured(first_line(error)) from error
         try:
-            replay = replayed(lambda: answer.update(run()), self.device)
+            return Call(replayed(run, self.device), kernels_only=True)
         except NotMeasured:
             return Call(run, kernels_only=True)
-
-        def kernels() -> dict[str, Tensor]:
-            replay()
-            return answer
-
-        return Call(kernels, kernels_only=True)
 
 
 @dataclass
@@ -302,13 +272,6 @@ class Outcome:
     seconds: float
     present_seconds: float
     passed_over: dict[str, str]
-
-    def lines(self) -> list[str]:
-        """For the terminal."""
-        told = f"{self.problem.title}: {written(self.winner)}, {record.duration(self.seconds)}"
-        if self.winner != self.present:
-            told += f", {1 - self.seconds / self.present_seconds:.0%} less than {written(self.present)}"
-        return [told, *(f"    passed over {name}: {why}" for name, why in self.passed_over.items())]
 
 
 def written(config: Config) -> str:
@@ -367,11 +330,9 @@ def rewritten(table: Table, architecture: str, outcomes: Sequence[Outcome], fact
     return table if dated == table[architecture] else new
 
 
-def run_all(
-    table: Table, architecture: str, wanted: Sequence[Problem], device: torch.device, backend: str
-) -> list[Outcome]:
-    """Tune every problem. One whose operation has no such backend here, or whose present configuration fails, is left out with the
-    other buckets of its operation."""
+def run_all(table: Table, architecture: str, wanted: Sequence[Problem], device: torch.device, backend: str) -> list[Outcome]:
+    """Tune every problem. One whose operation has no such backend here, or whose present configuration fails, is left out with
+    the other buckets of its operation."""
     outcomes, broken = list[Outcome](), set[tuple[str, str]]()
     for problem in wanted:
         key = (problem.kind, problem.operation)
@@ -380,11 +341,16 @@ def run_all(
         present = configs.of_size(configs.buckets(table, architecture, *key), problem.size)
         try:
             call = problem.call(device, backend)
-            outcomes.append(tune(problem, present, candidates(problem, architecture), call, device))
-            print("\n".join(outcomes[-1].lines()), flush=True)
+            found = tune(problem, present, candidates(problem, architecture), call, device)
         except (NotMeasured, TeraconError) as error:
             print(f"{problem.title}: left as it is, {first_line(error)}", flush=True)
             broken.add(key)
+            continue
+        outcomes.append(found)
+        saved = 1 - found.seconds / found.present_seconds
+        less = f", {saved:.0%} less than {written(present)}" if found.winner != present else ""
+        print(f"{problem.title}: {written(found.winner)}, {record.duration(found.seconds)}{less}", flush=True)
+        print("".join(f"    passed over {name}: {why}\n" for name, why in found.passed_over.items()), end="")
     return [outcome for outcome in outcomes if (outcome.problem.kind, outcome.problem.operation) not in broken]
 
 
@@ -400,36 +366,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, in a self-test")
     given = parser.parse_args(arguments)
     device, on_cpu = torch.device(given.device), given.device == "cpu"
-    if on_cpu and not (given.quick and given.architecture and given.table != configs.TABLE):
-        parser.error("--device cpu is a self-test of this script: it needs --quick, --architecture and a --table of its own")
-    if not on_cpu:
-        if given.quick or given.architecture:
-            parser.error("--quick and --architecture are for a self-test, with --device cpu")
-        reason = refusal()
-        if reason is not None:
-            print(reason, file=sys.stderr)
-            return 2
+    self_test = given.quick and given.architecture and given.table != configs.TABLE
+    if on_cpu != bool(self_test):
+        parser.error("--device cpu is a self-test: it takes --quick, --architecture and a --table of its own, and a GPU none")
+    reason = None if on_cpu else refusal()
+    table, name, architecture = configs.read(given.table), "self-test on the CPU", given.architecture
+    if reason is None and not on_cpu:
         torch.cuda.set_device(device)
-    table = configs.read(given.table)
-    architecture = given.architecture or configs.architecture(device)
-    name = "self-test on the CPU" if on_cpu else torch.cuda.get_device_name(device)
-    if architecture == "other" or architecture not in table:
-        print(
-            f"{name}: no row of its own serves this device, got {architecture!r}, expected one of {sorted(set(table) - {'other'})}. "
-            "Put its shared memory into `SHARED` of kernels/configs.py and a copy of the row \"other\" into the table", file=sys.stderr
-        )  # fmt: skip
+        name, architecture = torch.cuda.get_device_name(device), configs.architecture(device)
+    if reason is None and architecture not in set(table) - {"other"}:
+        reason = f"{name}: the table has no row {architecture!r}, expected one of {sorted(set(table) - {'other'})}. Put its "
+        reason += "shared memory into `SHARED` of kernels/configs.py and a copy of the row \"other\" into the table"
+    if reason is not None:
+        print(reason, file=sys.stderr)
         return 2
     wanted = list(problems(QUICK if given.quick else FULL, given.operation or OPERATIONS, given.kind or KINDS))
     count = sum(len(candidates(problem, architecture)) for problem in wanted)
     print(f"{name}; row {architecture} of {given.table}; {len(wanted)} calls, {count} candidates", flush=True)
-    backend = "torch" if on_cpu else "triton"
-    outcomes = run_all(table, architecture, wanted, device, backend)
-    versions = record.provenance()["versions"]
-    facts = {
-        "device": name, "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "teracon_fast": versions["teracon_fast"], "torch": versions["torch"], "triton": triton_version(),
-    }  # fmt: skip
-    new = rewritten(table, architecture, outcomes, facts)
+    outcomes = run_all(table, architecture, wanted, device, "torch" if on_cpu else "triton")
+    here = record.provenance()
+    versions = {key: here["versions"][key] for key in ("teracon_fast", "torch", "triton")}
+    new = rewritten(table, architecture, outcomes, {"device": name, "date": here["date"][:10], **versions})
     changed = sum(outcome.winner != outcome.present for outcome in outcomes)
     print(f"{changed} of {len(outcomes)} configurations are new")
     if given.dry_run or new is table:

@@ -101,8 +101,8 @@ void forward_of(const teracon::MaskedConv<E>& op, const Tensor& addend, const Te
   teracon::kernels<E>().forward(op, io);
 }
 
-// An empty tensor stands for what is absent: no residual, nothing saved, no gradient wanted. The type of x is that of all
-// activations; parameters, masks and statistics are float32.
+// An empty tensor: no residual, nothing saved, or no gradient wanted. The type of x is that of all activations; parameters,
+// masks and statistics are float32.
 void masked_conv_forward(Tensor x, Tensor weight, Tensor bias, Tensor ln_weight, Tensor ln_bias, Tensor mask, Tensor taps,
                          Tensor readers, int64_t bags, Tensor rows_per_request, double eps, int64_t algorithm,
                          int64_t threads, Tensor addend, Tensor residual, Tensor residual_rows, Tensor out, Tensor conv,
@@ -174,7 +174,7 @@ std::string fma_instructions() {
 
 }  // namespace
 
-// A fragment: the Python side of the package registers operations under the same name.
+// A fragment, because the Python package registers operations in the same namespace.
 STABLE_TORCH_LIBRARY_FRAGMENT(teracon_fast, m) {
   m.def("fma_peak(int threads) -> float");
   m.def("fma_instructions() -> str");

@@ -1,6 +1,6 @@
-// Declares Adam's steps on a parameter whose gradient has few rows to the dispatcher; see csrc/cpu/adam.h.
+// Declares to the dispatcher Adam's steps for gradients of few rows; see csrc/cpu/adam.h.
 //
-// Everything that decides where it reads or writes is checked here: no input makes it leave an array.
+// Everything that determines where it reads or writes is checked here: no input leads out of bounds.
 
 #include <cstdint>
 

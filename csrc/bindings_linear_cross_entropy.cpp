@@ -1,6 +1,6 @@
 // Declares the cross-entropy of heads to the dispatcher; see csrc/cpu/linear_cross_entropy.h.
 //
-// Everything that decides where the kernels read or write is checked here: no input makes them leave an array.
+// Everything that determines where the kernels read or write is checked here: no input leads out of bounds.
 
 #include <torch/csrc/stable/library.h>
 
@@ -19,7 +19,7 @@ teracon::HeadStatistics statistics_of(const teracon::Head<E>& op, const Tensor& 
   return {values, values + op.rows};
 }
 
-// An empty tensor stands for what is absent: nothing kept, no gradient wanted.
+// An empty tensor: nothing kept, or no gradient wanted.
 template <class E>
 teracon::KeptLogits kept_of(const teracon::Head<E>& op, const Tensor& exponentials, const Tensor& highest) {
   if (exponentials.numel() == 0) return {nullptr, nullptr};

@@ -1,6 +1,6 @@
 // Declares ranking with heads to the dispatcher; see csrc/cpu/linear_rank.h.
 //
-// Everything that decides where the kernels read or write is checked here: no input makes them leave an array.
+// Everything that determines where the kernels read or write is checked here: no input leads out of bounds.
 
 #include <torch/csrc/stable/library.h>
 
@@ -23,7 +23,7 @@ bool rank(Tensor hidden, Tensor weight, Tensor bias, Tensor targets, Tensor row_
   return nan;
 }
 
-// An empty `offsets` stands for no excluded labels.
+// An empty `offsets`: no excluded labels.
 bool topk(Tensor hidden, Tensor weight, Tensor bias, Tensor excluded, Tensor offsets, int64_t block, int64_t threads, Tensor scores,
           Tensor labels) {
   constexpr char kName[] = "linear_topk";

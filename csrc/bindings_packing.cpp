@@ -1,6 +1,6 @@
 // Declares the builders of packed tables to the dispatcher; see csrc/cpu/packing.h for what they build.
 //
-// Everything that decides where they read or write is checked here: no input makes them leave an array.
+// Everything that determines where they read or write is checked here: no input leads out of bounds.
 
 #include <algorithm>
 #include <cstdint>

@@ -1,6 +1,6 @@
 // Declares the distance of two heads' logits to the dispatcher; see csrc/cpu/retention_mse.h.
 //
-// Everything that decides where the kernels read or write is checked here: no input makes them leave an array.
+// Everything that determines where the kernels read or write is checked here: no input leads out of bounds.
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// What the bindings check before they hand a tensor's memory to plain C++.
+// Checks of the bindings before a tensor's memory is passed to plain C++.
 
 #include <cstdint>
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// What the bindings of the operations on linear heads check alike.
+// Checks shared by the bindings of the operations on linear heads.
 
 #include <cstdint>
 
@@ -19,7 +19,7 @@ inline float* floats(const char* operation, const Tensor& tensor, int64_t count,
   return checked<float>(operation, tensor, ScalarType::Float, count, name);
 }
 
-// An empty tensor stands for what is not wanted.
+// An empty tensor means that the output is not wanted.
 inline float* floats_or_null(const char* operation, const Tensor& tensor, int64_t count, const char* name) {
   return tensor.numel() == 0 ? nullptr : floats(operation, tensor, count, name);
 }

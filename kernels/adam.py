@@ -45,6 +45,20 @@ def moved(
 
 
 @triton.jit
+def loaded(parameter, exp_avg, exp_avg_sq, o, m):
+    """Elements and their moments; 0 under a false mask."""
+    p = tl.load(parameter + o, mask=m, other=0.0)
+    return p, tl.load(exp_avg + o, mask=m, other=0.0), tl.load(exp_avg_sq + o, mask=m, other=0.0)
+
+
+@triton.jit
+def store(parameter, exp_avg, exp_avg_sq, o, m, p, first, second):
+    tl.store(parameter + o, p, mask=m)
+    tl.store(exp_avg + o, first, mask=m)
+    tl.store(exp_avg_sq + o, second, mask=m)
+
+
+@triton.jit
 def replayed(
     parameter, first, second, history, begin, end, coefficient, beta2, rest2, eps, NEAR_OLD: tl.constexpr
 ):  # fmt: skip
@@ -107,14 +121,10 @@ def step_kernel(
                 values, ordered, order, place, row, count, o_channels, m_channels, stride_values, TOGETHER
             )
             o_elements = row.to(tl.int64) * channels + o_channels
-            p = tl.load(parameter + o_elements, mask=m_channels, other=0.0)
-            m = tl.load(exp_avg + o_elements, mask=m_channels, other=0.0)
-            v = tl.load(exp_avg_sq + o_elements, mask=m_channels, other=0.0)
+            p, m, v = loaded(parameter, exp_avg, exp_avg_sq, o_elements, m_channels)
             p, m, v = replayed(p, m, v, history, begin, taken - 1, coefficient, beta2, rest2, eps, NEAR_OLD)
             p, m, v = moved(p, m, v, gradient, step_size, root, coefficient, beta2, rest2, eps, NEAR_OLD)
-            tl.store(parameter + o_elements, p, mask=m_channels)
-            tl.store(exp_avg + o_elements, m, mask=m_channels)
-            tl.store(exp_avg_sq + o_elements, v, mask=m_channels)
+            store(parameter, exp_avg, exp_avg_sq, o_elements, m_channels, p, m, v)
         # All threads have read it.
         tl.debug_barrier()
         tl.store(last + row, taken)
@@ -139,13 +149,9 @@ def catch_up_kernel(
             o_channels = piece * BLOCK + tl.arange(0, BLOCK)
             m_channels = o_channels < channels
             o_elements = row.to(tl.int64) * channels + o_channels
-            p = tl.load(parameter + o_elements, mask=m_channels, other=0.0)
-            m = tl.load(exp_avg + o_elements, mask=m_channels, other=0.0)
-            v = tl.load(exp_avg_sq + o_elements, mask=m_channels, other=0.0)
+            p, m, v = loaded(parameter, exp_avg, exp_avg_sq, o_elements, m_channels)
             p, m, v = replayed(p, m, v, history, done, taken, coefficient, beta2, rest2, eps, NEAR_OLD)
-            tl.store(parameter + o_elements, p, mask=m_channels)
-            tl.store(exp_avg + o_elements, m, mask=m_channels)
-            tl.store(exp_avg_sq + o_elements, v, mask=m_channels)
+            store(parameter, exp_avg, exp_avg_sq, o_elements, m_channels, p, m, v)
         # All threads have read it.
         tl.debug_barrier()
         tl.store(last + row, taken)
@@ -179,13 +185,9 @@ def whole_step_kernel(
     has_gradient = tl.load(ordered + low, mask=low < count, other=-1) == o_rows
     o_elements = o_rows.to(tl.int64)[:, None] * channels + o_channels[None, :]
     m_elements = (m_rows & (has_gradient == 0))[:, None] & m_channels[None, :]
-    p = tl.load(parameter + o_elements, mask=m_elements, other=0.0)
-    m = tl.load(exp_avg + o_elements, mask=m_elements, other=0.0)
-    v = tl.load(exp_avg_sq + o_elements, mask=m_elements, other=0.0)
+    p, m, v = loaded(parameter, exp_avg, exp_avg_sq, o_elements, m_elements)
     p, m, v = moved(p, m, v, tl.zeros_like(m), step_size, root, coefficient, beta2, rest2, eps, NEAR_OLD)
-    tl.store(parameter + o_elements, p, mask=m_elements)
-    tl.store(exp_avg + o_elements, m, mask=m_elements)
-    tl.store(exp_avg_sq + o_elements, v, mask=m_elements)
+    store(parameter, exp_avg, exp_avg_sq, o_elements, m_elements, p, m, v)
 
     place = tl.min(low, 0)
     end = tl.minimum((tl.program_id(0) + 1) * ROWS, items)
@@ -195,15 +197,11 @@ def whole_step_kernel(
             values, ordered, order, place, row, count, o_channels, m_channels, stride_values, TOGETHER
         )
         o_own = row.to(tl.int64) * channels + o_channels
-        own_p = tl.load(parameter + o_own, mask=m_channels, other=0.0)
-        own_m = tl.load(exp_avg + o_own, mask=m_channels, other=0.0)
-        own_v = tl.load(exp_avg_sq + o_own, mask=m_channels, other=0.0)
+        own_p, own_m, own_v = loaded(parameter, exp_avg, exp_avg_sq, o_own, m_channels)
         own_p, own_m, own_v = moved(
             own_p, own_m, own_v, gradient, step_size, root, coefficient, beta2, rest2, eps, NEAR_OLD
         )
-        tl.store(parameter + o_own, own_p, mask=m_channels)
-        tl.store(exp_avg + o_own, own_m, mask=m_channels)
-        tl.store(exp_avg_sq + o_own, own_v, mask=m_channels)
+        store(parameter, exp_avg, exp_avg_sq, o_own, m_channels, own_p, own_m, own_v)
         row = tl.load(ordered + place, mask=place < count, other=items)
 
 

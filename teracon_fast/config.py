@@ -275,6 +275,8 @@ def load_config(
         path: TOML file.
         overrides: dotted names to values, e.g. {"first.lr": 0.01, "task.2.alpha": "0.9", "conure.pruning": 0.5}. A string is
             read as a TOML value where it is one ("0.9", "[1, 4]", "true") and else taken as it is. None values are left out.
+            An option given for a method replaces what preset and file say of single tasks.
+
     Raises:
         ConfigError: unknown preset, unreadable file, unknown key (naming the nearest known one), or a bad value.
     """
@@ -283,9 +285,11 @@ def load_config(
         _merge(values, read_preset(preset))
     if path is not None:
         _merge(values, read_toml(path))
-    for name, value in (overrides or {}).items():
-        if value is not None:
-            _merge(values, _nested(name, _parsed(name, value)))
+    given = {name: value for name, value in (overrides or {}).items() if value is not None}
+    for name in given:
+        _clear_tasks(values, *name.split(".", 1))
+    for name, value in given.items():
+        _merge(values, _nested(name, _parsed(name, value)))
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -394,6 +398,15 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
             _merge(into[key], value)
         else:
             into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _clear_tasks(values: dict[str, Any], table: str, option: str = "") -> None:
+    """Remove the values that tasks have of an option, if `table` is that of a method."""
+    if table in RunConfig.model_fields or option in TaskConfig.model_fields:
+        return
+    for section in (values.get("first"), values.get("later"), *values.get("task", [])):
+        if isinstance(section, dict):
+            section.pop(option, None)
 
 
 def _nested(name: str, value: Any) -> dict[str, Any]:

@@ -157,7 +157,7 @@ int64_t adam_catch_up(const AdamArrays& arrays, int32_t* last, const int64_t* it
     if (last[row] < -1 || last[row] > to) return -1;
     if (last[row] >= 0 && last[row] < to) behind.push_back({row, last[row]});
   }
-  // Once each: whoever comes second finds the row where it should be.
+  // A repeated row is up to date when it comes again.
   int64_t kept = 0;
   for (const Behind& found : behind) {
     if (last[found.row] == to) continue;

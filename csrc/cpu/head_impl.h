@@ -46,7 +46,7 @@ struct BothWays {
   TERACON_INLINE ColumnUnits column(int64_t c) const { return {columns + c, column_stride}; }
 };
 
-// Floats that are multiplied as floats stand as they are; others need room for operands.
+// Floats that are multiplied as floats are read in place; others need memory for operands.
 template <class T, class S>
 static inline int64_t both_ways_words(int64_t n, int64_t width) {
   if (std::is_same<T, float>::value && std::is_same<S, float>::value) return 0;
@@ -98,7 +98,7 @@ static TERACON_INLINE void cover(int64_t n, const Fn& fn) {
   if (n - row >= 1) fn(std::integral_constant<int, 1>{}, row);
 }
 
-// to[i] (+)= acc[i]. Added last: many small products added one by one to a large sum would lose more to rounding.
+// to[i] (+)= acc[i]. Added last: many small products added one by one to a large sum would round more.
 template <int R>
 static TERACON_INLINE void put_tile(V (&acc)[R][NV], bool add, float* to, int64_t ldc) {
   if (add) for_tile<R>(acc, [&](V& v, int i, int j) { v += load(to + i * ldc + j); });

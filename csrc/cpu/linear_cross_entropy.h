@@ -4,7 +4,7 @@
 
 namespace teracon {
 
-// Cross-entropy of a linear head; see teracon_fast/ops/linear_cross_entropy.py for the mathematics.
+// Cross-entropy of a linear head; see teracon_fast/ops/linear_cross_entropy/api.py for the mathematics.
 
 // Each row's softmax is exp(logit - maximum) / sum.
 struct HeadStatistics {
@@ -19,7 +19,7 @@ struct KeptLogits {
   float* highest;       // [blocks, padded_rows]
 };
 
-// What the logits say of the labels, null when not wanted. Ranks as linear_rank.h.
+// Predictions, null when not wanted. Ranks as linear_rank.h.
 struct Predictions {
   int64_t* best;  // [rows], the lowest of the labels with the highest logit
   int64_t* rank;  // [count]

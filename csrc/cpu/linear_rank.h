@@ -4,7 +4,7 @@
 
 namespace teracon {
 
-// Ranking with a linear head; see teracon_fast/ops/linear_rank.py. A target's rank is the number of labels with a higher logit, plus
+// Ranking with a linear head; see teracon_fast/ops/linear_rank/api.py. A target's rank is the number of labels with a higher logit, plus
 // the equal ones at a lower label; every label counts before a logit that is not a number.
 
 struct TopLabels {

@@ -17,7 +17,7 @@ struct Convolution {
   int threads;
 };
 
-// The masked convolution on packed rows; see teracon_fast/ops/masked_conv.py for the mathematics. All arrays are dense and
+// The masked convolution on packed rows; see teracon_fast/ops/masked_conv/api.py for the mathematics. All arrays are dense and
 // row-major; activations are of type E, float or Bf16. A table entry of -1 reads zeros.
 template <class E>
 struct MaskedConv : Convolution {
@@ -51,7 +51,7 @@ struct MaskedConvBackward {
   const E* conv;                    // [rows, f_out]
   const float* mean;                // [rows]
   const float* rstd;                // [rows]
-  const int32_t* bag_rows;          // see teracon_fast/packing/tables.py
+  const int32_t* bag_rows;          // see teracon_fast/packing
   const int32_t* bag_offsets;       // [bags + 1]
   int64_t bags;
   const int32_t* residual_readers;  // [residual_count], null when the residual needs no gradient

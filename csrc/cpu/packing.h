@@ -5,7 +5,7 @@
 
 namespace teracon {
 
-// Tables of packed rows; see teracon_fast/packing/tables.py for the vocabulary and the meaning of each table. Arrays are dense and
+// Tables of packed rows; see teracon_fast/packing for the terms and the meaning of each table. Arrays are dense and
 // row-major.
 
 // Spans of offsets [low, high): for each request its pad chain, then its streams.

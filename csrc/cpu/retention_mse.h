@@ -4,14 +4,14 @@
 
 namespace teracon {
 
-// The squared distance between the logits of two heads of equal shape; see teracon_fast/ops/retention_mse.py.
+// The squared distance between the logits of two heads of equal shape; see teracon_fast/ops/retention_mse/api.py.
 
 // Where the gradients of the student's logits go, [labels, rows], null where not wanted: with the hidden states they make d(weight).
 struct LogitGradients {
   float* to;
 };
 
-// Both heads' matrices in one, for the form that never forms a logit: M = [Ws - Wt, bs - bt, Wt], so that a row's differences are
+// Both heads' matrices in one, for the form without logits: M = [Ws - Wt, bs - bt, Wt], so that a row's differences are
 // M z with z = [hs, 1, hs - ht].
 struct RetentionGram {
   int64_t labels, channels, block;
@@ -20,7 +20,7 @@ struct RetentionGram {
   const float *student_bias, *teacher_bias;
   const float* moments;             // [2 * channels + 1, channels]: d(Ws) = M @ moments; null when not wanted
   const float* bias_moments;        // [2 * channels + 1]: d(bs) = M @ bias_moments
-  bool teacher_known;               // M^T M is not wanted where it is Wt^T Wt
+  bool teacher_known;               // leaves out the part of M^T M that is Wt^T Wt
   double* gram;                     // [2 * channels + 1, 2 * channels + 1]: M^T M on and above the diagonal
   MutableMatrix d_weight;           // [labels, channels]
   float* d_bias;                    // [labels]

@@ -163,7 +163,7 @@ class GramPass {
 
   // sums += M^T M on and above the diagonal.
   void add_squares(const float* matrix, int64_t n, float* sums) const {
-    // A tile that is partly known is formed all the same.
+    // A tile that is only partly known is computed whole.
     const int64_t rows = op_.teacher_known ? op_.channels + 1 : width_;
     for (int64_t i = 0; i < rows; i += OR) {
       for (int64_t j = i / NR * NR; j < padded_; j += NR) {

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from teracon_fast import __version__
-from teracon_fast.cli import grow, infer, inspect, prepare, reproduce, train
+from teracon_fast.cli import grow, infer, inspect, prepare, reproduce
 from teracon_fast.cli.console import ErrorGroup
 
 app = typer.Typer(
@@ -40,7 +40,13 @@ def _root(
 
 
 app.add_typer(prepare.app, name="prepare")
-app.command("train")(train.train)
+
+
+@app.command("train")
+def _train() -> None:
+    """Train a sequence of tasks by any method; an interrupted run resumes automatically."""  # see ErrorGroup
+
+
 app.command("grow")(grow.grow)
 app.command("evaluate")(infer.evaluate)
 app.command("recommend")(infer.recommend)

@@ -52,6 +52,17 @@ class ErrorGroup(TyperGroup):
         known = super().list_commands(ctx)
         return sorted(known, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        """The command to run; `train` is built on demand: its flags need the methods, and so torch, which takes seconds."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name == "train":
+            from teracon_fast.cli.train import train
+
+            single = typer.Typer(add_completion=False, rich_markup_mode="rich")
+            single.command(name)(train)
+            command = typer.main.get_command(single)
+        return name, command, rest
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments without --traceback, wherever it is."""
         ctx.meta["traceback"] = "--traceback" in args

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from teracon_fast.cli.console import console, say, table
-from teracon_fast.cli.train import collect, seeds_of
 
 if TYPE_CHECKING:
     from teracon_fast.config import RunConfig
@@ -60,6 +59,7 @@ def reproduce(
     The same command resumes interrupted runs and reuses finished ones, also those of other tables. If a run fails, the others
     continue, and the exit code is 1.
     """
+    from teracon_fast.cli.train import collect, seeds_of
     from teracon_fast.reproduce import Choices, main_grids
     from teracon_fast.reproduce import reproduce as run
     from teracon_fast.train.folder import RunStopped

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from teracon_fast import ops
 from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
+from teracon_fast.methods.growth import check_growth, copy_rows
 from teracon_fast.model.backbone import Backbone, Convolution, EncodeUsers, head_loss, init_linear, next_item_inputs
 from teracon_fast.model.masks import Parity, annealed_scale
 from teracon_fast.ops import low_rank
@@ -374,38 +375,22 @@ class Method(nn.Module, ABC):
         self.load_state_dict(dict(state))
 
     def grown(self, num_items: int, labels: Sequence[int], generator: torch.Generator | None = None) -> Method:
-        """A copy with more items and labels, whose first rows are the old ones; between two tasks.
-
-        New rows are those of a new method of that size, all else is copied, bit by bit. One seed gives the same rows after any
-        task.
+        """A copy with more items and labels: the old rows, then those of a new method. One seed gives the same after any task.
 
         Args:
-            num_items: V of the copy.
-            labels: of each task so far; V for task 0.
+            num_items: V of the copy. labels: of each task so far; V for task 0.
             generator: CPU generator that seeds the new rows; None draws from torch's global one.
 
         Raises:
             ConfigError: the method cannot grow, or there would be fewer items or labels.
         """
-        self._check_growth(num_items, labels)
-        new = type(self)(replace(self.sizes, num_items=num_items), **self._options()).to(self.device)
+        check_growth(self.name, self.growth_refusal, [self.sizes.num_items, *self.labels], [num_items, *labels])
+        new = type(self)(replace(self.sizes, num_items=num_items), **self._options()).to(self._here)
         for task, count in enumerate(labels):
             new.start(task, count, generator)
             new.requires_grad_(False)
-        state = new.state_dict()
-        for name, old in self.state_dict().items():
-            if name not in state or state[name].shape[1:] != old.shape[1:] or len(state[name]) < len(old):
-                raise ConfigError(f"{self.name}: {name} of shape {list(old.shape)} cannot grow by rows")
-            state[name][: len(old)] = old
+        copy_rows(self.name, self.state_dict(), new.state_dict())
         return new
-
-    def _check_growth(self, num_items: int, labels: Sequence[int]) -> None:
-        if self.growth_refusal:
-            raise ConfigError(f"{self.name} cannot grow: {self.growth_refusal}")
-        if num_items < self.sizes.num_items:
-            raise ConfigError(f"{self.name}: got {num_items} items, expected at least {self.sizes.num_items}")
-        if len(labels) != len(self.labels) or any(new < old for new, old in zip(labels, self.labels, strict=True)):
-            raise ConfigError(f"{self.name}: got labels {list(labels)}, expected one count per task, at least {self.labels}")
 
     def next_item_loss(self, batch: Batch) -> Tensor:
         """Loss of task 0 with the weights and masks of inference, for fitting the rows of new items after growth.

@@ -12,6 +12,7 @@ from teracon_fast import ops
 from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
 from teracon_fast.methods.base import Group, Method, Option, Sizes, StepContext, StepResult, group
+from teracon_fast.methods.growth import check_growth
 from teracon_fast.methods.teracon_graphs import StepGraphs
 from teracon_fast.methods.teracon_loss import loss_of_states, step_states
 from teracon_fast.model.backbone import EncodeUsers
@@ -148,7 +149,7 @@ class Teracon(Method):
 
     def grown(self, num_items: int, labels: Sequence[int], generator: torch.Generator | None = None) -> Self:
         """As `Method.grown`, by `FastTCN.grown`."""
-        self._check_growth(num_items, labels)
+        check_growth(self.name, self.growth_refusal, [self.sizes.num_items, *self.labels], [num_items, *labels])
         options = {name: value for name, value in self._options().items() if name != "mask"}
         return type(self).around(self.model.grown(num_items, labels, generator), **options)
 

@@ -269,21 +269,18 @@ class FastTCN(Backbone):
         self, x: Tensor, s: float = 50.0, masks: Tensor | None = None, lengths: np.ndarray | None = None,
         predictions: bool = True,
     ) -> ops.CrossEntropy:  # fmt: skip
-        """`next_item_loss` with each target's rank `[B*(L-1)]` and the argmax of distinct states, both empty without `predictions`."""
+        """`next_item_loss`, each target's rank `[B*(L-1)]`, the argmax of distinct states: both empty without `predictions`."""
         seen, real = next_item_inputs(x, lengths)
         return self.next_item_of(self.encode_all(seen, 0, s, masks, real), x, predictions)
 
     def next_item_of(self, positions: PackedPositions, x: Tensor, predictions: bool = True) -> ops.CrossEntropy:
         """`next_item` of sequences `[B, L]` whose states, without the last item, are known."""
-        return self._class_loss(positions.hidden, 0, x[:, 1:].reshape(-1), positions.row_of.reshape(-1), predictions)
+        return self.class_loss(positions.hidden, 0, x[:, 1:].reshape(-1), predictions, positions.row_of.reshape(-1))
 
-    def class_loss(self, hidden: Tensor, task: int, targets: Tensor, predictions: bool = True) -> ops.CrossEntropy:
-        """Mean cross-entropy of a task's head over states `[n, f]` (Eq. 18), with argmax and ranks where asked."""
-        return self._class_loss(hidden, task, targets, None, predictions)
-
-    def _class_loss(
-        self, hidden: Tensor, task: int, targets: Tensor, rows: Tensor | None, predictions: bool
+    def class_loss(
+        self, hidden: Tensor, task: int, targets: Tensor, predictions: bool = True, rows: Tensor | None = None
     ) -> ops.CrossEntropy:
+        """Mean cross-entropy of a task's head over states `[n, f]` (Eq. 18). Other arguments as `head_loss`."""
         return head_loss(self.head(task), hidden, targets, rows, predictions, self.backend)
 
     def forward(

@@ -12,20 +12,7 @@ from teracon_fast.ops.rows import gather_rows
 from teracon_fast.ops.task_masks import MaskParameters, StepMasks, step_masks, task_masks
 
 __all__ = [
-    "ALGORITHMS",
-    "CrossEntropy",
-    "MaskParameters",
-    "StepMasks",
-    "embedding_rows",
-    "gather_rows",
-    "linear_cross_entropy",
-    "linear_rank",
-    "linear_topk",
-    "masked_conv",
-    "pack",
-    "packed_conv",
-    "retention_mse",
+    "ALGORITHMS", "CrossEntropy", "MaskParameters", "StepMasks", "embedding_rows", "gather_rows", "linear_cross_entropy",
+    "linear_rank", "linear_topk", "masked_conv", "pack", "packed_conv", "retention_mse", "step_masks", "task_masks",
     "unit_gradient",
-    "step_masks",
-    "task_masks",
-]
+]  # fmt: skip

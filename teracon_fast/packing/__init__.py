@@ -23,17 +23,6 @@ from teracon_fast.packing.rows import Layer, Plan, Spans, plan, real_lengths
 from teracon_fast.packing.types import IntArray, PackedBatch, ResidualTable, Streams, TapTable
 
 __all__ = [
-    "ConvGeometry",
-    "Geometry",
-    "IntArray",
-    "Layer",
-    "PackedBatch",
-    "Plan",
-    "ResidualTable",
-    "Spans",
-    "Streams",
-    "TapTable",
-    "geometry",
-    "plan",
-    "real_lengths",
-]
+    "ConvGeometry", "Geometry", "IntArray", "Layer", "PackedBatch", "Plan", "ResidualTable", "Spans", "Streams",
+    "TapTable", "geometry", "plan", "real_lengths",
+]  # fmt: skip

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from teracon_fast.config import RunConfig
 from teracon_fast.report.plots import check_format
-from teracon_fast.reproduce.experiments import EXPERIMENTS, Experiment, Variant
 from teracon_fast.reproduce.jobs import Event, Report, run_jobs
 from teracon_fast.reproduce.pages import write_pages
-from teracon_fast.reproduce.plan import Choices, Plan, Row, is_finished, make_plan
+from teracon_fast.reproduce.plan import Choices, Plan, is_finished, make_plan
 from teracon_fast.reproduce.tables import Found, RunResult, main_grids, read_plan, read_run
 
 
@@ -56,17 +55,12 @@ def reproduce(
 
 
 __all__ = [
-    "EXPERIMENTS",
     "Choices",
     "Event",
-    "Experiment",
     "Found",
     "Plan",
-    "Report",
     "Reproduced",
-    "Row",
     "RunResult",
-    "Variant",
     "is_finished",
     "main_grids",
     "make_plan",

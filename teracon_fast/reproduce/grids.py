@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,17 +122,22 @@ def csv_text(grid: Grid, paper: bool = True) -> str:
     Args:
         paper: whether to write columns for the paper's values.
     """
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     heading = [grid.first, "seeds"]
     for name in (name for column in grid.columns for name in column.names):
         heading += [name, f"{name} spread", *([f"{name} paper"] if paper else [])]
-    writer.writerow(heading)
+    rows: list[Sequence[object]] = [heading]
     for line in grid.lines:
         entries = [entry for entries in line.entries for entry in entries]
         numbers = [
             value for entry in entries for value in (entry.mean, entry.spread, *((entry.paper,) if paper else ()))
         ]
         seeds = max((len(entry.known) for entry in entries), default=0)
-        writer.writerow([line.label, seeds, *(repr(value) if math.isfinite(value) else "" for value in numbers)])
+        rows.append([line.label, seeds, *(repr(value) if math.isfinite(value) else "" for value in numbers)])
+    return csv_of(rows)
+
+
+def csv_of(rows: Iterable[Sequence[object]]) -> str:
+    """Rows as CSV text."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,7 +17,7 @@ from teracon_fast.files import atomic_write
 from teracon_fast.report.plots import save
 from teracon_fast.reproduce import plots
 from teracon_fast.reproduce.frequency import frequency_grid
-from teracon_fast.reproduce.grids import Column, Entry, Grid, Line, csv_text
+from teracon_fast.reproduce.grids import Column, Entry, Grid, Line, csv_of, csv_text
 from teracon_fast.reproduce.plan import Plan
 from teracon_fast.reproduce.tables import (
     Found,
@@ -172,9 +170,7 @@ def curve_grid(plan: Plan, found: Sequence[Found]) -> Grid:
 
 def curve_csv(plan: Plan, found: Sequence[Found]) -> str:
     """The points of the plot: one line per task, method and epoch."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["task", "metric", "method", "epoch", "mean", "spread", "seeds"])
+    lines: list[Sequence[object]] = [["task", "metric", "method", "epoch", "mean", "spread", "seeds"]]
     for name, metric, by_method in _curves(plan, found):
         for label, curves in by_method.items():
             if not curves:
@@ -182,5 +178,5 @@ def curve_csv(plan: Plan, found: Sequence[Found]) -> str:
             mean, spread = plots.mean_curve(curves)
             for epoch, (middle, width) in enumerate(zip(mean.tolist(), spread.tolist(), strict=True), 1):
                 shown = repr(width) if len(curves) > 1 and math.isfinite(width) else ""
-                writer.writerow([name, metric, label, epoch, repr(middle), shown, len(curves)])
-    return out.getvalue()
+                lines.append([name, metric, label, epoch, repr(middle), shown, len(curves)])
+    return csv_of(lines)

@@ -170,17 +170,7 @@ def _settings(choices: Choices, paper: Paper | None, method: str | None = None, 
     find_method(method)
     own = {f"{method}.{name}": value for name, value in (variant.options if variant else {}).items()}
     config = load_config(preset, choices.config, {**given, **own, "method": method})
-    # An option given for the method counts for every task, also for those that a preset gives a value of their own.
-    asked = {name.partition(".")[2] for name in {**choices.overrides, **own} if name.startswith(f"{method}.")}
-
-    def without(section: Any) -> Any:
-        kept = {name: value for name, value in section.options.items() if name not in asked}
-        return section.model_copy(update={"options": kept})
-
-    return config.model_copy(update={
-        "options": {method: config.options[method]} if method in config.options else {},
-        "first": without(config.first), "later": without(config.later), "task": tuple(map(without, config.task)),
-    })  # fmt: skip
+    return config.model_copy(update={"options": {name: table for name, table in config.options.items() if name == method}})
 
 
 def _new_run(

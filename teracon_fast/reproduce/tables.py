@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ from teracon_fast.data.order import NOISE, NOISE_NAME
 from teracon_fast.errors import ConfigError
 from teracon_fast.report.run_report import pretty
 from teracon_fast.reproduce.experiments import TITLES, Quantity
-from teracon_fast.reproduce.grids import Column, Entry, Grid, Line
+from teracon_fast.reproduce.grids import Column, Entry, Grid, Line, csv_of
 from teracon_fast.reproduce.plan import Plan, Row, is_finished
 from teracon_fast.train.metrics import (
     backward_transfer,
@@ -287,9 +285,7 @@ def single_grids(plan: Plan, found: Sequence[Found]) -> list[Grid]:
 
 def matrix_csv(plan: Plan, found: Sequence[Found]) -> str:
     """R of every row and seed, and of SinMo if it is the baseline of FWT: one line per value, unrounded."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["method", "seed", "after", "task", "metric", "R"])
+    lines: list[Sequence[object]] = [["method", "seed", "after", "task", "metric", "R"]]
     rows = [(of_row.row.label, of_row.order, of_row.row.runs, of_row.runs) for of_row in found]
     single = next((of_row for of_row in found if of_row.single), None)
     if single is not None and all(of_row.row.runs != single.row.single for of_row in found):
@@ -299,5 +295,5 @@ def matrix_csv(plan: Plan, found: Sequence[Found]) -> str:
             for j, values in enumerate([] if result is None else result.R):
                 for number, value_of in zip(order, values, strict=False):
                     after, metric = task_name(plan, order[j]), metric_name(plan, number)
-                    writer.writerow([label, run.seed, after, task_name(plan, number), metric, repr(value_of)])
-    return out.getvalue()
+                    lines.append([label, run.seed, after, task_name(plan, number), metric, repr(value_of)])
+    return csv_of(lines)

@@ -123,7 +123,7 @@ class Run(Callbacks):
         done = len(self.state.tests)
         if done >= self.last_task:
             self.observer.on_message(f"{self.folder}: this run is finished, nothing to train")
-            return self.results()
+            return self.write_results()
         if done:
             load_task(self.folder, done, self.method)
         while len(self.state.tests) < self.last_task:
@@ -136,7 +136,7 @@ class Run(Callbacks):
                 at = trainer.state
                 where = f" in task {trainer.task + 1} ({trainer.data.name}), epoch {at.epoch + 1}, batch {at.batch + 1}"
                 raise RunStopped(stopped.signum, where) from None
-        return self.results()
+        return self.write_results()
 
     def begin(self, number: int) -> tuple[Trainer, TaskCheckpoint | None]:
         """Start a task, or restore it from the checkpoint."""
@@ -228,10 +228,8 @@ class Run(Callbacks):
         self.state.steps[number] = at.step
         self.state.peak_mib = max(self.state.peak_mib, self.peak_mib())
         if len(self.state.tests) == self.last_task:
-            results = self.results()
+            results = self.write_results()
             self.log_file.write("run_end", number, R=results.R, bwt=results.bwt, cost=self.cost())
-            with atomic_write(self.folder / "results.json", "w") as file:
-                file.write(json.dumps(dataclasses.asdict(results), indent=2) + "\n")
         self.save(number, None)
         forget_best(self.folder)
         self.observer.on_task_end(record)
@@ -280,6 +278,12 @@ class Run(Callbacks):
         state.save(self.folder)
         self.saved_at = time.monotonic()
 
-    def results(self) -> Results:
-        """R and BWT of the tasks tested so far."""
-        return results_of(self.dataset, self.state.tests)
+    def write_results(self) -> Results:
+        """Write results.json, if it is not there already: R and BWT of the tasks tested so far."""
+        results = results_of(self.dataset, self.state.tests)
+        text = json.dumps(dataclasses.asdict(results), indent=2) + "\n"
+        path = self.folder / "results.json"
+        if not path.exists() or path.read_text("utf-8") != text:
+            with atomic_write(path, "w") as file:
+                file.write(text)
+        return results

@@ -3,26 +3,71 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bench.gpu_measure import Meter
-from bench.tune_problems import CONVOLUTIONS, KINDS, OPERATIONS, Problem, Sizes, candidates, problems
 from torch import Tensor
 from triton_here import require_triton
 
-from bench import tune, tune_problems
-from bench.tune import QUICK, DifferentResults, Outcome, rewritten, with_winners, written
+from bench import device, harness, tune
+from bench.device import NotMeasured
+from bench.tune import (
+    CONVOLUTIONS,
+    FULL,
+    KINDS,
+    OPERATIONS,
+    QUICK,
+    Outcome,
+    Problem,
+    candidates,
+    problems,
+    rewritten,
+    with_winners,
+    written,
+)
+from teracon_fast.errors import TeraconError
 from teracon_fast.kernels import configs
 from teracon_fast.kernels.configs import Config
-from teracon_fast.ops.backends import BackendError
 
 require_triton()
 CPU = torch.device("cpu")
 FACTS = {"device": "a device", "date": "2026-11-24", "teracon_fast": "0", "torch": "2", "triton": "3"}
 SCAN = Problem("scan", "half", None, 150, QUICK)
+Answer = tuple[Tensor, ...]
+
+
+class Clock:
+    """Time passes in calls, by the configuration that is tried."""
+
+    def __init__(self, seconds: Mapping[Config, float]) -> None:
+        self.now, self.seconds, self.used = 0.0, seconds, list[Config]()
+
+    def __call__(self) -> float:
+        return self.now
+
+    def of(self, call: Callable[[], Answer]) -> Callable[[], Answer]:
+        """The call, which takes the seconds of its configuration."""
+
+        def run() -> Answer:
+            self.used.append(in_use())
+            self.now += self.seconds.get(in_use(), 2.0)
+            return call()
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[Config, float]], Clock]:
+    def made(seconds: Mapping[Config, float]) -> Clock:
+        found = Clock(seconds)
+        monkeypatch.setattr(harness, "perf_counter", found)
+        monkeypatch.setattr(device, "perf_counter", found)
+        return found
+
+    return made
 
 
 @pytest.fixture
@@ -33,27 +78,26 @@ def table(tmp_path: Path) -> Path:
     return path
 
 
-def in_use() -> tuple[str, Config]:
+def in_use() -> Config:
     """The configuration that is being tried."""
-    (pair,) = configs._CANDIDATES.items()
-    return pair
+    (config,) = configs._CANDIDATES.values()
+    return config
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU")
-def test_rewrites_its_row_and_a_second_run_changes_nothing(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rewrites_its_row_and_a_second_run_changes_nothing(
+    table: Path, capsys: pytest.CaptureFixture[str], clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     winners = {"scan": Config(128, 64, 64, 0, 4, 2), "conv_input": Config(64, 0, 64, 0, 8, 3)}
-
-    def clock(call: Any) -> float:
-        operation, config = in_use()
-        return 1.0 if config == winners[operation] else 2.0
-
+    passing, real = clock(dict.fromkeys(winners.values(), 1.0)), Problem.call
+    monkeypatch.setattr(Problem, "call", lambda *arguments: passing.of(real(*arguments)))
     arguments = ["--device", "cpu", "--quick", "--architecture", "sm_90", "--table", str(table), "--kind", "half"]
     arguments += ["--operation", "scan", "--operation", "conv_input"]
     before, text = configs.read(table), table.read_text()
-    assert tune.main([*arguments, "--dry-run"], clock) == 0 and table.read_text() == text
-    assert tune.main(arguments, clock) == 0
+    assert tune.main([*arguments, "--dry-run"]) == 0 and table.read_text() == text
+    assert tune.main(arguments) == 0
     told = capsys.readouterr().out
-    assert "no GPU was measured; row sm_90" in told and "50% less than" in told and f"{table} rewritten" in told
+    assert "self-test on the CPU; row sm_90" in told and "50% less than" in told and f"{table} rewritten" in told
     after = configs.read(table)
     assert table.read_text() == configs.written(after)
     assert {name: row for name, row in after.items() if name != "sm_90"} == {k: v for k, v in before.items() if k != "sm_90"}
@@ -65,7 +109,7 @@ def test_rewrites_its_row_and_a_second_run_changes_nothing(table: Path, capsys: 
     measured = after["sm_90"]["measured"]
     assert measured["torch"] == torch.__version__ and measured["operations"] == ["half conv_input", "half scan"]
     text = table.read_text()
-    assert tune.main(arguments, clock) == 0
+    assert tune.main(arguments) == 0
     assert table.read_text() == text and "stays as it is" in capsys.readouterr().out
 
 
@@ -76,54 +120,52 @@ def test_every_operation_is_called_and_its_candidates_agree(operation: Any, kind
     """In the interpreter; convolutions by plain PyTorch operations."""
     problem = next(problems(QUICK, [operation], [kind]))
     present, *_, other = candidates(problem, "sm_90")
-    used = []
-
-    def clock(call: Any) -> float:
-        used.append(in_use()[1])
-        return 1.0 if in_use()[1] == other else 2.0
-
-    found = tune.tune(problem, present, [other], problem.call(CPU, "torch"), clock)
-    assert found.failed == {} and found.winner == other and set(used) == {present, other}
+    passing = Clock({other: 1.0})
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (harness, device):
+            patch.setattr(module, "perf_counter", passing)
+        found = tune.tune(problem, present, [other], passing.of(problem.call(CPU, "torch")), CPU)
+    assert found.passed_over == {} and found.winner == other and set(passing.used) == {present, other}
 
 
-def test_present_configuration_stays_unless_another_is_clearly_faster() -> None:
+def test_present_configuration_stays_unless_another_is_clearly_faster(clock: Any) -> None:
     present, close, faster = Config(16, 32, 16), Config(32, 32, 16), Config(64, 32, 16)
-    times = {present: 1.0, close: 0.985, faster: 0.9}
-    call = lambda: (torch.ones(3),)  # noqa: E731
-    found = tune.tune(SCAN, present, [present, close], call, lambda _: times[in_use()[1]])
-    assert found.winner == present and "stays rows 16 columns 32 depth 16 warps 4 stages 2" in found.line()
-    found = tune.tune(SCAN, present, [present, close, faster], call, lambda _: times[in_use()[1]])
-    assert found.winner == faster and found.seconds == 0.9 and found.present_seconds == 1.0
-    assert "10% less than rows 16" in found.line() and "3 tried" in found.line()
+    passing = clock({present: 1.0, close: 0.985, faster: 0.9})
+    call = passing.of(lambda: (torch.ones(3),))
+    assert tune.tune(SCAN, present, [present, close], call, CPU).winner == present
+    found = tune.tune(SCAN, present, [present, close, faster], call, CPU)
+    assert found.winner == faster and (found.seconds, found.present_seconds) == (pytest.approx(0.9), pytest.approx(1.0))
 
 
-def test_what_fails_or_computes_something_else_is_passed_over() -> None:
+def test_what_fails_or_computes_something_else_is_passed_over(clock: Any) -> None:
     present, fails, differs, right = Config(16, 32, 16), Config(32, 32, 16), Config(64, 32, 16), Config(128, 32, 16)
     answers = {present: 1.0, differs: 1.05, right: 1.005}
+    passing = clock({present: 1.0, differs: 0.5, right: 0.5})
 
-    def call() -> tuple[Tensor, ...]:
-        if in_use()[1] == fails:
+    def call() -> Answer:
+        if in_use() == fails:
             raise RuntimeError("out of resource: shared memory\nmore")
-        return torch.full((4,), answers[in_use()[1]]), torch.empty(0)
+        return torch.full((4,), answers[in_use()]), torch.empty(0)
 
-    found = tune.tune(SCAN, present, [fails, differs, right], call, lambda _: 1.0 if in_use()[1] == present else 0.5)
-    assert found.winner == right and "2 passed over" in found.line()
-    assert found.failed[fails] == "RuntimeError: out of resource: shared memory"
-    assert found.failed[differs].startswith("DifferentResults: result 0 is off by 0.05")
-    with pytest.raises(DifferentResults):
-        tune.check((torch.full((4,), torch.nan),), (torch.ones(4),), "half")
+    found = tune.tune(SCAN, present, [fails, differs, right], passing.of(call), CPU)
+    assert found.winner == right and len(found.passed_over) == 2
+    why = {name.split(",")[0]: reason for name, reason in found.passed_over.items()}
+    assert why[written(fails)] == "RuntimeError: out of resource: shared memory"
+    assert "0 is off by 0.05, expected at most 0.02" in why[written(differs)]
+    with pytest.raises(NotMeasured, match="out of resource"):
+        tune.tune(SCAN, fails, [right], passing.of(call), CPU)
 
-    def lost() -> tuple[Tensor, ...]:
-        if in_use()[1] == fails:
+    def lost() -> Answer:
+        if in_use() == fails:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return (torch.ones(4),)
 
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        tune.tune(SCAN, present, [fails], lost, lambda _: 1.0)
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        tune.tune(SCAN, present, [fails], passing.of(lost), CPU)
 
 
 def outcome(problem: Problem, winner: Config) -> Outcome:
-    return Outcome(problem, Config(16, 32, 16), winner, 1.0, 2.0, 3)
+    return Outcome(problem, Config(16, 32, 16), winner, 1.0, 2.0, {})
 
 
 def test_neighbouring_buckets_with_one_winner_become_one() -> None:
@@ -155,38 +197,38 @@ def test_an_operation_that_cannot_be_measured_keeps_all_its_buckets(
 ) -> None:
     def call(problem: Problem, device: torch.device, backend: str) -> Any:
         if problem.operation == "conv" and problem.up_to is None:
-            raise BackendError(f"backend {backend!r} cannot run it")
+            raise TeraconError(f"backend {backend!r} cannot run it")
         return lambda: (torch.ones(2),)
 
     monkeypatch.setattr(Problem, "call", call)
     wanted = list(problems(QUICK, ["conv", "topk"], ["half"]))
-    found = tune.run_all(configs.read(), "sm_80", wanted, CPU, "triton", lambda _: 1.0)
+    found = tune.run_all(configs.read(), "sm_80", wanted, CPU, "triton")
     assert [one.problem.operation for one in found] == ["topk", "topk"]
-    assert "left as it is, BackendError: backend 'triton' cannot run it" in capsys.readouterr().out
+    assert "left as it is, TeraconError: backend 'triton' cannot run it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("architecture", [name for name in configs.SHARED if name != "other"])
 def test_candidates_fit_and_so_does_what_the_table_has(architecture: str) -> None:
     table, limit = configs.read(), configs.SHARED[architecture]
-    for problem in problems(Sizes(), OPERATIONS, KINDS):
+    for problem in problems(FULL, OPERATIONS, KINDS):
         tried = candidates(problem, architecture)
-        assert len(tried) == len(set(tried)) >= 1 and len(tried) <= 36, problem.title
+        assert len(tried) == len(set(tried)) >= 1 and len(tried) <= 42, problem.title
         for config in tried:
-            assert tune_problems.shared_kib(problem, config, architecture) <= limit
+            assert tune.shared_kib(problem, config, architecture) <= limit
             assert config.columns < problem.channels if problem.operation in ("conv", "conv_input") else config.columns
             sizes = (config.rows, config.columns or 16, config.depth, config.features or 16)
             assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
         present = configs.of_size(configs.buckets(table, architecture, problem.kind, problem.operation), problem.size)
-        assert tune_problems.shared_kib(problem, present, architecture) <= limit, "the estimate is of what is known to fit"
+        assert tune.shared_kib(problem, present, architecture) <= limit, "the estimate is of what is known to fit"
 
 
 def test_a_bucket_is_represented_by_a_size_of_its_own() -> None:
-    for problem in problems(Sizes(), OPERATIONS, ["half"]):
-        known = Sizes().channels if problem.operation in CONVOLUTIONS else Sizes().labels
+    for problem in problems(FULL, OPERATIONS, ["half"]):
+        known = FULL.channels if problem.operation in CONVOLUTIONS else FULL.labels
         below = max((up_to for up_to, _ in known if up_to is not None and up_to < problem.size), default=0)
         assert below < problem.size <= (problem.up_to or 10**9)
         assert f"{problem.size:,}" in problem.title
-    assert (None, 646_000) in Sizes().labels and (256, 256) in Sizes().channels
+    assert (None, 646_000) in FULL.labels and (256, 256) in FULL.channels
 
 
 def test_refuses_without_a_gpu_and_without_a_row(
@@ -205,23 +247,6 @@ def test_refuses_without_a_gpu_and_without_a_row(
     assert configs.TABLE.read_text() == table.read_text()
 
 
-def test_a_time_is_a_graphs_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-
-    def lasting(seconds: float) -> Any:
-        def call() -> tuple[Tensor, ...]:
-            nonlocal now
-            now += seconds
-            return (torch.zeros(1),)
-
-        return call
-
-    meter = Meter(CPU, lambda: now)
-    assert tune.graph_clock(meter)(lasting(2.0)) == 2.0
-    monkeypatch.setattr(meter, "replayed", lambda run: lasting(0.5))
-    assert tune.graph_clock(meter)(lasting(2.0)) == 0.5
-
-
 def test_configurations_are_told_in_a_line() -> None:
     assert written(Config(64, 0, 32, 0, 8, 3)) == "rows 64 depth 32 warps 8 stages 3"
 
@@ -235,4 +260,4 @@ def test_configurations_are_told_in_a_line() -> None:
 )  # fmt: skip
 def test_shared_memory_is_what_the_compiler_takes(architecture: str, config: Config, kib: int) -> None:
     """As Triton 3.7.1 compiles the scan over labels."""
-    assert tune_problems.shared_kib(Problem("scan", "half", None, 646_000, Sizes()), config, architecture) == kib
+    assert tune.shared_kib(Problem("scan", "half", None, 646_000, FULL), config, architecture) == kib

@@ -125,7 +125,7 @@ def test_a_task_too_small_to_split_is_refused(choices: Callable[..., Choices], t
         items = np.arange(1, 81)[:, None] % 7 + np.arange(1, 5)
         writer.add_task("next", "next_item", items, groups=np.arange(80))
         writer.add_task("few", "label", items[:2], labels=np.arange(2))
-    with pytest.raises(ConfigError, match="few.* has 2 samples"):
+    with pytest.raises(ConfigError, match="few.*: got 2 samples"):
         make_plan("table2", choices(data=tmp_path / "small", methods=("sinmo",)))
 
 

@@ -10,7 +10,7 @@ Milakov & Gimelshein 2018, arXiv 1805.02867).
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from teracon_fast.errors import ShapeError
 from teracon_fast.ops.checks import autocast, expect, sums_dtype
 from teracon_fast.ops.heads import Head, check_head, check_targets, keep_gradients, kept_gradients
-from teracon_fast.ops.registration import Gradient, Needs, flat, implementation, nested, register, save, saved
+from teracon_fast.ops.registration import Gradient, flat, implementation, register
 
 
 class Inputs(NamedTuple):
@@ -57,8 +57,8 @@ class Backward(NamedTuple):
     grad: Tensor
     inputs: Inputs
     kept: Kept
-    need_hidden: bool
-    need_weight: bool
+    need_head_hidden: bool
+    need_head_weight: bool
 
 
 class Gradients(NamedTuple):
@@ -216,17 +216,10 @@ def _forward_fake(inputs: Inputs) -> Results:
 def _backward_fake(backward: Backward) -> Gradients:
     hidden, weight, bias = backward.inputs.head
     return Gradients(Head(
-        hidden.new_empty(hidden.shape if backward.need_hidden else (0,)),
-        weight.new_empty(weight.shape if backward.need_weight else (0,)),
+        hidden.new_empty(hidden.shape if backward.need_head_hidden else (0,)),
+        weight.new_empty(weight.shape if backward.need_head_weight else (0,)),
         bias.new_empty(bias.shape),
     ))  # fmt: skip
-
-
-def _gradient(ctx: Any, grad: Tensor, needs: Needs) -> Gradients:
-    inputs, kept = saved(ctx)
-    backward = Backward(grad, inputs, kept, needs["head_hidden"], needs["head_weight"])
-    found: Gradients = nested(Gradients, _linear_cross_entropy_backward(*flat(backward)))
-    return found
 
 
 def _reduced_fake(inputs: ReducedInputs) -> Reduced:
@@ -240,13 +233,12 @@ _linear_cross_entropy_backward = register(
     "linear_cross_entropy_backward", Backward, Gradients, "linear_cross_entropy.backward", _backward_fake
 )
 _linear_cross_entropy = register(
-    "linear_cross_entropy", Inputs, Results, "linear_cross_entropy.forward", _forward_fake,
-    Gradient(lambda ctx, inputs, results: save(ctx, inputs, results.kept), _gradient),
-)  # fmt: skip
+    "linear_cross_entropy", Inputs, Results, "linear_cross_entropy.forward", _forward_fake, _linear_cross_entropy_backward
+)
 _linear_cross_entropy_reduced = register(
     "linear_cross_entropy_reduced", ReducedInputs, Reduced, "linear_cross_entropy.reduced", _reduced_fake,
     Gradient(
         lambda ctx, inputs, results: keep_gradients(ctx, results.gradients),
-        lambda ctx, grad, needs: Gradients(Head(*kept_gradients(ctx, grad))),
+        lambda ctx, grad: dict(zip(("head_hidden", "head_weight", "head_bias"), kept_gradients(ctx, grad), strict=True)),
     ),
 )  # fmt: skip

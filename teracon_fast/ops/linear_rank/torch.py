@@ -30,7 +30,7 @@ def _scores(operation: str, head: Head, part: slice) -> Tensor:
 
 
 def require_no_nan(operation: str, found: Tensor | bool) -> None:
-    """Raise TeraconError if a score is NaN, which cannot be ranked. On a GPU an assertion on the device stops it, without a wait."""
+    """Raise TeraconError if a score is NaN and cannot be ranked. On a GPU, without a wait, an assertion on the device fails."""
     if isinstance(found, Tensor) and found.device.type != "cpu":
         torch._assert_async(~found)
     elif found:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from teracon_fast.errors import ShapeError
 from teracon_fast.ops import backends
 from teracon_fast.ops.checks import autocast, expect, parameter_dtypes, sums_dtype
-from teracon_fast.ops.registration import Gradient, Needs, flat, nested, register, save, saved
+from teracon_fast.ops.registration import flat, register
 from teracon_fast.ops.rows import check_convolution
 from teracon_fast.packing import ResidualTable, TapTable
 
@@ -81,7 +81,7 @@ class Backward(NamedTuple):
     inputs: Inputs
     kept: Kept
     need_x: bool
-    need_weight: bool
+    need_parameters_weight: bool
     need_residual: bool
     need_addend: bool
 
@@ -191,7 +191,7 @@ def _backward_fake(backward: Backward) -> Gradients:
     return Gradients(
         x.new_empty(x.shape if backward.need_x else (0,)),
         Parameters(
-            weight.new_empty(weight.shape if backward.need_weight else (0,)), weight.new_empty(weight.shape[0]),
+            weight.new_empty(weight.shape if backward.need_parameters_weight else (0,)), weight.new_empty(weight.shape[0]),
             *(torch.empty_like(other) for other in others),
         ),
         grad.new_empty((len(readers), len(weight)) if backward.need_residual and readers is not None else (0,)),
@@ -199,16 +199,7 @@ def _backward_fake(backward: Backward) -> Gradients:
     )  # fmt: skip
 
 
-def _setup(ctx: Any, inputs: Inputs, results: Results) -> None:
-    save(ctx, inputs._replace(residual=None, addend=None), results.kept)
-
-
-def _gradient(ctx: Any, grad: Tensor, needs: Needs) -> Gradients:
-    inputs, kept = saved(ctx)
-    wanted = needs["x"], needs["parameters_weight"], needs["residual"], needs["addend"]
-    found: Gradients = nested(Gradients, _masked_conv_backward(*flat((grad.contiguous(), inputs, kept, *wanted))))
-    return found
-
-
 _masked_conv_backward = register("masked_conv_backward", Backward, Gradients, "masked_conv.backward", _backward_fake)
-_masked_conv = register("masked_conv", Inputs, Results, "masked_conv.forward", room, Gradient(_setup, _gradient))
+_masked_conv = register(
+    "masked_conv", Inputs, Results, "masked_conv.forward", room, _masked_conv_backward, ("residual", "addend")
+)

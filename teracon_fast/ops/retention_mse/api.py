@@ -20,7 +20,6 @@ from teracon_fast.ops import backends, low_rank
 from teracon_fast.ops.checks import autocast, sums_dtype
 from teracon_fast.ops.heads import Head, check_head, keep_gradients, kept_gradients
 from teracon_fast.ops.registration import Gradient, flat, implementation, register
-from teracon_fast.ops.registration import Needs as ByName
 
 FORMS = ("auto", "direct", "gram")
 
@@ -59,10 +58,6 @@ class Results(NamedTuple):
     """`coefficient * sum((student logits - teacher logits)^2)`, and its gradients, empty where they are not wanted."""
 
     loss: Tensor
-    student: Head
-
-
-class Gradients(NamedTuple):
     student: Head
 
 
@@ -184,13 +179,13 @@ def _setup(ctx: Any, inputs: Inputs, results: Results) -> None:
     ctx.low_rank_of = (inputs.student.weight, inputs.student.hidden.detach().float()) if inputs.low_rank else None
 
 
-def _gradient(ctx: Any, grad: Tensor, needs: ByName) -> Gradients:
-    gradients = Head(*kept_gradients(ctx, grad))
-    if ctx.low_rank_of is not None:
-        weight, hidden = ctx.low_rank_of
-        low_rank.accumulate(weight, low_rank.Factors(gradients.weight, hidden))
-        gradients = gradients._replace(weight=None)  # type: ignore[arg-type]
-    return Gradients(gradients)
+def _gradient(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
+    d_hidden, d_weight, d_bias = kept_gradients(ctx, grad)
+    if ctx.low_rank_of is None:
+        return {"student_hidden": d_hidden, "student_weight": d_weight, "student_bias": d_bias}
+    weight, hidden = ctx.low_rank_of
+    low_rank.accumulate(weight, low_rank.Factors(d_weight, hidden))
+    return {"student_hidden": d_hidden, "student_bias": d_bias}
 
 
 _retention_mse = register("retention_mse", Inputs, Results, _distance, _distance_fake, Gradient(_setup, _gradient))

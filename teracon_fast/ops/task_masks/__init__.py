@@ -12,15 +12,6 @@ from teracon_fast.ops.task_masks.api import (
 from teracon_fast.ops.task_masks.torch import of_tasks, plain_masks, rho, similarity
 
 __all__ = [
-    "MaskParameters",
-    "MaskVariant",
-    "StepMasks",
-    "check_variant",
-    "of_tasks",
-    "plain_masks",
-    "relation_width",
-    "rho",
-    "similarity",
-    "step_masks",
-    "task_masks",
-]
+    "MaskParameters", "MaskVariant", "StepMasks", "check_variant", "of_tasks", "plain_masks", "relation_width", "rho",
+    "similarity", "step_masks", "task_masks",
+]  # fmt: skip

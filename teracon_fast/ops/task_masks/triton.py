@@ -5,14 +5,14 @@ Only this backend is a registered operation: autograd and compilers see through 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from teracon_fast.kernels import masks as kernels
 from teracon_fast.ops.backends import BackendError
-from teracon_fast.ops.registration import Gradient, Needs, flat, register, save, saved
+from teracon_fast.ops.registration import flat, register
 from teracon_fast.ops.task_masks.api import MaskParameters
 from teracon_fast.ops.task_masks.torch import COSINE_EPS
 
@@ -43,7 +43,7 @@ class Inputs(NamedTuple):
 
 
 class Results(NamedTuple):
-    masks: Tensor
+    student: Tensor
     teacher: Tensor
     rho: Tensor
 
@@ -118,14 +118,5 @@ def _backward_fake(inputs: Backward) -> Gradients:
     return Gradients(*(embeddings.new_empty((0,) if part is None else part.shape) for part in (embeddings, weights, biases)))
 
 
-def _setup(ctx: Any, inputs: Inputs, results: Results) -> None:
-    save(ctx, inputs.masks)
-    ctx.mark_non_differentiable(*results[1:])
-
-
-def _gradient(ctx: Any, grad: Tensor, needs: Needs) -> Gradients:
-    return Gradients(*_task_masks_backward(*flat(Backward(grad, *saved(ctx)))))
-
-
 _task_masks_backward = register("task_masks_backward", Backward, Gradients, _backward, _backward_fake)
-_task_masks = register("task_masks", Inputs, Results, _forward, _forward_fake, Gradient(_setup, _gradient))
+_task_masks = register("task_masks", Inputs, Results, _forward, _forward_fake, _task_masks_backward)
