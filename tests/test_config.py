@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teracon_fast.config import PRESETS, RunConfig, load_config, options, write_toml
+from teracon_fast.config import PRESETS, RunConfig, flags, load_config, write_toml
+from teracon_fast.data.order import NOISE
 from teracon_fast.errors import ConfigError
+from teracon_fast.methods import METHODS, options_of
 
 PLACES = {"data": "prepared", "run": "runs/one"}
 
@@ -37,21 +40,22 @@ def test_presets_hold_table_10(preset: str) -> None:
     for number, (lr, batch_size, alpha) in enumerate(TABLE_10[preset], 1):
         task = config.for_task(number)
         assert (task.lr, task.batch_size) == (lr, batch_size), number
-        assert alpha is None or task.alpha == alpha, number
-        assert (task.c, task.s_max) == (6.0, 50.0)
+        options = config.task_options(number)
+        assert alpha is None or options["alpha"] == alpha, number
+        assert (options["c"], options["s_max"]) == (6.0, 50.0)
+    ratios = {"ttl": [0.7, 0.8, 0.9, 0.8, 0.9, 0.9], "ml": [0.7, 0.8, 0.7]}.get(preset)
+    conure = config.model_copy(update={"method": "conure"})
+    assert ratios is None or [conure.task_options(number + 1)["pruning"] for number in range(len(ratios))] == ratios
 
 
 def test_defaults_are_the_published_program() -> None:
     config = load_config(overrides=PLACES)
     first, later = config.for_task(1), config.for_task(2)
     assert (first.lr, first.batch_size, first.epochs, first.patience, first.select) == (1e-3, 32, 10, 5, "hit@1")
-    assert (later.lr, later.batch_size, later.epochs, later.patience, later.alpha) == (1e-4, 1024, 100, 5, 0.7)
-    assert (config.mask, config.student_mask, config.sampling, config.parity) == (
-        "relation",
-        "past",
-        "adaptive",
-        "official",
-    )
+    assert (later.lr, later.batch_size, later.epochs, later.patience) == (1e-4, 1024, 100, 5)
+    assert (config.method, config.parity, config.task_options(2)["alpha"]) == ("teracon", "official", 0.7)
+    settings = config.new_method(9).settings()
+    assert (settings["mask"], settings["student_mask"], settings["sampling"]) == ("relation", "past", "adaptive")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -97,9 +101,8 @@ def test_later_sources_win(tmp_path: Path) -> None:
     )
     config = load_config("naver", file, {"data": "d", "run": "flag", "task.4.alpha": "0.125", "first.lr": "1e-2"})
     assert (str(config.run), config.for_task(1).lr) == ("flag", 0.01)
-    assert (config.for_task(2).epochs, config.for_task(2).alpha) == (7, 0.5), "the file's [later] beats the preset's"
-    fourth = config.for_task(4)
-    assert (fourth.lr, fourth.alpha) == (0.25, 0.125), "[[task]] tables merge by number"
+    assert config.for_task(2).epochs == 7 and config.task_options(2)["alpha"] == 0.5, "the file's [later] beats the preset's"
+    assert config.for_task(4).lr == 0.25 and config.task_options(4)["alpha"] == 0.125, "[[task]] tables merge by number"
     assert config.for_task(5).lr == 0.0005, "the preset's other tables stay"
 
 
@@ -117,15 +120,23 @@ def test_none_means_not_given() -> None:
     [
         ({"first.learning_rate": 1}, "first.learning_rate: unknown key"),
         ({"first.batchsize": 1}, "first.batchsize: unknown key, did you mean 'batch_size'?"),
-        ({"maks": 1}, "maks: unknown key, did you mean 'mask'?"),
-        ({"task.2.alfa": 1}, "task[1].alfa: unknown key, did you mean 'alpha'?"),
+        ({"modle": 1}, "modle: unknown key, did you mean 'model'?"),
+        ({"task.2.alfa": 1}, "task 2.alfa: unknown key, did you mean 'alpha'?"),
+        ({"task.2.lrr": 1}, "task 2.lrr: unknown key, did you mean 'lr'?"),
+        ({"teracon.maks": "none"}, "teracon.maks: unknown key, did you mean 'mask'?"),
+        ({"hat.depth": 1}, "hat.depth: unknown key"),
+        ({"first.mask": "none"}, "first.mask: unknown key"),
+        ({"method": "sinmoo"}, "method: got 'sinmoo', expected one of sinmo, fine_all, peterrec, mtl"),
         ({"model.chanels": 1}, "model.chanels: unknown key, did you mean 'channels'?"),
         ({"first.lr": -1}, "first.lr: got -1, expected: greater than 0"),
         ({"first.lr": "nan"}, "first.lr: got nan, expected: a finite number"),
-        ({"task.2.alpha": -1}, "task[1].alpha: got -1, expected: greater than or equal to 0"),
+        ({"task.2.alpha": "much"}, "task 2.alpha: got 'much', expected a number"),
+        ({"hat.train_items": 3}, "hat.train_items: got 3, expected true or false"),
+        ({"conure.pruning": "half"}, "conure.pruning: got 'half', expected float | tuple[float, ...]"),
+        ({"noise_at": 1}, "noise_at: got 1, expected: greater than or equal to 2"),
         ({"model.dilations": "[1, 0]"}, "model.dilations[2]: got 0, expected: greater than or equal to 1"),
         ({"model.dilations": []}, "model.dilations: got []"),
-        ({"mask": "soft"}, "mask: got 'soft', expected: 'relation', 'positive_only' or 'none'"),
+        ({"teracon.mask": "soft"}, "teracon.mask: got 'soft', expected one of 'relation', 'positive_only', 'none'"),
         ({"precision": "fp8"}, "precision: got 'fp8'"),
         ({"later.select": "mrr@20"}, "later.select: got 'mrr@20', expected: 'hit@1' or 'mrr@5'"),
         ({"seed": -1}, "seed: got -1"),
@@ -175,19 +186,106 @@ def test_unknown_preset_is_refused() -> None:
         load_config("tll", overrides=PLACES)
 
 
-def test_options_cover_every_value_and_can_be_given() -> None:
-    found = {option.name: option for option in options()}
+def test_flags_cover_every_value_and_can_be_given() -> None:
+    found = {flag.name: flag for flag in flags()}
     flat = load_config(overrides=PLACES).model_dump()
-    names = {name for name in flat if name not in ("model", "first", "later", "task")}
-    names |= {f"{section}.{name}" for section in ("model", "first", "later") for name in flat[section]}
+    sections = ("model", "first", "later")
+    names = {name for name in flat if name not in (*sections, "task", "options")}
+    names |= {f"{section}.{name}" for section in sections for name in flat[section] if name != "options"}
+    options = {f"{method}.{name}": option for method in METHODS for name, option in options_of(METHODS[method]).items()}
+    per_task = {option.name for option in options.values() if option.per_task}
+    assert per_task == {"alpha", "c", "s_max", "pruning"}
+    names |= set(options) | {f"{section}.{name}" for section in ("first", "later") for name in per_task}
     assert set(found) == names
-    assert all(option.help for option in found.values())
+    assert all(flag.help for flag in found.values())
+    for name, option in options.items():
+        assert (found[name].help, found[name].default) == (option.help, option.default)
     assert found["later.batch_size"].default == 1024 and found["first.batch_size"].default == 32
-    assert found["mask"].choices == ("relation", "positive_only", "none") and found["first.lr"].type is float
+    assert found["teracon.mask"].choices == ("relation", "positive_only", "none") and found["first.lr"].type is float
     assert found["num_tasks"].type is int and found["model.dilations"].type == list[int] and found["run"].type is Path
-    given = {name: str(list(o.default) if isinstance(o.default, tuple) else o.default).replace("True", "true")
-             for name, o in found.items() if o.default is not None}  # fmt: skip
-    assert load_config(overrides={**PLACES, **given}) == load_config(overrides=PLACES)
+    assert found["hat.train_items"].type is bool and found["hat.weight"].type is float and found["conure.pruning"].type is str
+    plain = load_config(overrides=PLACES)
+    given = {name: str(list(f.default) if isinstance(f.default, tuple) else f.default).replace("True", "true")
+             .replace("False", "false") for name, f in found.items() if f.default is not None}  # fmt: skip
+    config = load_config(overrides={**PLACES, **given})
+    assert config.model_copy(update={"options": {}}) == plain
+    assert config.options == {
+        method: {name: option.default for name, option in options_of(kind).items()} for method, kind in METHODS.items()
+        if options_of(kind)
+    }  # fmt: skip
+
+
+def test_an_option_of_a_task_wins_over_the_methods_table_and_its_default() -> None:
+    overrides = {"method": "conure", "conure.pruning": [0.1, 0.2], "task.4.pruning": 0.4, "hat.s_max": 9.0}
+    config = load_config(overrides={**PLACES, **overrides})
+    assert [config.task_options(number)["pruning"] for number in (1, 2, 3, 4, 5)] == [0.1, 0.2, 0.2, 0.4, 0.2]
+    assert config.task_options(NOISE)["pruning"] == 0.2
+    hat = config.model_copy(update={"method": "hat"})
+    assert hat.task_options(1) == {"s_max": 9.0}, "options of other methods are not asked for"
+
+
+def test_orders_with_a_noisy_task() -> None:
+    config = load_config(overrides={**PLACES, "order": "1,3,2", "noise_at": 4})
+    assert config.task_order(3) == (1, 3, 2, NOISE)
+    assert config.for_task(NOISE) == config.for_task(9)
+    with pytest.raises(ConfigError, match="noise-at: got 4, expected 2 to 3"):
+        load_config(overrides={**PLACES, "order": "1,2", "noise_at": 4}).task_order(2)
+
+
+PLUGIN = """
+from typing import Annotated
+
+from teracon_fast.methods import METHODS, Option, SinMo, Sizes
+
+
+class Mine(SinMo):
+    name = "mine"
+
+    def __init__(self, sizes: Sizes, width: Annotated[int, Option("how wide", per_task=True)] = 3, depth=(1, 2)) -> None:
+        super().__init__(sizes)
+        self.width, self.depth = width, depth
+
+
+METHODS["mine"] = Mine
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    yield tmp_path / "mine.py"
+    METHODS.pop("mine", None)
+
+
+def test_a_plugin_declares_options_too(plugin: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(
+        f'data = "d"\nrun = "r"\nmethod = "mine"\nplugins = ["{plugin}"]\n[mine]\nwidth = 5\ndepth = "any"\n[later]\nwidth = 7\n'
+    )
+    config = load_config(path=tmp_path / "own.toml")
+    assert config.options == {"mine": {"width": 5, "depth": "any"}}
+    assert [config.task_options(number) for number in (1, 2)] == [{"width": 5}, {"width": 7}]
+    assert config.new_method(9).settings()["depth"] == "any"
+    (tmp_path / "again.toml").write_text(config.to_toml())
+    assert load_config(path=tmp_path / "again.toml") == config
+    with pytest.raises(ConfigError, match="mine.width: got 'wide', expected an integer"):
+        load_config(path=tmp_path / "own.toml", overrides={"mine.width": "wide"})
+    with pytest.raises(ConfigError, match="mine.widht: unknown key, did you mean 'width'"):
+        load_config(path=tmp_path / "own.toml", overrides={"mine.widht": 1})
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("import nothing_of_this_name", r"broken\.py, line 1: ModuleNotFoundError"),
+    ("from teracon_fast.methods import METHODS\nMETHODS['broken'] = int", "METHODS\\['broken'\\]: got <class 'int'>"),
+    (None, "broken.py, expected a Python file"),
+])  # fmt: skip
+def test_a_plugin_that_fails_is_named(text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "broken.py").write_text(text)
+    try:
+        with pytest.raises(ConfigError, match=message):
+            load_config(overrides={**PLACES, "plugins": [str(tmp_path / "broken.py")], "method": "broken"})
+    finally:
+        METHODS.pop("broken", None)
 
 
 def test_configurations_cannot_be_changed() -> None:
