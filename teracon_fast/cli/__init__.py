@@ -13,11 +13,12 @@ def main() -> None:
     """Run the command line; the entry point of the `teracon` script."""
     try:
         from teracon_fast.cli.app import app
+
+        app()  # reads its arguments by way of pydantic
     except ModuleNotFoundError as error:
         from teracon_fast.cli.extras import advice
 
         hint = advice(error)
-        if hint is None:
+        if hint is None or "--traceback" in sys.argv:
             raise
         sys.exit(f"error: {hint}")
-    app()
