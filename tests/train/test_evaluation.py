@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from tiny_data import walks, write_tiny
 from teracon_fast import FastTCN, Request
 from teracon_fast.data import DatasetWriter, TaskSequence, open_dataset, split_task
 from teracon_fast.errors import ConfigError
+from teracon_fast.methods import Teracon
 from teracon_fast.reference import ReferenceTCN, target_rank
 from teracon_fast.train.evaluation import evaluate, target_ranks
 from teracon_fast.train.metrics import task_metrics
@@ -24,7 +24,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TaskSequence:
     return write_tiny(tmp_path_factory.mktemp("data") / "tiny", tasks=3, rows=80, length=7, items=25)
 
 
-def pair(tiny: TaskSequence, tasks: int) -> tuple[FastTCN, ReferenceTCN]:
+def pair(tiny: TaskSequence, tasks: int) -> tuple[Teracon, ReferenceTCN]:
     labels = [data.num_labels for data in tiny.tasks[:tasks]]
     para = {
         "item_size": tiny.num_items,
@@ -40,17 +40,17 @@ def pair(tiny: TaskSequence, tasks: int) -> tuple[FastTCN, ReferenceTCN]:
             head.weight.mul_(30)  # spread the scores, so that ranks differ between users
     model = FastTCN(num_items=tiny.num_items, channels=8, labels=labels, dilations=(1, 2)).double()
     model.load_state_dict(reference.state_dict())
-    return model, reference
+    return Teracon.around(model, s_max=5.0), reference
 
 
 @pytest.mark.parametrize(("tasks", "task"), [(1, 0), (3, 0), (3, 1), (3, 2)])
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 def test_ranks_are_those_of_the_reference(tiny: TaskSequence, tasks: int, task: int, batch_size: int) -> None:
     """Plain mask after task 1 only, relation masks later; task 1 is asked for the last item from the ones before it."""
-    model, reference = pair(tiny, tasks)
+    method, reference = pair(tiny, tasks)
     data = tiny.tasks[task]
     samples = np.random.default_rng(1).permutation(len(data.samples))[:37]
-    ranks = target_ranks(model, data, task, samples, 5.0, batch_size)
+    ranks = target_ranks(method.encoder(task), method.head(task), data, samples, batch_size)
     assert ranks.dtype == torch.int64 and ranks.shape == (37,)
     masks = reference.all_masks(5.0)[:, task]
     for position, sample in enumerate(samples):
@@ -63,15 +63,15 @@ def test_ranks_are_those_of_the_reference(tiny: TaskSequence, tasks: int, task: 
 
 
 def test_metrics_are_those_of_the_ranks(tiny: TaskSequence) -> None:
-    model, _ = pair(tiny, 3)
+    method, _ = pair(tiny, 3)
     for task, data in enumerate(tiny.tasks):
         samples = split_task(data).test
-        expected = task_metrics(target_ranks(model, data, task, samples), data.num_labels)
-        assert evaluate(model, data, task, samples, batch_size=5) == expected
+        expected = task_metrics(target_ranks(method.encoder(task), method.head(task), data, samples), data.num_labels)
+        assert evaluate(method, data, task, samples, batch_size=5) == expected
         assert ("accuracy" in expected) == (task == 2)
 
 
-def test_equal_sequences_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_sequences_are_encoded_once(tmp_path: Path) -> None:
     sequences = walks(10, 6, 9, seed=3)[np.repeat(np.arange(10), 4)]
     with DatasetWriter(tmp_path / "d", name="d", length=6) as writer:
         writer.add_task("next", "next_item", sequences)
@@ -80,24 +80,18 @@ def test_equal_sequences_are_encoded_once(tmp_path: Path, monkeypatch: pytest.Mo
     data = open_dataset(tmp_path / "d").tasks[1]
     model = FastTCN(num_items=open_dataset(tmp_path / "d").num_items, channels=8, labels=[10, 30], dilations=(1,))
     encoded: list[int] = []
-    real = FastTCN.encoder
+    plain, head = model.encoder(), model.head(1)
 
-    def counted(self: FastTCN, s: float) -> Callable[..., torch.Tensor]:
-        encode = real(self, s)
+    def encode(x: torch.Tensor, drop_last: int = 0, lengths: np.ndarray | None = None) -> torch.Tensor:
+        encoded.append(len(x))
+        return plain(x, 1, drop_last, lengths)
 
-        def counting(x: torch.Tensor, *rest: object) -> torch.Tensor:
-            encoded.append(len(x))
-            return encode(x, *rest)  # type: ignore[arg-type]
-
-        return counting
-
-    monkeypatch.setattr(FastTCN, "encoder", counted)
     seen: list[tuple[int, int]] = []
-    together = target_ranks(model, data, 1, np.arange(120), batch_size=1000, progress=lambda *at: seen.append(at))
+    together = target_ranks(encode, head, data, np.arange(120), batch_size=1000, progress=lambda *at: seen.append(at))
     distinct = len(np.unique(sequences, axis=0))
     assert distinct <= 10 and encoded == [distinct] and seen == [(120, 120)]
     encoded.clear(), seen.clear()
-    apart = target_ranks(model, data, 1, np.arange(120), batch_size=16, progress=lambda *at: seen.append(at))
+    apart = target_ranks(encode, head, data, np.arange(120), batch_size=16, progress=lambda *at: seen.append(at))
     assert sum(encoded) <= 12 and seen == [(48, 120), (96, 120), (120, 120)]
     assert torch.equal(together, apart)
     hidden = model.encode(torch.from_numpy(np.array(data.sequences[17], dtype=np.int64))[None], [Request(1)])[0]
@@ -106,22 +100,22 @@ def test_equal_sequences_are_encoded_once(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_evaluation_leaves_no_graph_and_can_be_interrupted(tiny: TaskSequence) -> None:
-    model, _ = pair(tiny, 3)
+    method, _ = pair(tiny, 3)
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, tiny.tasks[1], 1, np.arange(30), batch_size=4, progress=stop)
+        evaluate(method, tiny.tasks[1], 1, np.arange(30), batch_size=4, progress=stop)
     assert torch.is_grad_enabled() and threading.active_count() == before
-    evaluate(model, tiny.tasks[1], 1, np.arange(30))
-    assert all(parameter.grad is None for parameter in model.parameters())
+    evaluate(method, tiny.tasks[1], 1, np.arange(30))
+    assert all(parameter.grad is None for parameter in method.parameters())
 
 
 def test_no_samples_and_another_head_are_refused(tiny: TaskSequence) -> None:
-    model, _ = pair(tiny, 3)
+    method, _ = pair(tiny, 3)
     with pytest.raises(ConfigError, match=r"task 2 \(task 2\): got no samples"):
-        evaluate(model, tiny.tasks[1], 1, np.arange(0))
+        evaluate(method, tiny.tasks[1], 1, np.arange(0))
     with pytest.raises(ConfigError, match="task 1: the data have 4 labels, the model 26"):
-        evaluate(model, tiny.tasks[2], 0, np.arange(3))
+        evaluate(method, tiny.tasks[2], 0, np.arange(3))
