@@ -370,6 +370,8 @@ class Trainer:
             raise CheckpointError(f"the checkpoint does not fit {self.method.name}: {error}") from None
         if unknown:
             raise CheckpointError(f"the checkpoint does not fit {self.method.name}: it has {unknown[0]!r}")
+        if missing := set(self.method.changing_state()) - set(saved.weights):
+            raise CheckpointError(f"the checkpoint does not fit {self.method.name}: it lacks {min(missing)!r}")
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return make_optimizer(self.method, self.settings.lr, self.method.begin_phase(self.state.phase))
