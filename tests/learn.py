@@ -25,14 +25,12 @@ class Epochs(Callbacks):
         self.events.append(event)
 
 
-def learn_task(
-    method: Method, data: TaskSequence, task: int, settings: TaskSettings, seed: int = 0, loop: LoopSettings | None = None
-) -> list[dict[str, Any]]:
+def learn_task(method: Method, data: TaskSequence, task: int, settings: TaskSettings, seed: int = 0) -> list[dict[str, Any]]:
     """Start a task (from 0) and train it; returns what is logged of its epochs."""
     generator = torch.Generator().manual_seed(derived_seed(seed, task + 1, "initial weights"))
     method.start(task, data.tasks[task].num_labels, generator)
     epochs, splits = Epochs(), [split_task(one) for one in data.tasks[: task + 1]]
-    Trainer(method, data, splits, settings, loop or LoopSettings(seed), epochs).train()
+    Trainer(method, data, splits, settings, LoopSettings(seed), epochs).train()
     return epochs.events
 
 

@@ -1,4 +1,4 @@
-"""What every method keeps to: its options, its state, its encoders, bf16."""
+"""What every method keeps to: its options, its state, its encoders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from learn import learn_task
 from parameters import snapshot
 from some_batches import some_batch
 
@@ -27,7 +26,7 @@ from teracon_fast.methods import (
     options_of,
 )
 from teracon_fast.train.evaluation import evaluate
-from teracon_fast.train.loop import LoopSettings, TaskSettings, make_optimizer, train_step
+from teracon_fast.train.loop import make_optimizer, train_step
 
 SIZES = Sizes(23, channels=8, dilations=(1, 2))
 LABELS = (23, 5, 7)
@@ -117,20 +116,6 @@ def test_constants_of_inference_are_computed_once(
     monkeypatch.setattr(owner, function, lambda *given: calls.append(1) or plain(*given))
     evaluate(method, tiny.tasks[1], 1, split_task(tiny.tasks[1]).test, batch_size=8)
     assert len(calls) == 1
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_bf16_trains_nearly_as_fp32(name: str, tiny: TaskSequence, sizes: Sizes) -> None:
-    """Products round to 2**-9, after which other weights may be pruned; weights stay fp32."""
-    losses = {}
-    for precision in ("fp32", "bf16"):
-        method, loop = METHODS[name](sizes), LoopSettings(precision=precision)
-        settings = TaskSettings(lr=5e-3, batch_size=32, epochs=3)
-        epochs = [learn_task(method, tiny, task, settings, loop=loop) for task in range(2)]
-        losses[precision] = [event["class_loss"] for of_task in epochs for event in of_task]
-        assert epochs[1][-1]["class_loss"] < epochs[1][0]["class_loss"]
-        assert all(parameter.dtype == torch.float32 for parameter in method.parameters())
-    assert losses["bf16"] != losses["fp32"] and losses["bf16"] == pytest.approx(losses["fp32"], rel=0.1)
 
 
 def test_frozen_parameters_keep_no_gradient() -> None:

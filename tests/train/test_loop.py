@@ -371,7 +371,7 @@ def test_companions_come_from_their_own_training_samples(tiny: TaskSequence, mon
 # Checkpoints, see also test_resume.py
 
 
-def test_the_loop_resumes_from_a_checkpoint_in_another_method(tiny: TaskSequence) -> None:
+def test_the_loop_resumes_from_a_checkpoint(tiny: TaskSequence) -> None:
     whole, _ = trainer_of(tiny, 2, [0.1, 0.2], epochs=2)
     whole.train()
     stopped, _ = trainer_of(tiny, 2, [], epochs=2, stop_after=2)
@@ -393,10 +393,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tiny: TaskSequence) -> None:
     saved = stopped.checkpoint().plain()
     more = {**saved["weights"], "heads.7.bias": torch.zeros(1)}
     other = {**saved["weights"], "heads.1.bias": torch.zeros(1)}
+    less = {name: value for name, value in saved["weights"].items() if name != "heads.1.bias"}
     for changes, message in (
         ({"state": {**saved["state"], "phase": "prune"}}, "got phase 'prune', expected one of"),
         ({"weights": more}, "does not fit hat: it has 'heads.7.bias'"),
         ({"weights": other}, "(?s)does not fit hat: .*heads.1.bias"),
+        ({"weights": less}, "does not fit hat: it lacks 'heads.1.bias'"),
         ({"method": {}}, "does not fit hat: 'draws'"),
     ):
         trainer, _ = trainer_of(tiny, 2, [], HAT)

@@ -24,7 +24,7 @@ from teracon_fast.train.checkpoint import RunState, read_task_header
 from teracon_fast.train.evaluation import evaluate
 from teracon_fast.train.folder import RunStopped
 from teracon_fast.train.log import RunLog
-from teracon_fast.train.loop import DivergedError
+from teracon_fast.train.loop import DivergedError, Trainer
 from teracon_fast.train.results import Results
 from teracon_fast.train.run import task_split, train
 
@@ -252,6 +252,33 @@ def test_signals_save_and_the_run_resumes_to_the_same_bits(
     assert_same_run(tmp_path / "run", finished.run, 3)
     assert len(stops.steps) + len(seen.steps) == len(finished.seen.steps), "no step was repeated or left out"
     assert any("resuming task" in text for text in seen.messages)
+
+
+def test_a_run_killed_in_a_later_phase_resumes_in_the_one_before(
+    data: TaskSequence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best weights of the phase before are those of an epoch before the checkpoint: they must still be there."""
+
+    class Killed(BaseException):
+        pass
+
+    class KilledInRetrain(Recorder):
+        def on_valid(self, event: dict[str, Any]) -> None:
+            if event["phase"] == "retrain":
+                raise Killed
+
+    scores = {("train", 0): 0.5}
+    monkeypatch.setattr(Trainer, "measure", lambda self, *_: {"hit@1": scores.get((self.state.phase, self.state.epoch), 0.1)})
+    config = tiny_config(data.path, tmp_path / "run", method="conure", num_tasks=1)
+    train(config.model_copy(update={"run": tmp_path / "whole"}))
+    batches = -(-len(task_split(config, data.tasks[0]).train) // 32)
+    with pytest.raises(RunStopped, match="epoch 2"):
+        train(config, StopAt(lambda kind, count: kind == "step" and count > batches))
+    with pytest.raises(Killed):
+        train(config, KilledInRetrain())
+    train(config)
+    assert_same_run(tmp_path / "run", tmp_path / "whole", 1)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.safetensors")] == ["task1.safetensors"]
 
 
 def test_log_shorter_than_the_checkpoint_says_is_refused(
