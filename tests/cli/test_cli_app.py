@@ -79,7 +79,7 @@ def test_a_defect_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("package", ["typer", "rich", "pydantic"])
 def test_missing_package_of_the_command_line_itself(package: str) -> None:
     code = f"import sys; sys.modules[{package!r}] = None; from teracon_fast.cli import main; main()"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code, "report", "nowhere"], capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.startswith(f"error: package {package} is not installed")
     assert "pip install 'teracon-fast[train]'" in result.stderr
