@@ -194,10 +194,10 @@ class Run(Callbacks):
 
     def keep_best(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Write the best weights. A run resumed before this point will write the same ones again."""
-        save_best(self.folder, trainer.method.changing_state())
+        save_best(self.folder, trainer.state.phase, trainer.method.changing_state())
 
     def load_best(self, trainer: Trainer) -> None:
-        trainer.method.load_changing_state(load_best(self.folder))
+        trainer.method.load_changing_state(load_best(self.folder, trainer.state.phase))
 
     def test(self, task: int, encode: EncodeUsers) -> dict[str, float]:
         """Test metrics of one task (from 0); a stop signal interrupts it."""

@@ -254,6 +254,29 @@ def test_signals_save_and_the_run_resumes_to_the_same_bits(
     assert any("resuming task" in text for text in seen.messages)
 
 
+def test_a_kill_in_a_second_phase_leaves_the_best_weights_of_the_first_alone(
+    data: TaskSequence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CONURE, killed after the first validation of "retrain", resumes in "train", whose best epoch is long past."""
+    monkeypatch.setattr("teracon_fast.train.loop.selection_value", lambda *_: 1.0)  # the first epoch is the best
+
+    class Killed(Recorder):
+        def on_valid(self, event: dict[str, Any]) -> None:
+            if event["phase"] == "retrain":
+                raise KeyboardInterrupt
+
+    changes = {"method": "conure", "num_tasks": 1, "first__epochs": 3, "first__batch_size": 32, "checkpoint_every_steps": 8}
+    config, whole = (tiny_config(data.path, tmp_path / name, **changes) for name in ("killed", "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        train(config, Killed())
+    saved = RunState.load(config.run)
+    assert saved is not None and saved.training is not None
+    assert saved.training["state"]["phase"] == "train" and saved.training["state"]["best_epoch"] == 0
+    train(config)
+    train(whole)
+    assert_same_run(config.run, whole.run, 1)
+
+
 def test_log_shorter_than_the_checkpoint_says_is_refused(
     data: TaskSequence, finished: Finished, tmp_path: Path
 ) -> None:
