@@ -222,6 +222,8 @@ def measure(
         one_by_one: all turns of a side before the next side is made: it takes less memory and time.
         peaks: see `Measured`; None: the FMA peak, measured now.
     """
+    gc.collect()
+    gc.freeze()  # what is there now stays; looking through it before every turn would take time
     sides = {name: Side(case.operations(name), case.moved_bytes(name)) for name in case.sides}
     expected: tuple[str, Answer] | None = None
     for group in [[name] for name in sides] if one_by_one else [list(sides)]:
@@ -390,10 +392,10 @@ _HERE: list[Local] = []  # in the process of an `Apart`
 
 def _start(case: Case, name: str, threads: int) -> tuple[dict[str, Any], float, float | None]:
     torch.set_num_threads(threads)
+    gc.freeze()  # as in `measure`
     side = Local(case, name, memory=True)
     _HERE.append(side)
     side.start()
-    gc.freeze()  # imports and the side stay; looking through them before every turn would take time
     return {name: tensor.numpy() for name, tensor in side.answer.items()}, side.seconds, side.peak_mib
 
 

@@ -249,13 +249,12 @@ class Configurations(Case):
 
     def side(self, name: str) -> Call:
         def run() -> dict[str, Tensor]:
-            with configs.using(self.problem.operation, self.of[name]):
-                return {str(number): tensor for number, tensor in enumerate(self.call()) if tensor.numel()}
+            try:
+                with configs.using(self.problem.operation, self.of[name]):
+                    return {str(number): tensor for number, tensor in enumerate(self.call()) if tensor.numel()}
+            except Exception as error:
+                raise NotMeasured(first_line(error)) from error
 
-        try:
-            run()
-        except Exception as error:
-            raise NotMeasured(first_line(error)) from error
         try:
             return Call(replayed(run, self.device), kernels_only=True)
         except NotMeasured:
@@ -366,8 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, in a self-test")
     given = parser.parse_args(arguments)
     device, on_cpu = torch.device(given.device), given.device == "cpu"
-    self_test = given.quick and given.architecture and given.table != configs.TABLE
-    if on_cpu != bool(self_test):
+    asked = given.quick, given.architecture
+    if not (all(asked) and given.table != configs.TABLE if on_cpu else not any(asked)):
         parser.error("--device cpu is a self-test: it takes --quick, --architecture and a --table of its own, and a GPU none")
     reason = None if on_cpu else refusal()
     table, name, architecture = configs.read(given.table), "self-test on the CPU", given.architecture

@@ -93,14 +93,11 @@ def topk(
     """The k best labels of each row, best first; among equal scores the lower label comes first, and NaN before all.
 
     Args:
-        hidden, weight, bias, precision: as in `rank`.
-        k: 1..C.
+        hidden, weight, bias, precision: as `rank`.
         exclude: int64 `[M]`, labels that must not be returned, those of row r at `exclude_offsets[r]:exclude_offsets[r + 1]`.
-        exclude_offsets: int64 `[R + 1]`, from 0 to M.
 
     Returns:
-        scores float32 `[R, k]` and labels int64 `[R, k]`. Where fewer labels with a score above -inf remain, the rest have
-        score -inf and label -1.
+        scores float32 and labels int64, `[R, k]`, as `ops.linear_topk`.
     """
     device, count, labels = hidden.device, hidden.shape[0], weight.shape[0]
     sizes = config("topk", device, hidden.dtype, labels)

@@ -209,15 +209,11 @@ def forward(
     """`mask[q(r)] * relu(LayerNorm(bias + sum_k weight[:, :, k] @ x[taps[r, k]] (+ addend[r]))) (+ residual[residual_rows[r]])`.
 
     Args:
-        x: `[rows_in, f_in]`, float32, bfloat16 or float16.
-        weight: `[f_out, f_in, K]`, of that dtype or float32, f_out at most `MOST_CHANNELS`. bias, ln_weight, ln_bias: `[f_out]`.
-        mask: `[requests, f_out]`.
-        taps: int32 `[rows, K]`. row_ends: int32 `[requests]`, ends of the requests' rows; rows from the last end on are padding:
-            0 in the output, and not written in what is saved.
-        residual: `[n, f_out]` of x's dtype. residual_rows: int32 `[rows]`. Both or none.
-        save: whether backward will follow.
-        precision: of products of float32: "ieee" or "tf32".
-        addend: `[rows, f_out]` of x's dtype.
+        x, weight, bias, ln_weight, ln_bias, mask, residual, addend, eps: as `ops.masked_conv`, x in float32, bfloat16 or float16,
+            f_out at most `MOST_CHANNELS`.
+        taps, row_ends, residual_rows: as `packing.TapTable` and `ResidualTable`. Padding rows are 0 in the output, and not
+            written in what is saved.
+        save: whether backward will follow. precision: of products of float32: "ieee" or "tf32".
 
     Returns:
         The output and LayerNorm's input, `[rows, f_out]` in x's dtype, its mean and 1/std, float32 `[rows, 1]`; the last three

@@ -231,14 +231,12 @@ def backward(
 
     Args:
         grad: `[rows, f_out]` of x's dtype.
-        readers, bag_rows, bag_offsets: see `teracon_fast.packing.TapTable`.
-        residual_readers: int32 `[n]`, the output row that adds each row of the residual, or none if it needs no gradient.
+        readers, bag_rows, bag_offsets, residual_readers: as `packing.TapTable` and `ResidualTable`; None: no residual gradient.
         conv, mean, rstd: of `masked_conv.forward`. Others: as there. Padding rows are not read.
-        need_input, need_weight, need_addend: whether the gradient of x, of the weight, of an addend is wanted.
 
     Returns:
         d(x), d(weight), d(bias), d(ln_weight), d(ln_bias), d(mask), d(residual), d(addend) in the dtypes of those, that of the
-        bias in weight's; empty where not wanted.
+        bias in weight's; empty where not needed.
     """
     device, dtype = x.device, x.dtype
     (count, kernel_size), (f_out, f_in, _), requests = taps.shape, weight.shape, mask.shape[0]

@@ -105,14 +105,11 @@ def forward_backward(
     Args:
         student_hidden, teacher_hidden: `[n, f]`, float32, bfloat16 or float16.
         weight, teacher_weight: `[C, f]`, of that dtype or float32, C below 2^31. bias, teacher_bias: `[C]`.
-        coefficient: of the sum, a scalar on the device; a mean over rows and labels has 1 / (n * C) in it.
-        need_grad: whether gradients are wanted.
-        valid: int32 scalar on the device: rows from there on are padding and count as no difference.
+        coefficient: a scalar on the device. valid: int32 scalar on the device, rows from there on are padding.
         precision: of products of float32: "ieee" or "tf32".
 
     Returns:
-        The loss, a float32 scalar; d(student_hidden) `[n, f]`, d(weight) `[C, f]` and d(bias) `[C]` in the dtypes of those,
-        empty without `need_grad`.
+        The loss, a float32 scalar; gradients in the dtypes of the student's tensors, empty without `need_grad`.
     """
     device, dtype = student_hidden.device, student_hidden.dtype
     coefficient = coefficient.float()

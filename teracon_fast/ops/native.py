@@ -68,11 +68,7 @@ def fma_peak(threads: int) -> float:
 
 
 def fma_instructions() -> str:
-    """The instructions that `fma_peak` uses on this machine: "avx512f", "avx2+fma" or "generic".
-
-    Raises:
-        NativeError: there is no compiled extension.
-    """
+    """The instructions that `fma_peak` uses on this machine: "avx512f", "avx2+fma" or "generic". Raises NativeError."""
     _require()
     return str(torch.ops.teracon_fast.fma_instructions())
 

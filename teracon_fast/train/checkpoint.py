@@ -1,8 +1,8 @@
 """What a run keeps on disk of its method.
 
-    RUN/checkpoints/task{i}.safetensors    what task i changed: with the files before it, the method as task i left it
-                    best-{phase}.safetensors    best weights so far in a phase of the task in training
-                    resume.pt              where an interrupted run resumes
+    RUN/checkpoints/task{i}.safetensors         what task i changed: with the files before it, the method as task i left it
+                    best-{phase}.safetensors   best weights so far of a phase of the task in training
+                    resume.pt                   where an interrupted run resumes
 
 The header of a task's file names every tensor of the state after that task, the file that holds it, and its digest. A tensor that
 a task leaves as it was is not written again: frozen networks of earlier tasks cost nothing.
@@ -115,11 +115,13 @@ def load_task(folder: Path, task: int, method: Method) -> None:
         raise CheckpointError(f"{task_file(folder, task)}: the weights do not fit {method.name}: {error}") from None
 
 
-def save_best(folder: Path, phase: str, state: Mapping[str, Tensor]) -> None:
-    """Write the best weights so far in a phase of the task in training.
+def _best_file(folder: Path, phase: str) -> Path:
+    # One for each phase: a run that resumes in the first one must not find weights of the second.
+    return folder / "checkpoints" / f"best-{phase}.safetensors"
 
-    Each phase has a file of its own: a run that is killed in the next one may resume in this one.
-    """
+
+def save_best(folder: Path, phase: str, state: Mapping[str, Tensor]) -> None:
+    """Write the best weights so far of a phase of the task in training."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     write_tensors(_best_file(folder, phase), tensors, {"version": FORMAT_VERSION})
 
@@ -135,10 +137,6 @@ def forget_best(folder: Path) -> None:
     """The task in training is finished."""
     for path in (folder / "checkpoints").glob("best-*.safetensors"):
         path.unlink()
-
-
-def _best_file(folder: Path, phase: str) -> Path:
-    return folder / "checkpoints" / f"best-{phase}.safetensors"
 
 
 @dataclass

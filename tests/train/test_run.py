@@ -24,7 +24,7 @@ from teracon_fast.train.checkpoint import RunState, read_task_header
 from teracon_fast.train.evaluation import evaluate
 from teracon_fast.train.folder import RunStopped
 from teracon_fast.train.log import RunLog
-from teracon_fast.train.loop import DivergedError, Trainer
+from teracon_fast.train.loop import DivergedError
 from teracon_fast.train.results import Results
 from teracon_fast.train.run import task_split, train
 
@@ -254,31 +254,27 @@ def test_signals_save_and_the_run_resumes_to_the_same_bits(
     assert any("resuming task" in text for text in seen.messages)
 
 
-def test_a_run_killed_in_a_later_phase_resumes_in_the_one_before(
+def test_a_kill_in_a_second_phase_leaves_the_best_weights_of_the_first_alone(
     data: TaskSequence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The best weights of the phase before are those of an epoch before the checkpoint: they must still be there."""
+    """CONURE, killed after the first validation of "retrain", resumes in "train", whose best epoch is long past."""
+    monkeypatch.setattr("teracon_fast.train.loop.selection_value", lambda *_: 1.0)  # the first epoch is the best
 
-    class Killed(BaseException):
-        pass
-
-    class KilledInRetrain(Recorder):
+    class Killed(Recorder):
         def on_valid(self, event: dict[str, Any]) -> None:
             if event["phase"] == "retrain":
-                raise Killed
+                raise KeyboardInterrupt
 
-    scores = {("train", 0): 0.5}
-    monkeypatch.setattr(Trainer, "measure", lambda self, *_: {"hit@1": scores.get((self.state.phase, self.state.epoch), 0.1)})
-    config = tiny_config(data.path, tmp_path / "run", method="conure", num_tasks=1)
-    train(config.model_copy(update={"run": tmp_path / "whole"}))
-    batches = -(-len(task_split(config, data.tasks[0]).train) // 32)
-    with pytest.raises(RunStopped, match="epoch 2"):
-        train(config, StopAt(lambda kind, count: kind == "step" and count > batches))
-    with pytest.raises(Killed):
-        train(config, KilledInRetrain())
+    changes = {"method": "conure", "num_tasks": 1, "first__epochs": 3, "first__batch_size": 32, "checkpoint_every_steps": 8}
+    config, whole = (tiny_config(data.path, tmp_path / name, **changes) for name in ("killed", "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        train(config, Killed())
+    saved = RunState.load(config.run)
+    assert saved is not None and saved.training is not None
+    assert saved.training["state"]["phase"] == "train" and saved.training["state"]["best_epoch"] == 0
     train(config)
-    assert_same_run(tmp_path / "run", tmp_path / "whole", 1)
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.safetensors")] == ["task1.safetensors"]
+    train(whole)
+    assert_same_run(config.run, whole.run, 1)
 
 
 def test_log_shorter_than_the_checkpoint_says_is_refused(
