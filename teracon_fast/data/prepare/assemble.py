@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teracon_fast.data.layout import Kind
-from teracon_fast.data.prepare.preparer import Summary, TaskSummary
+from teracon_fast.data.prepare.preparer import Summary, TaskSummary, WriterOptions
 from teracon_fast.data.store import DatasetWriter, open_dataset
 from teracon_fast.data.task_files import Unseen
 
@@ -41,6 +40,22 @@ class TaskRows:
     unseen: Unseen = "error"
 
 
+def task_of_users(
+    name: str, users: NDArray[Any], values: NDArray[Any], sequences: NDArray[np.int32], groups: NDArray[np.int64]
+) -> TaskRows:
+    """The label task of one value per user, on the rows of T1; rows of users without a value are left out.
+
+    Args:
+        name: of the task.
+        users: integers [K], ascending. values: [K], the label of each, integers or strings.
+        sequences, groups: of T1.
+    """
+    rows = np.flatnonzero(np.isin(groups, users))
+    groups = groups[rows]
+    labels = values[np.searchsorted(users, groups)]
+    return TaskRows(name, "label", sequences[rows], groups, np.arange(len(rows), dtype=np.int64), labels)
+
+
 def write_tasks(
     output: Path,
     *,
@@ -49,11 +64,7 @@ def write_tasks(
     tasks: Sequence[TaskRows],
     source: Mapping[str, Any],
     notes: Sequence[str],
-    began: float,
-    extend: Path | None,
-    min_count: int,
-    buckets: int | None,
-    overwrite: bool,
+    writer: WriterOptions,
 ) -> Summary:
     """Write the tasks, in order, and summarise them.
 
@@ -64,21 +75,18 @@ def write_tasks(
         tasks: the first of kind next_item, the others of kind label, all of one length.
         source: recorded in dataset.json.
         notes: recorded there too, and in the summary.
-        began: `time.perf_counter()` when the preparation started.
-        extend, min_count, buckets, overwrite: as `DatasetWriter`.
+        writer: passed to the `DatasetWriter`.
     """
     pad = np.zeros(1, np.int64) if item_ids.dtype.kind in "iu" else np.array(["0"], dtype=object)
     raw = np.concatenate([pad, item_ids])
-    with DatasetWriter(
-        output, name, tasks[0].sequences.shape[1], {**source, "notes": list(notes)},
-        extend=extend, min_count=min_count, buckets=buckets, overwrite=overwrite,
-    ) as writer:  # fmt: skip
+    about = {**source, "notes": list(notes)}
+    with DatasetWriter(output, name, tasks[0].sequences.shape[1], about, **asdict(writer)) as data:
         for task in tasks:
             labels = None if task.label_rows is None or task.labels is None else (task.label_rows, task.labels)
-            writer.add_task(
+            data.add_task(
                 task.name, task.kind, _raw_blocks(raw, task.sequences), labels, task.groups, unseen=task.unseen
             )
-    return summarise(output, notes=notes, began=began)
+    return summarise(output, notes)
 
 
 def _raw_blocks(raw: NDArray[Any], codes: NDArray[np.int32]) -> Iterator[NDArray[Any]]:
@@ -86,7 +94,7 @@ def _raw_blocks(raw: NDArray[Any], codes: NDArray[np.int32]) -> Iterator[NDArray
         yield raw[codes[first : first + _ROWS_PER_BLOCK]]
 
 
-def summarise(output: Path, *, notes: Sequence[str], began: float) -> Summary:
+def summarise(output: Path, notes: Sequence[str]) -> Summary:
     """The summary of a prepared folder; the notes of the writer follow those of the preparer."""
     data = open_dataset(output, validate=False)
     tasks, said = [], list(notes)
@@ -107,7 +115,6 @@ def summarise(output: Path, *, notes: Sequence[str], began: float) -> Summary:
         users=tasks[0].users,
         mean_length=real,
         pad_share=1 - real / data.length,
-        seconds=time.perf_counter() - began,
         tasks=tuple(tasks),
         notes=tuple(said),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -12,17 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teracon_fast.data.dictionaries import Dictionary, DictionaryBuilder, as_numbers
-from teracon_fast.data.prepare.assemble import TaskRows, write_tasks
-from teracon_fast.data.prepare.preparer import Summary
+from teracon_fast.data.prepare.assemble import TaskRows, task_of_users, write_tasks
+from teracon_fast.data.prepare.preparer import Summary, WriterOptions
 from teracon_fast.data.prepare.tables import first_true, import_polars, read_columns, require_file
 from teracon_fast.data.prepare.windows import Histories, choose_windows, cut, group_by_user
-from teracon_fast.data.store import check_output
 from teracon_fast.errors import ConfigError, DataError
 
 
 def prepare_events(
     source: Path,
     output: Path,
+    writer: WriterOptions,
     *,
     user: str = "user",
     item: str = "item",
@@ -35,10 +34,6 @@ def prepare_events(
     max_windows: int | None = None,
     min_items: int = 2,
     item_prefix: str = "",
-    extend: Path | None = None,
-    min_count: int = 1,
-    buckets: int | None = None,
-    overwrite: bool = False,
 ) -> Summary:
     """Your own log: a Parquet or CSV file with one event per row (user, item, time); label columns become tasks.
 
@@ -52,6 +47,7 @@ def prepare_events(
     Args:
         source: `.parquet` or `.csv` file (comma-separated, with a header).
         output: prepared folder to create.
+        writer: passed to the `DatasetWriter`.
         user: name of the user column.
         item: name of the item column. Item 0 is refused, since 0 is the pad; see --item-prefix.
         time: name of the time column: numbers, dates or date-times (ISO 8601 in CSV).
@@ -63,28 +59,34 @@ def prepare_events(
         max_windows: with "several", number of windows per user, the latest ones; none: all.
         min_items: skip windows with fewer real items.
         item_prefix: text prepended to every item id, for a log whose items are numbered from 0.
-        extend: prepared folder or run folder whose items and labels keep their indices; new ones follow.
-        min_count: items that occur less often in T1 share the buckets.
-        buckets: number of buckets that rare items share by a hash of their ids; none: as in the extended data set.
-        overwrite: replace an existing prepared folder.
 
     Raises:
         DataError: no such file, a column missing or of the wrong type, an empty or NaN user, item or time, the pad as an item,
             no window left; names file and row (Parquet, from 0) or line (CSV, from 1).
         ConfigError: an option is out of range.
     """
-    began = _now()
-    _check_options(user, item, time, labels, length, windows, stride, max_windows, min_items)
-    check_output(output, overwrite)
-    log = _EventFile(Path(source), [user, item, time, *labels])
+    columns = [user, item, time, *labels]
+    if len(set(columns)) < len(columns):
+        raise ConfigError(f"columns: got {', '.join(columns)}; expected distinct names")
+    if "next_item" in labels:
+        raise ConfigError("--labels: got a column named 'next_item', as is the first task; rename it")
+    if length < 2 or not 1 <= min_items <= length:
+        raise ConfigError(f"--length {length}, --min-items {min_items}: expected a length of at least 2, and 1 to length items")
+    for name, value in (("stride", stride), ("max-windows", max_windows)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: expected at least 1")
+        if value is not None and windows == "last":
+            raise ConfigError(f"--{name} {value} without --windows several: the only window of a user is the latest")
+    log = _EventFile(Path(source), columns)
 
     user_names, users = log.users(user)
     notes = []
-    if user_names is not None and extend is not None:
-        if (extend / "users.parquet").is_file():
-            user_names, users = _extended(Dictionary.load(extend / "users.parquet"), user_names, users)
+    if user_names is not None and writer.extend is not None:
+        earlier = writer.extend / "users.parquet"
+        if earlier.is_file():
+            user_names, users = _extended(Dictionary.load(earlier), user_names, users)
         else:
-            notes.append(f"{extend} has no users.parquet: users are renumbered, which changes a split by user")
+            notes.append(f"{writer.extend} has no users.parquet: users are renumbered, which changes a split by user")
     histories = group_by_user(users, log.times(time))
     item_ids, item_codes = log.items(item, item_prefix)
     several = windows == "several"
@@ -98,36 +100,22 @@ def prepare_events(
     tasks = [TaskRows("next_item", "next_item", sequences, groups)]
     for column in labels:
         position, values = log.labels(column, histories, constant=label_value == "constant")
-        known = np.zeros(len(histories.users), dtype=bool)
-        known[position] = True
-        rows = np.flatnonzero(known[chosen.owner])
-        if len(rows) == 0:
+        task = task_of_users(column, histories.users[position], values, sequences, groups)
+        if len(task.groups) == 0:
             raise DataError(log.path, f"column {column!r}: got no value for any user with {min_items} events")
-        of_row = values[np.searchsorted(position, chosen.owner[rows])]
-        numbers = np.arange(len(rows), dtype=np.int64)
-        tasks.append(TaskRows(column, "label", sequences[rows], groups[rows], numbers, of_row))
+        tasks.append(task)
     left_out = len(histories.users) - len(np.unique(chosen.owner))
     notes += [f"{left_out:,} users skipped: no window of {min_items} events"] if left_out else []
-    options = {
-        "length": length,
-        "windows": windows,
-        "stride": stride,
-        "max_windows": max_windows,
-        "min_items": min_items,
-    }
     summary = write_tasks(
         output,
         name=log.path.stem,
         item_ids=item_ids,
         tasks=tasks,
         source={"preparer": "events", "file": log.path.name, "user": user, "item": item, "time": time,
-                "labels": list(labels), "label_value": label_value, "item_prefix": item_prefix, **options},
+                "labels": list(labels), "label_value": label_value, "item_prefix": item_prefix,
+                "length": length, "windows": windows, "stride": stride, "max_windows": max_windows, "min_items": min_items},
         notes=notes,
-        began=began,
-        extend=extend,
-        min_count=min_count,
-        buckets=buckets,
-        overwrite=overwrite,
+        writer=writer,
     )  # fmt: skip
     if user_names is not None:
         Dictionary(user_names).save(output / "users.parquet")
@@ -140,35 +128,6 @@ def _extended(known: Dictionary, names: list[str], users: NDArray[np.int64]) -> 
     codes = builder.add(np.array(names, dtype=object))
     found, index_of_code = builder.finish()
     return found.ids.tolist(), index_of_code[codes][users].astype(np.int64)
-
-
-def _now() -> float:
-    return time.perf_counter()  # a parameter of prepare_events is named time
-
-
-def _check_options(
-    user: str,
-    item: str,
-    time: str,
-    labels: tuple[str, ...],
-    length: int,
-    windows: str,
-    stride: int | None,
-    max_windows: int | None,
-    min_items: int,
-) -> None:
-    columns = [user, item, time, *labels]
-    if len(set(columns)) < len(columns):
-        raise ConfigError(f"columns: got {', '.join(columns)}; expected distinct names")
-    if "next_item" in labels:
-        raise ConfigError("--labels: got a column named 'next_item', as is the first task; rename it")
-    if length < 2 or not 1 <= min_items <= length:
-        raise ConfigError(f"--length {length}, --min-items {min_items}: expected a length of at least 2, and 1 to length items")
-    for name, value in (("stride", stride), ("max-windows", max_windows)):
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} {value}: expected at least 1")
-        if value is not None and windows == "last":
-            raise ConfigError(f"--{name} {value} without --windows several: the only window of a user is the latest")
 
 
 class _EventFile:
