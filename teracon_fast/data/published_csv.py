@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from teracon_fast.data.blocks import Block, pad_left
+from teracon_fast.data.blocks import Block, checked_source, pad_left
 from teracon_fast.errors import DataError
 
 Ints = npt.NDArray[np.int64]
@@ -65,46 +65,37 @@ def read_sequences_csv(
             most 18 digits without sign and leading zero, NUL bytes, an empty id, a blank line between rows, rows of unequal
             length, missing or unexpected labels.
     """
-    path = Path(path)
+    path = checked_source(path, length, empty_labels)
     if pad not in ("none", "left"):
         raise DataError(path, f"padding: got {pad!r}; expected 'none' or 'left'")
-    if empty_labels not in ("error", "skip"):
-        raise DataError(path, f"empty labels: got {empty_labels!r}; expected 'error' or 'skip'")
-    if length is not None and length < 1:
-        raise DataError(path, f"got length {length}; expected at least 1")
-    if not path.is_file():
-        raise DataError(path, "no such file")
-    return _blocks(path, labels, length, pad, empty_labels, block_bytes)
 
-
-def _blocks(
-    path: Path, labels: bool, length: int | None, pad: str, empty_labels: str, block_bytes: int
-) -> Iterator[Block]:
-    if length is None and pad == "left":
-        tables = (_Tokens.of(path, *part) for part in _text_blocks(path, block_bytes))
-        length = max(int(_item_counts(table, labels).max(initial=0)) for table in tables)
-        if length == 0:
-            raise DataError(path, "got no items")
-    for text, first_line in _text_blocks(path, block_bytes):
-        tokens = _Tokens.of(path, text, first_line)
-        counts = _item_counts(tokens, labels)
-        if length is None:
-            length = int(counts[0])
-        starts = tokens.first
-        values = tokens.values()
-        if pad == "left":
-            ends = starts + counts
-            items = pad_left(values, np.stack([starts, ends]), length)
-        else:
-            if (counts != length).any():
+    def blocks(length: int | None) -> Iterator[Block]:
+        if length is None and pad == "left":
+            tables = (_Tokens.of(path, *part) for part in _text_blocks(path, block_bytes))
+            length = max(int(_item_counts(table, labels).max(initial=0)) for table in tables)
+            if length == 0:
+                raise DataError(path, "got no items")
+        for text, first_line in _text_blocks(path, block_bytes):
+            tokens = _Tokens.of(path, text, first_line)
+            counts = _item_counts(tokens, labels)
+            if length is None:
+                length = int(counts[0])
+            values = tokens.values()
+            if pad == "left":
+                items = pad_left(values, np.stack([tokens.first, tokens.first + counts]), length)
+            elif (counts != length).any():
                 row = int((counts != length).argmax())
                 raise tokens.error(row, f"got {counts[row]} items; expected {length} in every row (--length pads and truncates)")
-            flat = len(values) == len(counts) * length
-            items = values.reshape(-1, length) if flat else values[starts[:, None] + np.arange(length)]
-        block = Block(items, path=path, first_line=first_line)
-        if labels:
-            block.label_rows, block.label_values = _labels(tokens, counts, values, empty_labels)
-        yield block
+            elif len(values) == len(counts) * length:
+                items = values.reshape(-1, length)
+            else:
+                items = values[tokens.first[:, None] + np.arange(length)]
+            block = Block(items, path=path, first_line=first_line)
+            if labels:
+                block.label_rows, block.label_values = _labels(tokens, counts, values, empty_labels)
+            yield block
+
+    return blocks(length)
 
 
 def _text_blocks(path: Path, block_bytes: int) -> Iterator[tuple[bytes, int]]:
