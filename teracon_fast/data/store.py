@@ -20,7 +20,6 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,7 @@ from teracon_fast.data.layout import (
 )
 from teracon_fast.data.task_files import Duplicates, TaskFiles, Unseen
 from teracon_fast.errors import ConfigError, DataError
-from teracon_fast.files import atomic_write
+from teracon_fast.files import atomic_write, make_public
 
 _log = logging.getLogger("teracon_fast.data")
 
@@ -165,17 +164,12 @@ class DatasetWriter:
     def __enter__(self) -> DatasetWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            try:
-                self.close()
-                return
-            except BaseException:
-                self.abort()
-                raise
-        self.abort()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)  # not there any more if it was renamed
 
     def add_task(
         self,
@@ -239,23 +233,16 @@ class DatasetWriter:
             _log.warning("task %s: %s", name, note)
         return meta
 
-    def close(self) -> None:
+    def _finish(self) -> None:
         """Write the item dictionary and dataset.json, and rename the folder."""
         if not self.tasks or self.items is None:
             raise DataError(self.path, "got no tasks; expected at least one")
         self.items.save(self._folder / "items.parquet")
-        about = {
-            "format_version": FORMAT_VERSION,
-            "name": self.name,
-            "length": self.length,
-            "num_items": len(self.items),
-        }
-        text = json.dumps({**about, "tasks": [asdict(task) for task in self.tasks], "source": self.source}, indent=2)
+        about = {"format_version": FORMAT_VERSION, "name": self.name, "length": self.length, "num_items": len(self.items)}
+        about |= {"tasks": [asdict(task) for task in self.tasks], "source": self.source}
         with atomic_write(self._folder / "dataset.json", "w") as file:
-            file.write(text + "\n")
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(self._folder, 0o777 & ~umask)
+            file.write(json.dumps(about, indent=2) + "\n")
+        make_public(self._folder, 0o777)
         old = None
         if self._overwrite and self.path.exists():
             old = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".old"))
@@ -263,10 +250,6 @@ class DatasetWriter:
         os.replace(self._folder, self.path)
         if old is not None:
             shutil.rmtree(old)
-
-    def abort(self) -> None:
-        """Delete what was written."""
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from teracon_fast.data.dictionaries import Dictionary, DictionaryBuilder
 from teracon_fast.data.layout import Kind, TaskMeta, leading_to_lengths
 from teracon_fast.data.npy import NpyWriter, remap
 from teracon_fast.errors import DataError
+from teracon_fast.files import atomic_write
 
 Unseen: TypeAlias = Literal["error", "pad", "drop"]
 Duplicates: TypeAlias = Literal["keep", "drop", "error"]
@@ -169,9 +170,8 @@ class TaskFiles:
             samples[:, 1] = index_of_label[samples[:, 1]]
             num_labels = len(labels)
             labels.save(self.folder / "labels.parquet")
-        file = NpyWriter(self.folder / "samples.npy", np.int32, (2,))
-        file.append(samples)
-        file.close()
+        with atomic_write(self.folder / "samples.npy") as file:
+            np.save(file, samples)
         return TaskMeta(name, self.kind, self.rows, len(samples), num_labels, self._notes())
 
     def _notes(self) -> list[str]:
