@@ -59,9 +59,14 @@ def fetch(task: TaskData, sample_indices: npt.NDArray[np.integer]) -> tuple[torc
     Raises:
         IndexError: an index outside [0, S).
     """
+    rows, labels = rows_and_labels(task, sample_indices)
+    return torch.from_numpy(task.sequences[rows].astype(np.int64)), torch.from_numpy(labels)
+
+
+def rows_and_labels(task: TaskData, sample_indices: npt.NDArray[np.integer]) -> tuple[Indices, Indices]:
+    """Row and label of some samples, int64 [B] each; IndexError outside [0, S)."""
     sample_indices = np.asarray(sample_indices)
     if len(sample_indices) and sample_indices.min() < 0:
         raise IndexError(f"sample index {sample_indices.min()}; expected 0 to {len(task.samples) - 1}")
-    pairs = task.samples[sample_indices]
-    x = task.sequences[pairs[:, 0]].astype(np.int64)
-    return torch.from_numpy(x), torch.from_numpy(pairs[:, 1].astype(np.int64))
+    rows, labels = task.samples[sample_indices].T.astype(np.int64, order="C")
+    return rows, labels
