@@ -99,22 +99,8 @@ def summarise(output: Path, notes: Sequence[str]) -> Summary:
     data = open_dataset(output, validate=False)
     tasks, said = [], list(notes)
     for task, meta in zip(data.tasks, data.metas, strict=True):
-        mean = float(np.mean(task.lengths))
-        users = len(np.unique(task.groups))
-        rows, samples = len(task.lengths), len(task.samples)
-        tasks.append(
-            TaskSummary(task.name, task.kind, users, rows, samples, task.num_labels, mean, 1 - mean / data.length)
-        )
+        users, mean = len(np.unique(task.groups)), float(np.mean(task.lengths))
+        tasks.append(TaskSummary(task.name, task.kind, users, meta.num_rows, meta.num_samples, task.num_labels, mean))
         said += [f"{task.name}: {note}" for note in meta.notes]
     real = sum(task.mean_length * task.rows for task in tasks) / sum(task.rows for task in tasks)
-    return Summary(
-        name=data.name,
-        path=output,
-        length=data.length,
-        items=data.num_items - 1,
-        users=tasks[0].users,
-        mean_length=real,
-        pad_share=1 - real / data.length,
-        tasks=tuple(tasks),
-        notes=tuple(said),
-    )
+    return Summary(data.name, output, data.length, data.num_items - 1, tasks[0].users, real, tuple(tasks), tuple(said))

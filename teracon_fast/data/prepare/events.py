@@ -147,13 +147,15 @@ class _EventFile:
     def _read_csv(self, columns: list[str]) -> Any:
         require_file(self.path, f"CSV with the columns {', '.join(columns)}")
         with open(self.path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            header = next(csv.reader(file), [])
-        missing = [name for name in columns if name not in header]
-        if missing:
-            raise DataError(self.path, f"no column {missing[0]!r}; the header has {', '.join(header)}", line=1)
-        ragged = self._ragged_line(len(header))
-        if ragged is not None:
-            raise ragged
+            lines = csv.reader(file)
+            header = next(lines, [])
+            missing = [name for name in columns if name not in header]
+            if missing:
+                raise DataError(self.path, f"no column {missing[0]!r}; the header has {', '.join(header)}", line=1)
+            for fields in lines:
+                if fields and len(fields) != len(header):  # polars would fill it, or not say which line it is
+                    reason = f"got {len(fields)} fields; expected {len(header)}, as in the header"
+                    raise DataError(self.path, reason, line=lines.line_num)
         # Ids and labels stay text, so that "007" and "7" stay distinct; the type of time is inferred from the whole column.
         text = {name: self._polars.String for name in columns if name != columns[2]}
         try:
@@ -168,16 +170,6 @@ class _EventFile:
         if len(filled) == 0:
             raise DataError(self.path, "got no rows below the header")
         return table.head(filled[-1] + 1)  # without blank lines at the end
-
-    def _ragged_line(self, expected: int) -> DataError | None:
-        """The first line whose number of fields differs from the header: polars would fill it, or not say which line it is."""
-        with open(self.path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            lines = csv.reader(file)
-            for fields in lines:
-                if fields and len(fields) != expected:
-                    reason = f"got {len(fields)} fields; expected {expected}, as in the header"
-                    return DataError(self.path, reason, line=lines.line_num)
-        return None
 
     def _refuse(self, wrong: NDArray[np.bool_], column: str, expected: str) -> None:
         row = first_true(wrong)

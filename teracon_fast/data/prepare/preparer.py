@@ -7,7 +7,7 @@ import re
 import time
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +19,7 @@ from teracon_fast.errors import ConfigError
 
 @dataclass(frozen=True)
 class TaskSummary:
-    """Size of one prepared task. `mean_length` counts real items per row, `users` distinct groups; `pad_share` is from 0 to 1."""
+    """Size of one prepared task. `mean_length` counts real items per row, `users` distinct groups."""
 
     name: str
     kind: str
@@ -28,7 +28,6 @@ class TaskSummary:
     samples: int
     labels: int
     mean_length: float
-    pad_share: float
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,6 @@ class Summary:
         items: distinct items and buckets, without the pad.
         users: distinct users of the first task.
         mean_length: real items per row, over the rows of all tasks.
-        pad_share: share of pads, from 0 to 1, over the rows of all tasks.
         tasks: in order.
         notes: what was skipped and why, one sentence each.
         seconds: wall time of the preparation.
@@ -54,14 +52,14 @@ class Summary:
     items: int
     users: int
     mean_length: float
-    pad_share: float
     tasks: tuple[TaskSummary, ...]
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
 
-    def as_dict(self) -> dict[str, Any]:
-        """The summary as JSON values."""
-        return {**asdict(self), "path": str(self.path)}
+    @property
+    def pad_share(self) -> float:
+        """Share of pads, from 0 to 1, over the rows of all tasks."""
+        return 1 - self.mean_length / self.length
 
     def __str__(self) -> str:
         lines = [
