@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TaskID,
     TextColumn,
@@ -76,6 +76,12 @@ def _logged(event: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
+def _bar() -> tuple[ProgressColumn, ...]:
+    """The columns of a bar whose tasks have a field `rate`."""
+    rate = TextColumn("{task.fields[rate]}")
+    return TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), rate, TimeRemainingColumn()
+
+
 class ConsoleObserver(Observer):
     """Shows the progress of a training run; used as a context manager around it.
 
@@ -89,37 +95,26 @@ class ConsoleObserver(Observer):
         self._clock = clock
         self._live = self._out.is_terminal
         self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
-            console=self._out,
-            transient=True,
+            SpinnerColumn(), *_bar(), TextColumn("[dim]{task.fields[note]}"),
+            console=self._out, transient=True, disable=not self._live,
             auto_refresh=False,  # refreshed by `_show`: no second thread beside training
-            disable=not self._live,
-        )
+        )  # fmt: skip
         self._rate = Rate(clock=clock)
         self._start: TaskStart | None = None
         self._bar: TaskID | None = None
         self._drawn = -1.0
         self._note = ""
-        self._evaluating: tuple[int, str, int] | None = None
 
     def __enter__(self) -> ConsoleObserver:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def on_task_start(self, start: TaskStart) -> None:
         """Print a line that names the task."""
-        self._start, self._note, self._evaluating = start, "", None
+        self._start, self._note = start, ""
         where = f", resuming at epoch {start.epoch + 1}, batch {start.batch + 1}" if start.epoch or start.batch else ""
         size = f"{start.batches_per_epoch} batches of {start.batch_size}, at most {start.epochs} epochs"
         self._print(f"T{start.task} of {start.num_tasks}: {start.name} ({size}{where})", "bold")
@@ -197,16 +192,7 @@ def counting(name: str, total: int, unit: str = "users") -> Iterator[Callable[[i
     rate = Rate()
     rate.add(0)
     done, shown = 0, time.monotonic()
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=out,
-        transient=True,
-        disable=not live,
-    )
+    progress = Progress(*_bar(), console=out, transient=True, disable=not live)
     bar = progress.add_task(name, total=total, rate="")
 
     def advance(now_done: int) -> None:
