@@ -100,39 +100,29 @@ def read_sequences_csv(
 
 def _text_blocks(path: Path, block_bytes: int) -> Iterator[tuple[bytes, int]]:
     """Whole lines as (bytes ending in a newline, number of the first line), without blank lines at the end of the file."""
-    line, blank_line, rows, rest = 1, 0, 0, b""
+    line, blank_line, rows = 1, 0, 0
     with open(path, "rb") as file:
         head = file.read(4)
         for magic, what in _FOREIGN.items():
             if head.startswith(magic):
                 raise DataError(path, f"got {what}; expected plain text")
         file.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
-        while True:
-            chunk = file.read(block_bytes)
-            end = chunk.rfind(b"\n") + 1
-            if chunk and not end:
-                rest += chunk
-                if len(rest) > _MAX_LINE_BYTES:
-                    raise DataError(path, f"got a line of over {_MAX_LINE_BYTES >> 20} MiB; expected text", line)
-                continue
-            text, rest = rest + chunk[:end], chunk[end:]
-            if not chunk and text:
-                text += b"\n"
-            if b"\r" in text:
-                text = text.replace(b"\r\n", b"\n")
-            lines = text.count(b"\n")
+        while chunk := file.read(block_bytes):
+            end = file.readline(_MAX_LINE_BYTES)
+            if len(end) == _MAX_LINE_BYTES and not end.endswith(b"\n"):
+                at = line + chunk.count(b"\n")
+                raise DataError(path, f"got a line of over {_MAX_LINE_BYTES >> 20} MiB; expected text", at)
+            text = (chunk + end).replace(b"\r\n", b"\n")
             kept = text.rstrip(b"\n")
-            kept += b"\n" if kept else b""
-            if kept and blank_line:
-                raise DataError(path, "got a blank line between rows", blank_line)
-            if len(kept) < len(text):
-                blank_line = blank_line or line + kept.count(b"\n")
             if kept:
+                if blank_line:
+                    raise DataError(path, "got a blank line between rows", blank_line)
+                kept += b"\n"
                 rows += 1
                 yield kept, line
-            line += lines
-            if not chunk:
-                break
+            if len(kept) < len(text):
+                blank_line = blank_line or line + kept.count(b"\n")
+            line += text.count(b"\n")
     if not rows:
         raise DataError(path, "got no rows")
 
