@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -52,11 +52,7 @@ class Known:
 
     @classmethod
     def read(cls, path: str | Path) -> Known:
-        """Read the dictionaries of a prepared folder or a run folder.
-
-        Raises:
-            DataError: neither of the two, or a dictionary is missing or damaged.
-        """
+        """Those of a prepared folder or a run folder; DataError if it is neither, or one is missing or damaged."""
         path = Path(path)
         tasks = enumerate(read_about(path).tasks, 1)
         labels = {
@@ -85,11 +81,7 @@ def _with_buckets(known: Dictionary | None, min_count: int, buckets: int | None)
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Check that a data set may be written to `output`.
-
-    Raises:
-        DataError: `output` exists, and `overwrite` is False or it is not a prepared data set.
-    """
+    """DataError if `output` exists, and `overwrite` is False or it is not a prepared data set."""
     if not output.exists():
         return
     if not overwrite:
@@ -205,19 +197,16 @@ class DatasetWriter:
                 strings, an unseen item, a label for a row that does not exist, no labels, no rows.
         """
         number = len(self.tasks) + 1
+        where = f"task {number} ({name})"
         if (kind == "next_item") != (number == 1):
-            raise DataError(
-                self.path, f"task {number} ({name}): got kind {kind!r}; expected 'next_item' for task 1, 'label' for the others"
-            )
+            raise DataError(self.path, f"{where}: got kind {kind!r}; expected 'next_item' for task 1, 'label' for the others")
         if name in (task.name for task in self.tasks):
             raise DataError(self.path, f"got two tasks named {name!r}; expected distinct names")
         if kind == "next_item" and labels is not None:
-            raise DataError(
-                self.path, f"task {number} ({name}): got labels; expected none, since the last item of each row is the label"
-            )
-        if unseen not in ("error", "pad", "drop"):
+            raise DataError(self.path, f"{where}: got labels; expected none, since the last item of each row is the label")
+        if unseen not in get_args(Unseen):
             raise DataError(self.path, f"unseen items: got {unseen!r}; expected 'error', 'pad' or 'drop'")
-        if duplicates not in ("keep", "drop", "error"):
+        if duplicates not in get_args(Duplicates):
             raise DataError(self.path, f"duplicate labels: got {duplicates!r}; expected 'keep', 'drop' or 'error'")
         task = TaskFiles(
             self._folder / f"task{number}", kind, self.length, self.items, unseen, duplicates,
@@ -264,6 +253,7 @@ class TaskData:
         groups: int64 [N] user ids.
         samples: int32 [S, 2], (row, label); for next_item the label is the last item of the row.
         path: the folder of the task.
+        notes: see `TaskMeta`.
         names: of the labels, where no file has them.
     """
 
@@ -275,7 +265,14 @@ class TaskData:
     groups: npt.NDArray[np.int64]
     samples: npt.NDArray[np.int32]
     path: Path
+    notes: list[str] = field(default_factory=list)
     names: tuple[str, ...] = ()
+
+    @property
+    def meta(self) -> TaskMeta:
+        """The record of the task in dataset.json."""
+        sizes = len(self.sequences), len(self.samples), self.num_labels
+        return TaskMeta(self.name, self.kind, *sizes, self.notes)
 
     def label_ids(self) -> npt.NDArray[np.object_]:
         """[C] str: the raw label of each index (raw item ids for a next_item task)."""
@@ -295,7 +292,6 @@ class TaskSequence:
         length: L.
         num_items: V, with the pad.
         tasks: in order of training.
-        metas: the records of the tasks in dataset.json.
         source: origin of the data.
     """
 
@@ -304,7 +300,6 @@ class TaskSequence:
     length: int
     num_items: int
     tasks: list[TaskData]
-    metas: list[TaskMeta]
     source: dict[str, Any]
 
     def item_ids(self) -> npt.NDArray[np.object_]:
@@ -349,8 +344,9 @@ def open_dataset(path: str | Path, validate: bool = True) -> TaskSequence:
                 groups=open_array(folder / "groups.npy", np.int64, (rows,)),
                 samples=open_array(folder / "samples.npy", np.int32, (meta.num_samples, 2)),
                 path=folder,
+                notes=meta.notes,
             )
         )
         if validate:
             check_values(folder, meta, about.length, about.num_items)
-    return TaskSequence(path, about.name, about.length, about.num_items, tasks, about.tasks, about.source)
+    return TaskSequence(path, about.name, about.length, about.num_items, tasks, about.source)

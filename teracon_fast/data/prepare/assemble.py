@@ -98,9 +98,9 @@ def summarise(output: Path, notes: Sequence[str]) -> Summary:
     """The summary of a prepared folder; the notes of the writer follow those of the preparer."""
     data = open_dataset(output, validate=False)
     tasks, said = [], list(notes)
-    for task, meta in zip(data.tasks, data.metas, strict=True):
-        users, mean = len(np.unique(task.groups)), float(np.mean(task.lengths))
-        tasks.append(TaskSummary(task.name, task.kind, users, meta.num_rows, meta.num_samples, task.num_labels, mean))
-        said += [f"{task.name}: {note}" for note in meta.notes]
+    for task in data.tasks:
+        users, rows, mean = len(np.unique(task.groups)), len(task.lengths), float(np.mean(task.lengths))
+        tasks.append(TaskSummary(task.name, task.kind, users, rows, len(task.samples), task.num_labels, mean))
+        said += [f"{task.name}: {note}" for note in task.notes]
     real = sum(task.mean_length * task.rows for task in tasks) / sum(task.rows for task in tasks)
     return Summary(data.name, output, data.length, data.num_items - 1, tasks[0].users, real, tuple(tasks), tuple(said))
