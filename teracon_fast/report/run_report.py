@@ -214,17 +214,17 @@ def task_rows(record: RunRecord) -> tuple[list[str], list[list[str]]]:
 
 def method_rows(record: RunRecord) -> tuple[list[str], list[list[str]]]:
     """Heading and rows of what the method itself reports after the last epoch of each task; no rows if it reports nothing."""
-    found: dict[int, dict[str, Any]] = {}
-    for task, log in sorted(record.logs.items()):
-        found[task] = {name: value for check in log.checks for name, value in (check.get("method") or {}).items()}
+    found = {
+        task: {name: value for check in log.checks for name, value in (check.get("method") or {}).items()}
+        for task, log in sorted(record.logs.items())
+    }
     # A list has one number for each task so far.
     names = {name: isinstance(value, list) for values in found.values() for name, value in values.items()}
     rows = []
     for task, values in found.items():
-        cells = [values.get(name) for name in names]
-        lists = [cell if isinstance(cell, list) else [cell] for cell in cells]
         if values:
-            numbers = (", ".join(shown(_number(value), ".3g") for value in cell) for cell in lists)
+            cells = (np.ravel(values.get(name, np.nan)) for name in names)
+            numbers = (", ".join(shown(_number(value), ".3g") for value in cell) for cell in cells)
             rows.append([f"T{task} {record.names[task - 1]}", *numbers])
     heading = [name.replace("_", " ") + " (T1, T2, ...)" * several for name, several in names.items()]
     return ["task", *heading], rows
