@@ -52,11 +52,7 @@ def pyarrow() -> ModuleType:
 
 
 def as_int64(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Integers of any dtype as contiguous int64.
-
-    Raises:
-        TypeError: an unsigned number too large for int64.
-    """
+    """Integers of any dtype as contiguous int64; TypeError if one is unsigned and too large."""
     if values.dtype == np.uint64 and values.size and values.max() > np.iinfo(np.int64).max:
         raise TypeError(f"got id {values.max()}; expected a signed 64-bit integer")
     return np.ascontiguousarray(values, dtype=np.int64)

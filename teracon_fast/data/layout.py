@@ -50,11 +50,7 @@ class About:
 
 
 def read_about(folder: Path) -> About:
-    """Read dataset.json.
-
-    Raises:
-        DataError: missing, not JSON, another format version, or fields missing or of the wrong type.
-    """
+    """Read dataset.json; DataError if it is missing, not JSON, of another format version, or lacks a field or its type."""
     path = folder / "dataset.json"
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
@@ -89,10 +85,8 @@ def _check_fields(path: Path, read: Any, kinds: Mapping[str, type]) -> None:
 
 
 def open_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """A .npy file, memory-mapped read-only.
-
-    Raises:
-        DataError: missing, not .npy, truncated or too long, wrong dtype, shape or memory order.
+    """A .npy file, memory-mapped read-only; DataError if it is missing, not .npy, truncated or too long, or has another dtype,
+    shape or memory order.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -110,11 +104,7 @@ def open_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.
 
 
 def check_dictionary(path: Path, size: int) -> None:
-    """Check that a dictionary file is complete and has `size` ids.
-
-    Raises:
-        DataError: missing, truncated, not Parquet, or the wrong number of rows.
-    """
+    """DataError unless a dictionary file is there, whole, Parquet, and has `size` ids."""
     pa = pyarrow()
     from pyarrow import parquet
 

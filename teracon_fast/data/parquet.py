@@ -93,10 +93,8 @@ def require_columns(path: Path, present: Sequence[str], columns: Sequence[str]) 
 
 
 def read_batches(path: Path, columns: list[str], rows_per_block: int) -> Iterator[tuple[int, Any]]:
-    """Record batches of these columns in this order, each with the number of its first row.
-
-    Raises:
-        DataError: not a whole Parquet file, or a column is missing.
+    """Record batches of these columns in this order, each with the number of its first row; DataError if the file is not whole
+    or lacks a column.
     """
     pa = pyarrow()
     with open_parquet(path) as file:
@@ -116,10 +114,8 @@ def read_batches(path: Path, columns: list[str], rows_per_block: int) -> Iterato
 
 
 def read_lists(path: Path, column: Any, name: str, first: int) -> tuple[RawIds, npt.NDArray[np.int64]]:
-    """Flat values, int64 or objects of type str, and offsets [n+1] of a list column of a batch that begins at row `first`.
-
-    Raises:
-        DataError: not lists of integers or strings, or a null among them.
+    """Flat values, int64 or objects of type str, and offsets [n+1] of a list column of a batch that begins at row `first`;
+    DataError if they are not lists of integers or strings, or there is a null among them.
     """
     if not _is_list(column.type):
         raise DataError(path, f"column {name!r}: got {column.type}; expected lists of integers or strings")

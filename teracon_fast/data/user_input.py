@@ -121,11 +121,7 @@ class Inputs:
 
 
 def check_unseen(unseen: Unseen, items: Dictionary) -> None:
-    """Check a policy for unseen items.
-
-    Raises:
-        ConfigError: unknown policy, or "bucket" without buckets in the item dictionary.
-    """
+    """ConfigError if a policy for unseen items is unknown, or is "bucket" and the dictionary has no buckets."""
     if unseen not in UNSEEN:
         raise ConfigError(f"--unseen: got {unseen!r}; expected one of {', '.join(UNSEEN)}")
     if unseen == "bucket" and not items.buckets:

