@@ -119,9 +119,8 @@ def _hardware() -> list[Finding]:
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
         findings.append(Finding("GPU", "none", f"not usable, although torch is built for {built}", "check the driver"))
     else:
-        findings.append(
-            Finding("GPU", "none", "not usable: torch is a CPU build", "if there is a GPU, install a CUDA build of torch")
-        )
+        advice = "if there is a GPU, install a CUDA build of torch"
+        findings.append(Finding("GPU", "none", "not usable: torch is a CPU build", advice))
     return findings
 
 

@@ -9,6 +9,7 @@ order mark, and refuses anything else outside the format, naming file, line and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,14 +245,10 @@ def _unexpected_byte(path: Path, text: bytes, at: int, first_line: int) -> DataE
     if byte == b"\r":
         return DataError(path, "got a carriage return inside a line; expected lines ending in LF or CRLF", line)
     begin = max(text.rfind(b",", 0, at), text.rfind(b"\n", 0, at)) + 1
-    ends = [end for end in (text.find(b",", at), text.find(b"\n", at)) if end >= 0]
-    got = text[begin : min(ends)].decode("utf-8", "backslashreplace")
+    got = re.split(rb"[,\n]", text[begin:], maxsplit=1)[0].decode("utf-8", "backslashreplace")
     header = " (a header line?)" if line == 1 and byte.isalpha() else ""
-    return DataError(
-        path,
-        f"got id {_shorten(got)}{header}; expected a whole number (Parquet files may have ids of text)",
-        line,
-    )
+    expected = "a whole number (Parquet files may have ids of text)"
+    return DataError(path, f"got id {_shorten(got)}{header}; expected {expected}", line)
 
 
 def _shorten(text: str) -> str:

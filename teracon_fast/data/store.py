@@ -54,12 +54,8 @@ class Known:
     def read(cls, path: str | Path) -> Known:
         """Those of a prepared folder or a run folder; DataError if it is neither, or one is missing or damaged."""
         path = Path(path)
-        tasks = enumerate(read_about(path).tasks, 1)
-        labels = {
-            task.name: Dictionary.load(path / f"task{number}" / "labels.parquet")
-            for number, task in tasks
-            if task.kind == "label"
-        }
+        later = enumerate(read_about(path).tasks[1:], 2)
+        labels = {task.name: Dictionary.load(path / f"task{number}" / "labels.parquet") for number, task in later}
         return cls(Dictionary.load(path / "items.parquet"), labels)
 
 

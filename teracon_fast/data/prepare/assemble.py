@@ -58,24 +58,23 @@ def task_of_users(
 
 def write_tasks(
     output: Path,
-    *,
+    writer: WriterOptions,
     name: str,
     item_ids: NDArray[Any],
     tasks: Sequence[TaskRows],
     source: Mapping[str, Any],
     notes: Sequence[str],
-    writer: WriterOptions,
 ) -> Summary:
     """Write the tasks, in order, and summarise them.
 
     Args:
         output: prepared folder to create.
+        writer: passed to the `DatasetWriter`.
         name: name of the data set.
         item_ids: [V - 1] raw ids (integers or strings) of the item codes 1, 2, ...
         tasks: the first of kind next_item, the others of kind label, all of one length.
         source: recorded in dataset.json.
         notes: recorded there too, and in the summary.
-        writer: passed to the `DatasetWriter`.
     """
     pad = np.zeros(1, np.int64) if item_ids.dtype.kind in "iu" else np.array(["0"], dtype=object)
     raw = np.concatenate([pad, item_ids])

@@ -98,15 +98,8 @@ def prepare_completejourney(
         tasks.append(TaskRows("coupon_product_type", "label", inputs, owners, rows, types, unseen="drop"))
     tasks += _profile_tasks(folder / "demographics.parquet", profiles, sequences, groups)
     options = {"length": length, "windows_per_household": windows_per_household, "coupon_trips": coupon_trips}
-    return write_tasks(
-        output,
-        name="completejourney",
-        item_ids=purchases.types,
-        tasks=tasks,
-        source={"preparer": "completejourney", **options, "min_history": min_history, "profiles": list(profiles)},
-        notes=notes,
-        writer=writer,
-    )
+    about = {"preparer": "completejourney", **options, "min_history": min_history, "profiles": list(profiles)}
+    return write_tasks(output, writer, "completejourney", purchases.types, tasks, about, notes)
 
 
 def installed_data() -> Path:

@@ -106,17 +106,12 @@ def prepare_events(
         tasks.append(task)
     left_out = len(histories.users) - len(np.unique(chosen.owner))
     notes += [f"{left_out:,} users skipped: no window of {min_items} events"] if left_out else []
-    summary = write_tasks(
-        output,
-        name=log.path.stem,
-        item_ids=item_ids,
-        tasks=tasks,
-        source={"preparer": "events", "file": log.path.name, "user": user, "item": item, "time": time,
-                "labels": list(labels), "label_value": label_value, "item_prefix": item_prefix,
-                "length": length, "windows": windows, "stride": stride, "max_windows": max_windows, "min_items": min_items},
-        notes=notes,
-        writer=writer,
-    )  # fmt: skip
+    about = {
+        "preparer": "events", "file": log.path.name, "user": user, "item": item, "time": time, "labels": list(labels),
+        "label_value": label_value, "item_prefix": item_prefix, "length": length, "windows": windows, "stride": stride,
+        "max_windows": max_windows, "min_items": min_items,
+    }  # fmt: skip
+    summary = write_tasks(output, writer, log.path.stem, item_ids, tasks, about, notes)
     if user_names is not None:
         Dictionary(user_names).save(output / "users.parquet")
     return summary
@@ -188,13 +183,13 @@ class _EventFile:
         self._refuse(values.is_null().to_numpy(), column, "a time")
         dtype = values.dtype
         if dtype.is_temporal():
-            return _array(values.to_physical())
+            return np.asarray(values.to_physical())
         if not dtype.is_numeric():
             expected = f"numbers, dates or date-times in all rows, not {dtype}"
             self._refuse(self._no_times(values), column, expected)
         if dtype.is_float():
             self._refuse(~values.is_finite().to_numpy(), column, "a finite time")
-        return _array(values)
+        return np.asarray(values)
 
     def _no_times(self, values: Any) -> NDArray[np.bool_]:
         """bool [E]: the rows that are not numbers, if others are; else those that are not dates, if others are; else all."""
@@ -211,7 +206,7 @@ class _EventFile:
         """int64 [E] user of each event; text users are positions in the returned list of names."""
         values = self._ids(column)
         if values.dtype == self._polars.Int64:
-            return None, _array(values)
+            return None, np.asarray(values)
         names, codes = self._coded(values)
         return names, codes.astype(np.int64)
 
@@ -223,7 +218,7 @@ class _EventFile:
         pad = (values.cast(self._polars.String) == "0").to_numpy()
         self._refuse(pad, column, "another id, since 0 is the pad; --item-prefix renames all items")
         if values.dtype == self._polars.Int64:
-            ids, codes = np.unique(_array(values), return_inverse=True)
+            ids, codes = np.unique(values.to_numpy(), return_inverse=True)
             return ids, codes.astype(np.int32) + 1
         names, text_codes = self._coded(values)
         return np.array(names, dtype=object), text_codes + 1
@@ -290,8 +285,3 @@ class _EventFile:
         text = values.cast(self._polars.String)
         names: list[str] = sorted(text.unique().to_list())
         return names, text.cast(self._polars.Enum(names)).to_physical().to_numpy().astype(np.int32)
-
-
-def _array(values: Any) -> NDArray[Any]:
-    array: NDArray[Any] = values.to_numpy()
-    return array

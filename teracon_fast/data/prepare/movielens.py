@@ -80,11 +80,15 @@ def prepare_movielens(
     tasks = [TaskRows("clicking", "next_item", sequences, groups)]
     notes = []
     for stars in (4, 5):
-        task = _star_task(f"{stars}-star", rating == stars, user, movie, stamp, sequences, groups)
-        if task is None:
+        chosen = np.flatnonzero((rating == stars) & np.isin(user, groups))
+        if len(chosen) == 0:
             notes.append(f"task {stars}-star skipped: no user with a T1 sequence gave {stars} stars")
-        else:
-            tasks.append(task)
+            continue
+        # One row per user, one sample per movie, in time order.
+        starred = group_by_user(user[chosen], stamp[chosen])
+        inputs = sequences[np.searchsorted(groups, starred.users)]
+        rows = np.repeat(np.arange(len(starred.users), dtype=np.int64), starred.counts)
+        tasks.append(TaskRows(f"{stars}-star", "label", inputs, starred.users, rows, movie[chosen][starred.order]))
     profiles = path.with_name("users.dat")
     if format is _DOUBLE_COLON and profiles.is_file():
         tasks += _profile_tasks(profiles, sequences, groups)
@@ -93,21 +97,9 @@ def prepare_movielens(
     left_out = len(np.unique(user)) - len(groups)
     if left_out:
         notes.append(f"{left_out:,} users skipped: fewer than {min_items} movies rated neither 4 nor 5 stars")
-    return write_tasks(
-        output,
-        name="movielens",
-        item_ids=item_ids,
-        tasks=tasks,
-        source={
-            "preparer": "movielens",
-            "file": path.name,
-            "length": length,
-            "min_items": min_items,
-            "half_star": half_star,
-        },
-        notes=notes,
-        writer=writer,
-    )
+    options = {"length": length, "min_items": min_items, "half_star": half_star}
+    about = {"preparer": "movielens", "file": path.name, **options}
+    return write_tasks(output, writer, "movielens", item_ids, tasks, about, notes)
 
 
 def _find_ratings(source: Path) -> tuple[Path, TextFormat]:
@@ -133,25 +125,6 @@ def _check_ratings(
         row = first_true(wrong)
         if row is not None:
             raise DataError(path, f"got {name} {values[row]}; expected {expected}", line=line_of_row(row, format))
-
-
-def _star_task(
-    name: str,
-    starred: NDArray[np.bool_],
-    user: NDArray[Any],
-    movie: NDArray[Any],
-    stamp: NDArray[Any],
-    sequences: NDArray[np.int32],
-    groups: NDArray[np.int64],
-) -> TaskRows | None:
-    """One row per user with starred movies and a T1 sequence, one sample per starred movie, in time order."""
-    chosen = np.flatnonzero(starred & np.isin(user, groups))
-    if len(chosen) == 0:
-        return None
-    stars = group_by_user(user[chosen], stamp[chosen])
-    rows = np.repeat(np.arange(len(stars.users), dtype=np.int64), stars.counts)
-    inputs = np.searchsorted(groups, stars.users)
-    return TaskRows(name, "label", sequences[inputs], stars.users, rows, movie[chosen][stars.order])
 
 
 def _profile_tasks(path: Path, sequences: NDArray[np.int32], groups: NDArray[np.int64]) -> list[TaskRows]:

@@ -168,23 +168,9 @@ class Preparer:
 
 
 def _declared(function: Callable[..., Any]) -> Iterator[Option]:
-    """The keyword-only parameters, with their help texts from the `Args:` section of the docstring."""
-    texts = _argument_texts(inspect.getdoc(function) or "")
+    """The keyword-only parameters, with their help texts from the docstring: entries `name: text` and their further lines."""
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(function) or "", flags=re.MULTILINE)
+    texts = {name: " ".join(text.split()) for name, text in entries}
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             yield Option(parameter.name, parameter.annotation, parameter.default, texts.get(parameter.name, ""))
-
-
-def _argument_texts(doc: str) -> dict[str, str]:
-    """Name -> text of each entry of a docstring's `Args:` section."""
-    section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)*)", doc, flags=re.MULTILINE)
-    texts: dict[str, str] = {}
-    name = ""
-    for line in (section.group(1) if section else "").splitlines():
-        entry = re.match(r"^    (\w+): (.*)$", line)
-        if entry:
-            name = entry.group(1)
-            texts[name] = entry.group(2).strip()
-        elif name and line.strip():
-            texts[name] += " " + line.strip()
-    return texts
