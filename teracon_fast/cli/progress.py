@@ -13,7 +13,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
     SpinnerColumn,
     TaskID,
     TextColumn,
@@ -76,12 +75,6 @@ def _logged(event: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def _bar() -> tuple[ProgressColumn, ...]:
-    """The columns of a bar whose tasks have a field `rate`."""
-    rate = TextColumn("{task.fields[rate]}")
-    return TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), rate, TimeRemainingColumn()
-
-
 class ConsoleObserver(Observer):
     """Shows the progress of a training run; used as a context manager around it.
 
@@ -95,14 +88,15 @@ class ConsoleObserver(Observer):
         self._clock = clock
         self._live = self._out.is_terminal
         self._progress = Progress(
-            SpinnerColumn(), *_bar(), TextColumn("[dim]{task.fields[note]}"),
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"),
             console=self._out, transient=True, disable=not self._live,
             auto_refresh=False,  # refreshed by `_show`: no second thread beside training
         )  # fmt: skip
         self._rate = Rate(clock=clock)
         self._start: TaskStart | None = None
         self._bar: TaskID | None = None
-        self._drawn = -1.0
+        self._drawn = clock()
         self._note = ""
 
     def __enter__(self) -> ConsoleObserver:
@@ -123,22 +117,33 @@ class ConsoleObserver(Observer):
 
     def on_step(self, step: Step) -> None:
         """Advance the bar; in a log, print a line every LOG_SECONDS."""
-        self._rate.add(step.users)
         if step.event is not None:
             self._note = f"step {step.event['step']}: {_logged(step.event)}"
-        now, last = self._clock(), step.batch + 1 == step.num_batches
-        if now - self._drawn < (DRAW_SECONDS if self._live else LOG_SECONDS) and not (last and self._live):
-            return
-        self._drawn = now
         epochs = f"/{self._start.epochs}" if self._start else ""
         name = f"T{step.task} epoch {step.epoch + 1}{epochs}"
+        self.advance(name, step.batch + 1, step.num_batches, step.users, step.users, "left in this epoch")
+
+    def advance(self, name: str, done: int, total: int, users: int, users_each: int = 1, left: str = "left") -> None:
+        """Advance the bar; in a log, print a line every LOG_SECONDS.
+
+        Args:
+            name: of the bar.
+            done, total: steps so far and in all.
+            users: users since the last call. users_each: users of a step.
+            left: words after the seconds that remain.
+        """
+        self._rate.add(users)
+        now = self._clock()
+        if now - self._drawn < (DRAW_SECONDS if self._live else LOG_SECONDS) and not (done == total and self._live):
+            return
+        self._drawn = now
         rate = f"{self._rate.per_second:,.0f} users/s" if self._rate.per_second else ""
         if self._live:
-            self._show(name, step.batch + 1, step.num_batches, rate)
+            self._show(name, done, total, rate)
         else:
-            left = (step.num_batches - step.batch - 1) * step.users / max(self._rate.per_second, 1e-9)
-            eta = f"  {left:.0f} s left in this epoch" if rate else ""
-            self._out.print(escape(f"{name}  {step.batch + 1}/{step.num_batches}  {rate}{eta}  {self._note}"))
+            seconds = (total - done) * users_each / max(self._rate.per_second, 1e-9)
+            eta = f"  {seconds:.0f} s {left}" if rate else ""
+            self._print(f"{name}  {done:,}/{total:,}  {rate}{eta}  {self._note}".rstrip())
 
     def on_evaluate(self, task: int, split: str, done: int, total: int) -> None:
         """Advance the bar of an evaluation; only on a terminal, since evaluations are short."""
@@ -185,27 +190,15 @@ class ConsoleObserver(Observer):
 
 
 @contextmanager
-def counting(name: str, total: int, unit: str = "users") -> Iterator[Callable[[int], None]]:
-    """A bar (in a log: plain lines) for a loop; yields a function to call with the number done so far."""
-    out = console(stderr=True)
-    live = out.is_terminal
-    rate = Rate()
-    rate.add(0)
-    done, shown = 0, time.monotonic()
-    progress = Progress(*_bar(), console=out, transient=True, disable=not live)
-    bar = progress.add_task(name, total=total, rate="")
+def counting(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar (in a log: plain lines) for a loop over users; yields a function to call with the number done so far."""
+    done = 0
+    with ConsoleObserver(console(stderr=True)) as shown:
 
-    def advance(now_done: int) -> None:
-        nonlocal done, shown
-        rate.add(now_done - done)
-        done = now_done
-        speed = f"{rate.per_second:,.0f} {unit}/s"
-        if live:
-            progress.update(bar, completed=done, rate=speed)
-        elif time.monotonic() - shown > LOG_SECONDS:
-            shown = time.monotonic()
-            left = (total - done) / max(rate.per_second, 1e-9)
-            out.print(escape(f"{name}  {done:,}/{total:,}  {speed}  {left:.0f} s left"))
+        def advance(now_done: int) -> None:
+            nonlocal done
+            shown.advance(name, now_done, total, now_done - done)
+            done = now_done
 
-    with progress:
+        shown.advance(name, 0, total, 0)  # starts the clock
         yield advance
