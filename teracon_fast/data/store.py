@@ -43,20 +43,14 @@ from teracon_fast.files import atomic_write, make_public
 _log = logging.getLogger("teracon_fast.data")
 
 
-@dataclass(frozen=True)
-class Known:
-    """Dictionaries of an earlier data set: items, and labels by task name."""
-
-    items: Dictionary | None = None
-    labels: Mapping[str, Dictionary] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, path: str | Path) -> Known:
-        """Those of a prepared folder or a run folder; DataError if it is neither, or one is missing or damaged."""
-        path = Path(path)
-        later = enumerate(read_about(path).tasks[1:], 2)
-        labels = {task.name: Dictionary.load(path / f"task{number}" / "labels.parquet") for number, task in later}
-        return cls(Dictionary.load(path / "items.parquet"), labels)
+def read_dictionaries(path: str | Path) -> tuple[Dictionary, dict[str, Dictionary]]:
+    """Those of the items, and of the labels by task name, of a prepared folder or a run folder; DataError if it is neither, or
+    one is missing or damaged.
+    """
+    path = Path(path)
+    later = enumerate(read_about(path).tasks[1:], 2)
+    labels = {task.name: Dictionary.load(path / f"task{number}" / "labels.parquet") for number, task in later}
+    return Dictionary.load(path / "items.parquet"), labels
 
 
 def _with_buckets(known: Dictionary | None, min_count: int, buckets: int | None) -> Dictionary | None:
@@ -137,10 +131,12 @@ class DatasetWriter:
         self.items = items
         if items is not None and (extend is not None or min_count > 1 or buckets):
             raise ConfigError("got an item dictionary and options that make another (extend, min_count, buckets)")
-        self._known = Known() if extend is None else Known.read(extend)
+        known: Dictionary | None = None
+        self._known_labels: dict[str, Dictionary] = {}
         if extend is not None:
+            known, self._known_labels = read_dictionaries(extend)
             self.source["extends"] = str(extend)
-        self._known_items = _with_buckets(self._known.items, min_count, buckets)
+        self._known_items = _with_buckets(known, min_count, buckets)
         self._min_count = min_count
         self.tasks: list[TaskMeta] = []
         self._overwrite = overwrite
@@ -206,7 +202,7 @@ class DatasetWriter:
             raise DataError(self.path, f"duplicate labels: got {duplicates!r}; expected 'keep', 'drop' or 'error'")
         task = TaskFiles(
             self._folder / f"task{number}", kind, self.length, self.items, unseen, duplicates,
-            known_items=self._known_items, known_labels=self._known.labels.get(name), min_count=self._min_count,
+            known_items=self._known_items, known_labels=self._known_labels.get(name), min_count=self._min_count,
         )  # fmt: skip
         for block in as_blocks(sequences, labels, groups):
             if len(block.items):

@@ -7,7 +7,6 @@ style, and RdBu or cividis for heat maps.
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -82,10 +81,7 @@ def check_format(name: str) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Write a plot atomically, in the format of its suffix."""
     with style(), atomic_write(path) as file:
-        # Drawn in memory first: some writers seek.
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=path.suffix[1:])
-        file.write(buffer.getvalue())
+        figure.savefig(file, format=path.suffix[1:])
 
 
 def _wrap(name: str, width: int = 13, lines: int = 2) -> str:
