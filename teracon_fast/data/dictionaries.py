@@ -201,9 +201,7 @@ class Dictionary:
         pa = pyarrow()
         from pyarrow import parquet
 
-        table = pa.table(
-            {"id": pa.array(self.ids.tolist(), pa.string()), "index": np.arange(len(self.ids), dtype=np.int64)}
-        )
+        table = pa.table({"id": pa.array(self.ids.tolist(), pa.string()), "index": np.arange(len(self.ids), dtype=np.int64)})
         with atomic_write(path) as file:
             parquet.write_table(table, file)
 
@@ -259,9 +257,7 @@ def read_published_index(path: str | Path) -> Dictionary:
     pairs = sorted(json.loads(text.replace("'", '"'), object_pairs_hook=list), key=lambda pair: pair[1])
     for expected, (raw, index) in enumerate(pairs):
         if index < expected:
-            raise DataError(
-                path, f"ids {pairs[expected - 1][0]!r} and {raw!r} share index {index}; expected distinct indices"
-            )
+            raise DataError(path, f"ids {pairs[expected - 1][0]!r} and {raw!r} share index {index}; expected distinct indices")
         if index > expected:
             raise DataError(path, f"no id has index {expected}; expected consecutive indices from 0")
     if pairs[0][0] != PAD:

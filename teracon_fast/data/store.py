@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from teracon_fast.data.blocks import LabelArrays, RawIds, Rows, as_blocks
-from teracon_fast.data.dictionaries import PAD, Dictionary, bucket_names
+from teracon_fast.data.dictionaries import PAD, Dictionary, DictionaryBuilder, bucket_names
 from teracon_fast.data.layout import (
     FORMAT_VERSION,
     Kind,
@@ -200,10 +200,9 @@ class DatasetWriter:
             raise DataError(self.path, f"unseen items: got {unseen!r}; expected 'error', 'pad' or 'drop'")
         if duplicates not in get_args(Duplicates):
             raise DataError(self.path, f"duplicate labels: got {duplicates!r}; expected 'keep', 'drop' or 'error'")
-        task = TaskFiles(
-            self._folder / f"task{number}", kind, self.length, self.items, unseen, duplicates,
-            known_items=self._known_items, known_labels=self._known_labels.get(name), min_count=self._min_count,
-        )  # fmt: skip
+        items = DictionaryBuilder(True, self._known_items, self._min_count) if self.items is None else self.items
+        new_labels = DictionaryBuilder(False, self._known_labels.get(name))
+        task = TaskFiles(self._folder / f"task{number}", kind, self.length, items, new_labels, unseen, duplicates)
         for block in as_blocks(sequences, labels, groups):
             if len(block.items):
                 task.add(block)
@@ -321,24 +320,17 @@ def open_dataset(path: str | Path, validate: bool = True) -> TaskSequence:
     tasks = []
     for number, meta in enumerate(about.tasks, 1):
         folder, rows = path / f"task{number}", meta.num_rows
-        if meta.kind == "label":
+        if number > 1:
             check_dictionary(folder / "labels.parquet", meta.num_labels)
         elif meta.num_labels != about.num_items:
             reason = f"task 1: got {meta.num_labels} labels; expected {about.num_items}, one per item"
             raise DataError(path / "dataset.json", reason)
-        tasks.append(
-            TaskData(
-                name=meta.name,
-                kind=meta.kind,
-                num_labels=meta.num_labels,
-                sequences=open_array(folder / "sequences.npy", np.int32, (rows, about.length)),
-                lengths=open_array(folder / "lengths.npy", np.int32, (rows,)),
-                groups=open_array(folder / "groups.npy", np.int64, (rows,)),
-                samples=open_array(folder / "samples.npy", np.int32, (meta.num_samples, 2)),
-                path=folder,
-                notes=meta.notes,
-            )
-        )
+        sequences = open_array(folder / "sequences.npy", np.int32, (rows, about.length))
+        lengths = open_array(folder / "lengths.npy", np.int32, (rows,))
+        groups = open_array(folder / "groups.npy", np.int64, (rows,))
+        samples = open_array(folder / "samples.npy", np.int32, (meta.num_samples, 2))
+        arrays = sequences, lengths, groups, samples
+        tasks.append(TaskData(meta.name, meta.kind, meta.num_labels, *arrays, folder, meta.notes))
         if validate:
             check_values(folder, meta, about.length, about.num_items)
     return TaskSequence(path, about.name, about.length, about.num_items, tasks, about.source)

@@ -26,9 +26,8 @@ class TaskFiles:
         folder: folder of the task, created here.
         kind, unseen, duplicates: see `DatasetWriter.add_task`.
         length: L; None takes it from the first block.
-        items: the item dictionary; None builds it from this task, and `finish` sets `items`.
-        known_items, known_labels: dictionaries that the new ones extend.
-        min_count: see `DictionaryBuilder`.
+        items: the item dictionary, or what builds it from this task: `finish` then sets `items`.
+        labels: builds the label dictionary.
     """
 
     def __init__(
@@ -36,19 +35,17 @@ class TaskFiles:
         folder: Path,
         kind: Kind,
         length: int | None,
-        items: Dictionary | None,
-        unseen: Unseen = "error",
-        duplicates: Duplicates = "keep",
-        *,
-        known_items: Dictionary | None = None,
-        known_labels: Dictionary | None = None,
-        min_count: int = 1,
+        items: Dictionary | DictionaryBuilder,
+        labels: DictionaryBuilder,
+        unseen: Unseen,
+        duplicates: Duplicates,
     ) -> None:
-        self.folder, self.kind, self.length, self.items = folder, kind, length, items
+        self.folder, self.kind, self.length = folder, kind, length
         self.unseen, self.duplicates = unseen, duplicates
         folder.mkdir()
-        self.new_items = DictionaryBuilder(True, known_items, min_count) if items is None else None
-        self.label_builder = DictionaryBuilder(False, known_labels)
+        self.new_items = items if isinstance(items, DictionaryBuilder) else None
+        self.items = items if isinstance(items, Dictionary) else None
+        self.label_builder = labels
         self.sequences: NpyWriter | None = None
         self.lengths = NpyWriter(folder / "lengths.npy", np.int32)
         self.groups = NpyWriter(folder / "groups.npy", np.int64)

@@ -98,8 +98,9 @@ def summarise(output: Path, notes: Sequence[str]) -> Summary:
     data = open_dataset(output, validate=False)
     tasks, said = [], list(notes)
     for task in data.tasks:
-        users, rows, mean = len(np.unique(task.groups)), len(task.lengths), float(np.mean(task.lengths))
-        tasks.append(TaskSummary(task.name, task.kind, users, rows, len(task.samples), task.num_labels, mean))
+        users, mean = len(np.unique(task.groups)), float(np.mean(task.lengths))
+        sizes = users, len(task.lengths), len(task.samples), task.num_labels
+        tasks.append(TaskSummary(task.name, task.kind, *sizes, mean, 1 - mean / data.length))
         said += [f"{task.name}: {note}" for note in task.notes]
     real = sum(task.mean_length * task.rows for task in tasks) / sum(task.rows for task in tasks)
     return Summary(data.name, output, data.length, data.num_items - 1, tasks[0].users, real, tuple(tasks), tuple(said))

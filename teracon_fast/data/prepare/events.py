@@ -172,10 +172,8 @@ class _EventFile:
             return
         got = self._table[column][row]
         found = "an empty value" if got is None or (isinstance(got, str) and not got) else repr(str(got))
-        raise DataError(self.path, f"column {column!r}: got {found}; expected {expected}", line=self._line(row))
-
-    def _line(self, row: int) -> int:
-        return row + 2 if self.is_csv else row
+        line = row + 2 if self.is_csv else row
+        raise DataError(self.path, f"column {column!r}: got {found}; expected {expected}", line)
 
     def times(self, column: str) -> NDArray[Any]:
         """[E] numbers that order the events."""

@@ -19,7 +19,7 @@ from teracon_fast.errors import ConfigError
 
 @dataclass(frozen=True)
 class TaskSummary:
-    """Size of one prepared task. `mean_length` counts real items per row, `users` distinct groups."""
+    """Size of one prepared task. `mean_length` counts real items per row, `users` distinct groups; `pad_share` is from 0 to 1."""
 
     name: str
     kind: str
@@ -28,6 +28,7 @@ class TaskSummary:
     samples: int
     labels: int
     mean_length: float
+    pad_share: float
 
 
 @dataclass(frozen=True)
