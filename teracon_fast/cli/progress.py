@@ -124,13 +124,8 @@ class ConsoleObserver(Observer):
         self.advance(name, step.batch + 1, step.num_batches, step.users, step.users, "left in this epoch")
 
     def advance(self, name: str, done: int, total: int, users: int, users_each: int = 1, left: str = "left") -> None:
-        """Advance the bar; in a log, print a line every LOG_SECONDS.
-
-        Args:
-            name: of the bar.
-            done, total: steps so far and in all.
-            users: users since the last call. users_each: users of a step.
-            left: words after the seconds that remain.
+        """Advance the bar to step `done` of `total`, after `users` more users; in a log, print a line every LOG_SECONDS, with the
+        seconds that are `left` at `users_each` users a step.
         """
         self._rate.add(users)
         now = self._clock()

@@ -13,12 +13,7 @@ Indices = npt.NDArray[np.int64]
 
 
 def epoch_batches(
-    indices: npt.NDArray[np.integer],
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    shuffle: bool = True,
-    drop_last: bool = False,
+    indices: npt.NDArray[np.integer], batch_size: int, seed: int, epoch: int, shuffle: bool = True, drop_last: bool = False
 ) -> list[Indices]:
     """The batches of one epoch over `indices`, each index once: int64 arrays of sample indices.
 

@@ -121,9 +121,8 @@ class TaskFiles:
             raise block.error(0, f"labels: {error}") from error
         rows = np.asarray(block.label_rows)
         if rows.shape != codes.shape or (len(rows) and not 0 <= rows.min() <= rows.max() < len(block.items)):
-            raise block.error(
-                0, f"got {rows.shape} label rows and {codes.shape} labels; expected a row of the block for each label"
-            )
+            reason = f"got {rows.shape} label rows and {codes.shape} labels; expected a row of the block for each label"
+            raise block.error(0, reason)
         pairs = np.stack([rows + self.rows, codes], axis=1).astype(np.int32)
         if len(rows) and not (np.diff(rows) > 0).all():
             pairs = self._without_duplicates(block, pairs)
@@ -137,9 +136,8 @@ class TaskFiles:
         if self.duplicates == "error":
             again = int(np.setdiff1d(np.arange(len(pairs)), first)[0])
             assert block.label_values is not None
-            raise block.error(
-                int(pairs[again, 0]) - self.rows, f"got label {str(block.label_values[again])!r} twice"
-            )
+            row = int(pairs[again, 0]) - self.rows
+            raise block.error(row, f"got label {str(block.label_values[again])!r} twice")
         self.counts["repeated"] += repeated
         return pairs if self.duplicates == "keep" else pairs[np.sort(first)]
 

@@ -82,9 +82,8 @@ def write_tasks(
     with DatasetWriter(output, name, tasks[0].sequences.shape[1], about, **asdict(writer)) as data:
         for task in tasks:
             labels = None if task.label_rows is None or task.labels is None else (task.label_rows, task.labels)
-            data.add_task(
-                task.name, task.kind, _raw_blocks(raw, task.sequences), labels, task.groups, unseen=task.unseen
-            )
+            blocks = _raw_blocks(raw, task.sequences)
+            data.add_task(task.name, task.kind, blocks, labels, task.groups, unseen=task.unseen)
     return summarise(output, notes)
 
 

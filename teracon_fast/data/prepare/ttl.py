@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 from teracon_fast.data.prepare.assemble import summarise
 from teracon_fast.data.prepare.preparer import Summary, WriterOptions
@@ -52,16 +53,13 @@ def prepare_ttl(
     folder = Path(source)
     present = {name: folder / file for name, file in TASK_FILES.items() if (folder / file).is_file()}
     if "watching" not in present:
-        raise DataError(
-            folder / TASK_FILES["watching"], "no such file; expected the first task, whose items the others need"
-        )
+        raise DataError(folder / TASK_FILES["watching"], "no such file; expected the first task, whose items the others need")
     notes = [f"task {name} skipped: no {file}" for name, file in TASK_FILES.items() if name not in present]
     about = {"preparer": "ttl", "files": {name: path.name for name, path in present.items()}, "notes": notes}
     with DatasetWriter(output, "ttl", length, about, **asdict(writer)) as data:
         for name, path in present.items():
             first = name == "watching"
-            blocks = read_sequences_csv(
-                path, labels=not first, length=data.length, pad="none" if length is None else "left"
-            )
+            pad: Literal["none", "left"] = "none" if length is None else "left"
+            blocks = read_sequences_csv(path, labels=not first, length=data.length, pad=pad)
             data.add_task(name, "next_item" if first else "label", blocks, unseen=unseen)
     return summarise(output, notes)
