@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import IO, Any
 
 
+def make_public(path: str | Path, mode: int) -> None:
+    """Give what `tempfile` made private the permissions that open() or mkdir() would have given: `mode` without the umask."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, mode & ~umask)
+
+
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; on success flush it to disk and rename it to `path`.
@@ -28,10 +35,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes the file private; give it the permissions that open() would have given.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        make_public(temporary, 0o666)
         os.replace(temporary, path)
     except BaseException:
         if os.path.exists(temporary):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
@@ -42,6 +42,13 @@ def table(title: str, heading: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     console().print(grid)
 
 
+def command_of(name: str, function: Callable[..., None]) -> Any:
+    """The Click command of a function whose signature is made on demand."""
+    single = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    single.command(name)(function)
+    return typer.main.get_command(single)
+
+
 class ErrorGroup(TyperGroup):
     """The top-level command. Bad input ends in one line on stderr and exit code 2, or with `--traceback`, anywhere on the
     command line, in the traceback.
@@ -58,9 +65,7 @@ class ErrorGroup(TyperGroup):
         if name == "train":
             from teracon_fast.cli.train import train
 
-            single = typer.Typer(add_completion=False, rich_markup_mode="rich")
-            single.command(name)(train)
-            command = typer.main.get_command(single)
+            command = command_of(name, train)
         return name, command, rest
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

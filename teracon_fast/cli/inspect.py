@@ -75,35 +75,30 @@ def _software() -> list[Finding]:
 
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
     reason = native.missing_reason()
-    findings = [
+    extension = str(native.library()) if reason is None else None
+    needed = torch.cuda.is_available()
+    state = backends.env_report()
+    return [
         Finding("teracon_fast", "ok", f"{__version__} in {Path(teracon_fast.__file__).parent}"),
         Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
         Finding("torch", "ok", f"{torch.__version__}, CPU code for {torch.backends.cpu.get_cpu_capability()}"),
-        Finding("C++ compiler", "ok", compiler)
-        if compiler
-        else Finding("C++ compiler", "none", "not found", "only needed to build the CPU kernels; apt install g++"),
-        Finding("compiled extension", "ok", str(native.library()))
-        if reason is None
-        else Finding(
-            "compiled extension",
-            "none",
-            reason.split(";")[0],
+        _optional("C++ compiler", compiler, "not found", "only needed to build the CPU kernels; apt install g++"),
+        _optional(
+            "compiled extension", extension, (reason or "").split(";")[0],
             "the torch backend is used instead; reinstall with a C++ compiler",
         ),
-    ]
-    triton = _version("triton")
-    if triton:
-        findings.append(Finding("Triton", "ok", triton))
-    else:
-        needed = torch.cuda.is_available()
-        advice = "pip install triton" if needed else "only useful with a GPU"
-        findings.append(Finding("Triton", "none", "not installed", advice))
-    state = backends.env_report()
-    for operation, names in state["backends"].items():
-        findings.append(
+        _optional(
+            "Triton", _version("triton"), "not installed", "pip install triton" if needed else "only useful with a GPU"
+        ),
+        *(
             Finding(f"backends of {operation}", "ok", f"{', '.join(names)} (auto: {state['auto'][operation]})")
-        )
-    return findings
+            for operation, names in state["backends"].items()
+        ),
+    ]  # fmt: skip
+
+
+def _optional(name: str, found: str | None, missing: str, advice: str) -> Finding:
+    return Finding(name, "ok", found) if found else Finding(name, "none", missing, advice)
 
 
 def _hardware() -> list[Finding]:
@@ -124,19 +119,16 @@ def _hardware() -> list[Finding]:
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
         findings.append(Finding("GPU", "none", f"not usable, although torch is built for {built}", "check the driver"))
     else:
-        findings.append(
-            Finding("GPU", "none", "not usable: torch is a CPU build", "if there is a GPU, install a CUDA build of torch")
-        )
+        advice = "if there is a GPU, install a CUDA build of torch"
+        findings.append(Finding("GPU", "none", "not usable: torch is a CPU build", advice))
     return findings
 
 
 def _packages() -> list[Finding]:
     findings = []
     for package, (purpose, command) in extras.PACKAGES.items():
-        if extras.installed(package):
-            findings.append(Finding(package, "ok", f"{_version(package) or 'installed'}, for {purpose}"))
-        else:
-            findings.append(Finding(package, "none", f"not installed, for {purpose}", command))
+        found = f"{_version(package) or 'installed'}, for {purpose}" if extras.installed(package) else None
+        findings.append(_optional(package, found, f"not installed, for {purpose}", command))
     return findings
 
 
@@ -158,9 +150,8 @@ def _self_check() -> Finding:
     except Exception as failure:  # whatever it is, report it
         return Finding("self-check", "broken", f"{type(failure).__name__}: {failure}", "please report this as a bug")
     if not error < 1e-4:
-        return Finding(
-            "self-check", "broken", f"two ways of encoding differ by {error:.1e}", "please report this as a bug"
-        )
+        found = f"two ways of encoding differ by {error:.1e}"
+        return Finding("self-check", "broken", found, "please report this as a bug")
     return Finding("self-check", "ok", f"two ways of encoding agree to {error:.0e} (relative)")
 
 

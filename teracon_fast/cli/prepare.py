@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 from typer.core import TyperGroup
 
-from teracon_fast.cli.console import console
+from teracon_fast.cli.console import command_of, console
 
 if TYPE_CHECKING:
     from teracon_fast.data.prepare import Option, Preparer
@@ -29,11 +29,7 @@ class PreparerGroup(TyperGroup):
         """The command of a preparer; None for an unknown name."""
         from teracon_fast.data.prepare import PREPARERS
 
-        if cmd_name not in PREPARERS:
-            return None
-        single = typer.Typer(add_completion=False, rich_markup_mode="rich")
-        single.command(cmd_name)(_command(PREPARERS[cmd_name]))
-        return typer.main.get_command(single)
+        return command_of(cmd_name, _command(PREPARERS[cmd_name])) if cmd_name in PREPARERS else None
 
 
 app = typer.Typer(cls=PreparerGroup, no_args_is_help=True)

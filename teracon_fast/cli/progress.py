@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -89,37 +88,27 @@ class ConsoleObserver(Observer):
         self._clock = clock
         self._live = self._out.is_terminal
         self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
-            console=self._out,
-            transient=True,
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"),
+            console=self._out, transient=True, disable=not self._live,
             auto_refresh=False,  # refreshed by `_show`: no second thread beside training
-            disable=not self._live,
-        )
+        )  # fmt: skip
         self._rate = Rate(clock=clock)
         self._start: TaskStart | None = None
         self._bar: TaskID | None = None
-        self._drawn = -1.0
+        self._drawn = clock()
         self._note = ""
-        self._evaluating: tuple[int, str, int] | None = None
 
     def __enter__(self) -> ConsoleObserver:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def on_task_start(self, start: TaskStart) -> None:
         """Print a line that names the task."""
-        self._start, self._note, self._evaluating = start, "", None
+        self._start, self._note = start, ""
         where = f", resuming at epoch {start.epoch + 1}, batch {start.batch + 1}" if start.epoch or start.batch else ""
         size = f"{start.batches_per_epoch} batches of {start.batch_size}, at most {start.epochs} epochs"
         self._print(f"T{start.task} of {start.num_tasks}: {start.name} ({size}{where})", "bold")
@@ -128,22 +117,28 @@ class ConsoleObserver(Observer):
 
     def on_step(self, step: Step) -> None:
         """Advance the bar; in a log, print a line every LOG_SECONDS."""
-        self._rate.add(step.users)
         if step.event is not None:
             self._note = f"step {step.event['step']}: {_logged(step.event)}"
-        now, last = self._clock(), step.batch + 1 == step.num_batches
-        if now - self._drawn < (DRAW_SECONDS if self._live else LOG_SECONDS) and not (last and self._live):
-            return
-        self._drawn = now
         epochs = f"/{self._start.epochs}" if self._start else ""
         name = f"T{step.task} epoch {step.epoch + 1}{epochs}"
+        self.advance(name, step.batch + 1, step.num_batches, step.users, step.users, "left in this epoch")
+
+    def advance(self, name: str, done: int, total: int, users: int, users_each: int = 1, left: str = "left") -> None:
+        """Advance the bar to step `done` of `total`, after `users` more users; in a log, print a line every LOG_SECONDS, with the
+        seconds that are `left` at `users_each` users a step.
+        """
+        self._rate.add(users)
+        now = self._clock()
+        if now - self._drawn < (DRAW_SECONDS if self._live else LOG_SECONDS) and not (done == total and self._live):
+            return
+        self._drawn = now
         rate = f"{self._rate.per_second:,.0f} users/s" if self._rate.per_second else ""
         if self._live:
-            self._show(name, step.batch + 1, step.num_batches, rate)
+            self._show(name, done, total, rate)
         else:
-            left = (step.num_batches - step.batch - 1) * step.users / max(self._rate.per_second, 1e-9)
-            eta = f"  {left:.0f} s left in this epoch" if rate else ""
-            self._out.print(escape(f"{name}  {step.batch + 1}/{step.num_batches}  {rate}{eta}  {self._note}"))
+            seconds = (total - done) * users_each / max(self._rate.per_second, 1e-9)
+            eta = f"  {seconds:.0f} s {left}" if rate else ""
+            self._print(f"{name}  {done:,}/{total:,}  {rate}{eta}  {self._note}".rstrip())
 
     def on_evaluate(self, task: int, split: str, done: int, total: int) -> None:
         """Advance the bar of an evaluation; only on a terminal, since evaluations are short."""
@@ -190,36 +185,15 @@ class ConsoleObserver(Observer):
 
 
 @contextmanager
-def counting(name: str, total: int, unit: str = "users") -> Iterator[Callable[[int], None]]:
-    """A bar (in a log: plain lines) for a loop; yields a function to call with the number done so far."""
-    out = console(stderr=True)
-    live = out.is_terminal
-    rate = Rate()
-    rate.add(0)
-    done, shown = 0, time.monotonic()
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=out,
-        transient=True,
-        disable=not live,
-    )
-    bar = progress.add_task(name, total=total, rate="")
+def counting(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar (in a log: plain lines) for a loop over users; yields a function to call with the number done so far."""
+    done = 0
+    with ConsoleObserver(console(stderr=True)) as shown:
 
-    def advance(now_done: int) -> None:
-        nonlocal done, shown
-        rate.add(now_done - done)
-        done = now_done
-        speed = f"{rate.per_second:,.0f} {unit}/s"
-        if live:
-            progress.update(bar, completed=done, rate=speed)
-        elif time.monotonic() - shown > LOG_SECONDS:
-            shown = time.monotonic()
-            left = (total - done) / max(rate.per_second, 1e-9)
-            out.print(escape(f"{name}  {done:,}/{total:,}  {speed}  {left:.0f} s left"))
+        def advance(now_done: int) -> None:
+            nonlocal done
+            shown.advance(name, now_done, total, now_done - done)
+            done = now_done
 
-    with progress:
+        shown.advance(name, 0, total, 0)  # starts the clock
         yield advance

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,12 +17,8 @@ if TYPE_CHECKING:
 MAX_COLUMNS = 8  # of a table on the screen; a wider one is transposed
 
 
-def _what(text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel="What is trained", **more)
-
-
-def _how(text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel="How it is trained", **more)
+What = partial(typer.Option, rich_help_panel="What is trained")
+How = partial(typer.Option, rich_help_panel="How it is trained")
 
 
 def reproduce(
@@ -32,21 +29,21 @@ def reproduce(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of runs, tables, plots; finished runs are reused.", show_default=False)
     ],
-    methods: Annotated[str | None, _what("Methods, separated by commas (default: those of the paper).")] = None,
-    order: Annotated[str | None, _what("original, reversed, or tasks such as 1,3,2 (1 stays first).")] = None,
-    noise_at: Annotated[int | None, _what("Position of a noisy task, from 2; table4 has one by default.")] = None,
-    held_back: Annotated[int | None, _what("Task that figure2 adapts to (default: the fourth, or the last).")] = None,
-    seeds: Annotated[str, _what("Seeds, separated by commas.")] = "0",
+    methods: Annotated[str | None, What(help="Methods, separated by commas (default: those of the paper).")] = None,
+    order: Annotated[str | None, What(help="original, reversed, or tasks such as 1,3,2 (1 stays first).")] = None,
+    noise_at: Annotated[int | None, What(help="Position of a noisy task, from 2; table4 has one by default.")] = None,
+    held_back: Annotated[int | None, What(help="Task that figure2 adapts to (default: the fourth, or the last).")] = None,
+    seeds: Annotated[str, What(help="Seeds, separated by commas.")] = "0",
     own: Annotated[
-        list[str] | None, _what("An option of a method: conure.block=pre-activation.", "--set", metavar="METHOD.NAME=VALUE")
+        list[str] | None, What("--set", help="An option of a method: conure.block=pre-activation.", metavar="METHOD.NAME=VALUE")
     ] = None,
-    plugin: Annotated[list[Path] | None, _what("Python file that registers methods of your own.")] = None,
-    preset: Annotated[str | None, _how("Hyper-parameters: ttl, ml, naver or demo (default: by data set).")] = None,
-    config: Annotated[Path | None, _how("TOML file, as for `teracon train`.")] = None,
-    channels: Annotated[int | None, _how("Width of the network.", min=1)] = None,
-    epochs: Annotated[int | None, _how("Maximum number of epochs of every task.", min=1)] = None,
-    split_by: Annotated[str | None, _how("sample (as published) or user.")] = None,
-    quick: Annotated[bool, _how("A tiny network and one epoch, to check that everything runs.", "--quick")] = False,
+    plugin: Annotated[list[Path] | None, What(help="Python file that registers methods of your own.")] = None,
+    preset: Annotated[str | None, How(help="Hyper-parameters: ttl, ml, naver or demo (default: by data set).")] = None,
+    config: Annotated[Path | None, How(help="TOML file, as for `teracon train`.")] = None,
+    channels: Annotated[int | None, How(help="Width of the network.", min=1)] = None,
+    epochs: Annotated[int | None, How(help="Maximum number of epochs of every task.", min=1)] = None,
+    split_by: Annotated[str | None, How(help="sample (as published) or user.")] = None,
+    quick: Annotated[bool, How("--quick", help="A tiny network and one epoch, to check that everything runs.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each a process; GPUs are dealt out in turn.")] = 1,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     backend: Annotated[str | None, typer.Option(help="Kernels, see `teracon doctor`.")] = None,
@@ -94,19 +91,17 @@ class RunLines:
     """Shows the runs of `run_jobs`: a line each; on a terminal also the last output of the runs in progress."""
 
     def __init__(self) -> None:
-        self._out = console(stderr=True)
-        self._status = self._out.status("") if self._out.is_terminal else None
+        out = console(stderr=True)
+        self._live, self._status = out.is_terminal, out.status("")  # shown on a terminal only
         self._last: dict[Path, str] = {}  # of runs in progress
         self._count = ""  # "3 of 8"
 
     def __enter__(self) -> RunLines:
-        if self._status is not None:
-            self._status.start()
+        self._status.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._status is not None:
-            self._status.stop()
+        self._status.stop()
 
     def report(self, event: Event, config: RunConfig, text: str) -> None:
         """See `run_jobs`."""
@@ -118,10 +113,9 @@ class RunLines:
             self._last[config.run] = text.strip() if event == "line" else "starting"
         if event == "start":
             self._count = text
-        if self._status is not None:
-            running = "".join(f"\n  {run.name}: {line}" for run, line in self._last.items())
-            self._status.update(escape(f"run {self._count}{running}"))
+        running = "".join(f"\n  {run.name}: {line}" for run, line in self._last.items())
+        self._status.update(escape(f"run {self._count}{running}"))
         if event == "failed":
             say(f"failed: {config.run}: {text}", stderr=True)
-        elif event == "done" or (event == "start" and self._status is None):
+        elif event == "done" or (event == "start" and not self._live):
             say(f"{event}: {config.run}{' (' + text + ')' if text else ''}", stderr=True)

@@ -9,7 +9,7 @@ for batch in epoch_batches(split.train, 32, seed=0, epoch=0):
     x, y = fetch(data.tasks[0], batch)
 """
 
-from teracon_fast.data.batches import EpochBatches, epoch_batches, fetch
+from teracon_fast.data.batches import epoch_batches, fetch
 from teracon_fast.data.blocks import Block, pad_left
 from teracon_fast.data.dictionaries import Dictionary, read_published_index
 from teracon_fast.data.layout import TaskMeta
@@ -26,7 +26,6 @@ __all__ = [
     "Block",
     "DatasetWriter",
     "Dictionary",
-    "EpochBatches",
     "Split",
     "TaskData",
     "TaskMeta",

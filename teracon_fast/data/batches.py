@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import overload
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -15,44 +12,10 @@ from teracon_fast.errors import ConfigError
 Indices = npt.NDArray[np.int64]
 
 
-class EpochBatches(Sequence[Indices]):
-    """The batches of one epoch: `batches[k]` is the array of sample indices of batch k, `batches[k:]` resumes at batch k.
-
-    Args:
-        order: int64 [n] sample indices in order of use.
-        batch_size: samples per batch; the last batch may be smaller.
-    """
-
-    def __init__(self, order: Indices, batch_size: int) -> None:
-        self.order, self.batch_size = order, batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.order) // self.batch_size)
-
-    @overload
-    def __getitem__(self, index: int) -> Indices: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Indices]: ...
-
-    def __getitem__(self, index: int | slice) -> Indices | list[Indices]:
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
-        k = index + len(self) if index < 0 else index
-        if not 0 <= k < len(self):
-            raise IndexError(f"batch {index} of {len(self)}")
-        return self.order[k * self.batch_size : (k + 1) * self.batch_size]
-
-
 def epoch_batches(
-    indices: npt.NDArray[np.integer],
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    shuffle: bool = True,
-    drop_last: bool = False,
-) -> EpochBatches:
-    """The batches of one epoch over `indices`, each index once.
+    indices: npt.NDArray[np.integer], batch_size: int, seed: int, epoch: int, shuffle: bool = True, drop_last: bool = False
+) -> list[Indices]:
+    """The batches of one epoch over `indices`, each index once: int64 arrays of sample indices.
 
     Depends on the arguments only, so a run that stopped at batch k resumes with `epoch_batches(...)[k:]`.
 
@@ -75,7 +38,7 @@ def epoch_batches(
         order = np.random.Generator(np.random.PCG64([seed, epoch, 1])).permutation(order)
     if drop_last:
         order = order[: len(order) // batch_size * batch_size]
-    return EpochBatches(order, batch_size)
+    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
 
 def fetch(task: TaskData, sample_indices: npt.NDArray[np.integer]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,9 +54,14 @@ def fetch(task: TaskData, sample_indices: npt.NDArray[np.integer]) -> tuple[torc
     Raises:
         IndexError: an index outside [0, S).
     """
+    rows, labels = rows_and_labels(task, sample_indices)
+    return torch.from_numpy(task.sequences[rows].astype(np.int64)), torch.from_numpy(labels)
+
+
+def rows_and_labels(task: TaskData, sample_indices: npt.NDArray[np.integer]) -> tuple[Indices, Indices]:
+    """Row and label of some samples, int64 [B] each; IndexError outside [0, S)."""
     sample_indices = np.asarray(sample_indices)
     if len(sample_indices) and sample_indices.min() < 0:
         raise IndexError(f"sample index {sample_indices.min()}; expected 0 to {len(task.samples) - 1}")
-    pairs = task.samples[sample_indices]
-    x = task.sequences[pairs[:, 0]].astype(np.int64)
-    return torch.from_numpy(x), torch.from_numpy(pairs[:, 1].astype(np.int64))
+    rows, labels = task.samples[sample_indices].T.astype(np.int64, order="C")
+    return rows, labels

@@ -41,9 +41,19 @@ class Block:
 
     def error(self, row: int, reason: str) -> DataError:
         """The error to raise for row `row` of this block."""
-        if self.path is None:
-            return DataError("sequences", reason, self.first_line + row)
-        return DataError(self.path, reason, self.first_line + row)
+        return DataError(self.path or "sequences", reason, self.first_line + row)
+
+
+def checked_source(path: str | Path, length: int | None, empty_labels: str) -> Path:
+    """The file of a reader, whose options are checked; DataError if one is wrong or there is no such file."""
+    path = Path(path)
+    if empty_labels not in ("error", "skip"):
+        raise DataError(path, f"empty labels: got {empty_labels!r}; expected 'error' or 'skip'")
+    if length is not None and length < 1:
+        raise DataError(path, f"got length {length}; expected at least 1")
+    if not path.is_file():
+        raise DataError(path, "no such file")
+    return path
 
 
 def pad_left(values: RawIds, offsets: npt.NDArray[Any], length: int, pad: Any = 0) -> RawIds:
@@ -75,18 +85,12 @@ def as_blocks(
     rows_per_block: int = 65536,
 ) -> Iterator[Block]:
     """Sequences, labels and groups in any form that `DatasetWriter.add_task` accepts, as blocks."""
-    chunks: Iterable[Rows]
     if isinstance(sequences, np.ndarray):
         whole = sequences
-        chunks = (whole[i : i + rows_per_block] for i in range(0, len(whole), rows_per_block))
-    else:
-        chunks = sequences
-    label_rows: npt.NDArray[Any] | None = None
-    values: RawIds | None = None
-    if labels is not None:
-        label_rows, values = _label_arrays(labels)
+        sequences = (whole[i : i + rows_per_block] for i in range(0, len(whole), rows_per_block))
+    label_rows, values = (None, None) if labels is None else _label_arrays(labels)
     done = 0
-    for chunk in chunks:
+    for chunk in sequences:
         block = chunk if isinstance(chunk, Block) else Block(np.asarray(chunk), first_line=done)
         n = len(block.items)
         if label_rows is not None and values is not None:
@@ -95,15 +99,11 @@ def as_blocks(
         if groups is not None:
             block.groups = np.asarray(groups[done : done + n])
             if len(block.groups) != n:
-                raise DataError(
-                    "groups", f"got {len(groups)} groups for more rows; expected one group per row"
-                )
+                raise DataError("groups", f"got {len(groups)} groups for more rows; expected one group per row")
         done += n
         yield block
     if label_rows is not None and len(label_rows) and not 0 <= label_rows[0] <= label_rows[-1] < done:
-        raise DataError(
-            "labels", f"got label rows {label_rows[0]} to {label_rows[-1]}; expected 0 to {done - 1}"
-        )
+        raise DataError("labels", f"got label rows {label_rows[0]} to {label_rows[-1]}; expected 0 to {done - 1}")
     if groups is not None and len(groups) != done:
         raise DataError("groups", f"got {len(groups)} groups for {done} rows; expected one group per row")
 

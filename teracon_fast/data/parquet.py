@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from teracon_fast.data.blocks import Block, RawIds, pad_left
+from teracon_fast.data.blocks import Block, RawIds, checked_source, pad_left
 from teracon_fast.data.dictionaries import PAD, pyarrow
 from teracon_fast.errors import DataError
 
@@ -46,64 +46,59 @@ def read_parquet(
     Raises:
         DataError: names file and row (from 0): no such file, not Parquet, a column missing or of the wrong type, nulls, no rows.
     """
-    path = Path(path)
-    if empty_labels not in ("error", "skip"):
-        raise DataError(path, f"empty labels: got {empty_labels!r}; expected 'error' or 'skip'")
-    if length is not None and length < 1:
-        raise DataError(path, f"got length {length}; expected at least 1")
-    if not path.is_file():
-        raise DataError(path, "no such file")
-    return _blocks(path, items, user, labels, length, empty_labels, rows_per_block)
+    path = checked_source(path, length, empty_labels)
+
+    def blocks(length: int | None) -> Iterator[Block]:
+        if length is None:
+            batches = read_batches(path, [items], rows_per_block)
+            lists = (read_lists(path, batch.column(0), items, first) for first, batch in batches)
+            length = max((int(np.diff(offsets).max(initial=0)) for _, offsets in lists), default=0)
+            if length == 0:
+                raise DataError(path, f"column {items!r} has no items")
+        columns = [items, *([user] if user else []), *([labels] if labels else [])]
+        rows = 0
+        for first, batch in read_batches(path, columns, rows_per_block):
+            values, offsets = read_lists(path, batch.column(0), items, first)
+            pad: Any = PAD if values.dtype == object else 0
+            block = Block(pad_left(values, offsets, length, pad), path=path, first_line=first)
+            if user:
+                block.groups = _groups(path, batch.column(1), user, first)
+            if labels:
+                column = batch.column(len(columns) - 1)
+                block.label_rows, block.label_values = _labels(path, column, labels, first, empty_labels)
+            rows += len(block.items)
+            yield block
+        if not rows:
+            raise DataError(path, "got no rows")
+
+    return blocks(length)
 
 
-def _blocks(
-    path: Path,
-    items: str,
-    user: str | None,
-    labels: str | None,
-    length: int | None,
-    empty_labels: str,
-    rows_per_block: int,
-) -> Iterator[Block]:
-    if length is None:
-        lists = (
-            _lists(path, batch.column(0), items, first) for first, batch in _batches(path, [items], rows_per_block)
-        )
-        length = max((int(np.diff(offsets).max(initial=0)) for _, offsets in lists), default=0)
-        if length == 0:
-            raise DataError(path, f"column {items!r} has no items")
-    columns = [items, *([user] if user else []), *([labels] if labels else [])]
-    rows = 0
-    for first, batch in _batches(path, columns, rows_per_block):
-        values, offsets = _lists(path, batch.column(0), items, first)
-        pad: Any = PAD if values.dtype == object else 0
-        block = Block(pad_left(values, offsets, length, pad), path=path, first_line=first)
-        if user:
-            block.groups = _groups(path, batch.column(1), user, first)
-        if labels:
-            block.label_rows, block.label_values = _labels(
-                path, batch.column(len(columns) - 1), labels, first, empty_labels
-            )
-        rows += len(block.items)
-        yield block
-    if not rows:
-        raise DataError(path, "got no rows")
-
-
-def _batches(path: Path, columns: list[str], rows_per_block: int) -> Iterator[tuple[int, Any]]:
-    """Record batches of these columns in this order, each with the number of its first row."""
+def open_parquet(path: Path) -> Any:
+    """The `pyarrow.parquet.ParquetFile`; DataError if it is none."""
     pa = pyarrow()
     from pyarrow import parquet
 
     try:
-        file = parquet.ParquetFile(path)
+        return parquet.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise DataError(path, f"not a Parquet file: {error}") from error
-    with file:
-        names = file.schema_arrow.names
-        for column in columns:
-            if column not in names:
-                raise DataError(path, f"no column {column!r}; the file has {', '.join(names)}")
+
+
+def require_columns(path: Path, present: Sequence[str], columns: Sequence[str]) -> None:
+    """DataError if the file lacks one of `columns`."""
+    for column in columns:
+        if column not in present:
+            raise DataError(path, f"no column {column!r}; the file has {', '.join(present)}")
+
+
+def read_batches(path: Path, columns: list[str], rows_per_block: int) -> Iterator[tuple[int, Any]]:
+    """Record batches of these columns in this order, each with the number of its first row; DataError if the file is not whole
+    or lacks a column.
+    """
+    pa = pyarrow()
+    with open_parquet(path) as file:
+        require_columns(path, file.schema_arrow.names, columns)
         first = 0
         batches = file.iter_batches(rows_per_block, columns=columns)
         while True:
@@ -118,18 +113,19 @@ def _batches(path: Path, columns: list[str], rows_per_block: int) -> Iterator[tu
             first += batch.num_rows
 
 
-def _lists(path: Path, column: Any, name: str, first: int) -> tuple[RawIds, npt.NDArray[np.int64]]:
-    """Flat values and offsets [n+1] of a list column."""
+def read_lists(path: Path, column: Any, name: str, first: int) -> tuple[RawIds, npt.NDArray[np.int64]]:
+    """Flat values, int64 or objects of type str, and offsets [n+1] of a list column of a batch that begins at row `first`;
+    DataError if they are not lists of integers or strings, or there is a null among them.
+    """
     if not _is_list(column.type):
         raise DataError(path, f"column {name!r}: got {column.type}; expected lists of integers or strings")
     if column.null_count:
         raise DataError(path, f"column {name!r}: got null; expected a list", first + _first_null(column))
-    sizes = _list_sizes(column)
-    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    offsets = np.concatenate([[0], np.cumsum(_list_sizes(column), dtype=np.int64)])
     flat = column.flatten()
     if flat.null_count:
         row = int(np.searchsorted(offsets, _first_null(flat), side="right")) - 1
-        raise DataError(path, f"column {name!r}: got a null id", first + row)
+        raise DataError(path, f"column {name!r}: got a null item; expected an id", first + row)
     return _ids(path, flat, name), offsets
 
 
@@ -148,7 +144,7 @@ def _ids(path: Path, column: Any, name: str) -> RawIds:
         except pa.ArrowInvalid as error:
             raise DataError(path, f"column {name!r}: {error}") from error
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
-        return np.array(column.to_pylist(), dtype=object)
+        return column.cast(pa.string()).to_numpy(zero_copy_only=False)
     raise DataError(path, f"column {name!r}: got ids of type {kind}; expected integers or strings")
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable
-from typing import Generic, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from teracon_fast.errors import ConfigError
 
@@ -28,75 +28,15 @@ def prefetch(source: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     """
     if depth < 1:
         raise ConfigError(f"prefetch: got depth {depth}, expected at least 1")
-    work = _Work(source, depth)
-    # A daemon: the process can exit even if a disk hangs.
-    thread = threading.Thread(target=work.run, name="teracon-prefetch", daemon=True)
+    iterator, end = iter(source), object()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="teracon-prefetch")
     try:
-        thread.start()
-        yield from work.items()
+        waiting = deque(pool.submit(next, iterator, end) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, iterator, end))
+            yield item  # type: ignore[misc]
+            del item
     finally:
-        work.stop()
-        if thread.is_alive():
-            thread.join()
-
-
-class _Work(Generic[T]):
-    """State shared by the two threads, guarded by `_changed`."""
-
-    def __init__(self, source: Iterable[T], depth: int) -> None:
-        self._source, self._depth = source, depth
-        self._changed = threading.Condition()
-        self._ready: deque[T] = deque()
-        self._error: BaseException | None = None
-        self._ended = self._stopped = False
-
-    def run(self) -> None:
-        """Producer thread: compute items while there is room for them."""
-        try:
-            iterator = iter(self._source)
-            try:
-                # Wait for room first: otherwise `depth` + 1 items would exist.
-                while self._room():
-                    try:
-                        item = next(iterator)
-                    except StopIteration:
-                        break
-                    with self._changed:
-                        self._ready.append(item)
-                        self._changed.notify_all()
-                    del item
-            finally:
-                if isinstance(iterator, Generator):
-                    iterator.close()
-        except BaseException as error:
-            self._error = error
-        finally:
-            with self._changed:
-                self._ended = True
-                self._changed.notify_all()
-
-    def _room(self) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: self._stopped or len(self._ready) < self._depth)
-            return not self._stopped
-
-    def items(self) -> Generator[T, None, None]:
-        """Consumer: yield the items, then raise the producer's exception, if any."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._ready or self._ended)
-                if not self._ready:
-                    break
-                item = self._ready.popleft()
-                self._changed.notify_all()
-            yield item
-        if self._error is not None:
-            raise self._error
-
-    def stop(self) -> None:
-        """Stop the producer and drop the waiting items."""
-        with self._changed:
-            self._stopped = True
-            self._ready.clear()
-            self._error = None  # its traceback refers to this object: a cycle that would keep batches alive
-            self._changed.notify_all()
+        pool.shutdown(cancel_futures=True)
+        if isinstance(iterator, Generator):
+            iterator.close()

@@ -9,6 +9,7 @@ order mark, and refuses anything else outside the format, naming file, line and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from teracon_fast.data.blocks import Block, pad_left
+from teracon_fast.data.blocks import Block, checked_source, pad_left
 from teracon_fast.errors import DataError
 
 Ints = npt.NDArray[np.int64]
@@ -65,83 +66,64 @@ def read_sequences_csv(
             most 18 digits without sign and leading zero, NUL bytes, an empty id, a blank line between rows, rows of unequal
             length, missing or unexpected labels.
     """
-    path = Path(path)
+    path = checked_source(path, length, empty_labels)
     if pad not in ("none", "left"):
         raise DataError(path, f"padding: got {pad!r}; expected 'none' or 'left'")
-    if empty_labels not in ("error", "skip"):
-        raise DataError(path, f"empty labels: got {empty_labels!r}; expected 'error' or 'skip'")
-    if length is not None and length < 1:
-        raise DataError(path, f"got length {length}; expected at least 1")
-    if not path.is_file():
-        raise DataError(path, "no such file")
-    return _blocks(path, labels, length, pad, empty_labels, block_bytes)
 
-
-def _blocks(
-    path: Path, labels: bool, length: int | None, pad: str, empty_labels: str, block_bytes: int
-) -> Iterator[Block]:
-    if length is None and pad == "left":
-        tables = (_Tokens.of(path, *part) for part in _text_blocks(path, block_bytes))
-        length = max(int(_item_counts(table, labels).max(initial=0)) for table in tables)
-        if length == 0:
-            raise DataError(path, "got no items")
-    for text, first_line in _text_blocks(path, block_bytes):
-        tokens = _Tokens.of(path, text, first_line)
-        counts = _item_counts(tokens, labels)
-        if length is None:
-            length = int(counts[0])
-        starts = tokens.first
-        values = tokens.values()
-        if pad == "left":
-            ends = starts + counts
-            items = pad_left(values, np.stack([starts, ends]), length)
-        else:
-            if (counts != length).any():
+    def blocks(length: int | None) -> Iterator[Block]:
+        if length is None and pad == "left":
+            tables = (_Tokens.of(path, *part) for part in _text_blocks(path, block_bytes))
+            length = max(int(_item_counts(table, labels).max(initial=0)) for table in tables)
+            if length == 0:
+                raise DataError(path, "got no items")
+        for text, first_line in _text_blocks(path, block_bytes):
+            tokens = _Tokens.of(path, text, first_line)
+            counts = _item_counts(tokens, labels)
+            if length is None:
+                length = int(counts[0])
+            values = tokens.values()
+            if pad == "left":
+                items = pad_left(values, np.stack([tokens.first, tokens.first + counts]), length)
+            elif (counts != length).any():
                 row = int((counts != length).argmax())
                 raise tokens.error(row, f"got {counts[row]} items; expected {length} in every row (--length pads and truncates)")
-            flat = len(values) == len(counts) * length
-            items = values.reshape(-1, length) if flat else values[starts[:, None] + np.arange(length)]
-        block = Block(items, path=path, first_line=first_line)
-        if labels:
-            block.label_rows, block.label_values = _labels(tokens, counts, values, empty_labels)
-        yield block
+            elif len(values) == len(counts) * length:
+                items = values.reshape(-1, length)
+            else:
+                items = values[tokens.first[:, None] + np.arange(length)]
+            block = Block(items, path=path, first_line=first_line)
+            if labels:
+                block.label_rows, block.label_values = _labels(tokens, counts, values, empty_labels)
+            yield block
+
+    return blocks(length)
 
 
 def _text_blocks(path: Path, block_bytes: int) -> Iterator[tuple[bytes, int]]:
     """Whole lines as (bytes ending in a newline, number of the first line), without blank lines at the end of the file."""
-    line, blank_line, rows, rest = 1, 0, 0, b""
+    line, blank_line, rows = 1, 0, 0
     with open(path, "rb") as file:
         head = file.read(4)
         for magic, what in _FOREIGN.items():
             if head.startswith(magic):
                 raise DataError(path, f"got {what}; expected plain text")
         file.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
-        while True:
-            chunk = file.read(block_bytes)
-            end = chunk.rfind(b"\n") + 1
-            if chunk and not end:
-                rest += chunk
-                if len(rest) > _MAX_LINE_BYTES:
-                    raise DataError(path, f"got a line of over {_MAX_LINE_BYTES >> 20} MiB; expected text", line)
-                continue
-            text, rest = rest + chunk[:end], chunk[end:]
-            if not chunk and text:
-                text += b"\n"
-            if b"\r" in text:
-                text = text.replace(b"\r\n", b"\n")
-            lines = text.count(b"\n")
+        while chunk := file.read(block_bytes):
+            end = file.readline(_MAX_LINE_BYTES)
+            if len(end) == _MAX_LINE_BYTES and not end.endswith(b"\n"):
+                at = line + chunk.count(b"\n")
+                raise DataError(path, f"got a line of over {_MAX_LINE_BYTES >> 20} MiB; expected text", at)
+            text = (chunk + end).replace(b"\r\n", b"\n")
             kept = text.rstrip(b"\n")
-            kept += b"\n" if kept else b""
-            if kept and blank_line:
-                raise DataError(path, "got a blank line between rows", blank_line)
-            if len(kept) < len(text):
-                blank_line = blank_line or line + kept.count(b"\n")
             if kept:
+                if blank_line:
+                    raise DataError(path, "got a blank line between rows", blank_line)
+                kept += b"\n"
                 rows += 1
                 yield kept, line
-            line += lines
-            if not chunk:
-                break
+            if len(kept) < len(text):
+                blank_line = blank_line or line + kept.count(b"\n")
+            line += text.count(b"\n")
     if not rows:
         raise DataError(path, "got no rows")
 
@@ -263,14 +245,10 @@ def _unexpected_byte(path: Path, text: bytes, at: int, first_line: int) -> DataE
     if byte == b"\r":
         return DataError(path, "got a carriage return inside a line; expected lines ending in LF or CRLF", line)
     begin = max(text.rfind(b",", 0, at), text.rfind(b"\n", 0, at)) + 1
-    ends = [end for end in (text.find(b",", at), text.find(b"\n", at)) if end >= 0]
-    got = text[begin : min(ends)].decode("utf-8", "backslashreplace")
+    got = re.split(rb"[,\n]", text[begin:], maxsplit=1)[0].decode("utf-8", "backslashreplace")
     header = " (a header line?)" if line == 1 and byte.isalpha() else ""
-    return DataError(
-        path,
-        f"got id {_shorten(got)}{header}; expected a whole number (Parquet files may have ids of text)",
-        line,
-    )
+    expected = "a whole number (Parquet files may have ids of text)"
+    return DataError(path, f"got id {_shorten(got)}{header}; expected {expected}", line)
 
 
 def _shorten(text: str) -> str:

@@ -59,11 +59,10 @@ def split_task(
         points = _uniform_hash(groups, seed)
         order = np.argsort(points, kind="stable")
         wanted = np.searchsorted(points[order], [fractions[0], 1.0 - fractions[2]])
-        rank = np.empty(len(groups), dtype=np.int64)
-        rank[order] = np.arange(len(groups))
         cuts = _at_least_one(int(wanted[0]), int(wanted[1]), len(groups), fractions, "users", task.name)
-        side = np.searchsorted(cuts, rank[group_of], side="right")
-        parts = [np.flatnonzero(side == part) for part in range(3)]
+        part_of = np.empty(len(groups), dtype=np.int64)
+        part_of[order] = np.searchsorted(cuts, np.arange(len(groups)), side="right")
+        parts = [np.flatnonzero(part_of[group_of] == part) for part in range(3)]
     train, valid, test = (np.sort(part).astype(np.int64, copy=False) for part in parts)
     return Split(train, valid, test)
 

@@ -20,14 +20,13 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from teracon_fast.data.blocks import LabelArrays, RawIds, Rows, as_blocks
-from teracon_fast.data.dictionaries import PAD, Dictionary, bucket_names
+from teracon_fast.data.dictionaries import PAD, Dictionary, DictionaryBuilder, bucket_names
 from teracon_fast.data.layout import (
     FORMAT_VERSION,
     Kind,
@@ -39,33 +38,19 @@ from teracon_fast.data.layout import (
 )
 from teracon_fast.data.task_files import Duplicates, TaskFiles, Unseen
 from teracon_fast.errors import ConfigError, DataError
-from teracon_fast.files import atomic_write
+from teracon_fast.files import atomic_write, make_public
 
 _log = logging.getLogger("teracon_fast.data")
 
 
-@dataclass(frozen=True)
-class Known:
-    """Dictionaries of an earlier data set: items, and labels by task name."""
-
-    items: Dictionary | None = None
-    labels: Mapping[str, Dictionary] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, path: str | Path) -> Known:
-        """Read the dictionaries of a prepared folder or a run folder.
-
-        Raises:
-            DataError: neither of the two, or a dictionary is missing or damaged.
-        """
-        path = Path(path)
-        tasks = enumerate(read_about(path).tasks, 1)
-        labels = {
-            task.name: Dictionary.load(path / f"task{number}" / "labels.parquet")
-            for number, task in tasks
-            if task.kind == "label"
-        }
-        return cls(Dictionary.load(path / "items.parquet"), labels)
+def read_dictionaries(path: str | Path) -> tuple[Dictionary, dict[str, Dictionary]]:
+    """Those of the items, and of the labels by task name, of a prepared folder or a run folder; DataError if it is neither, or
+    one is missing or damaged.
+    """
+    path = Path(path)
+    later = enumerate(read_about(path).tasks[1:], 2)
+    labels = {task.name: Dictionary.load(path / f"task{number}" / "labels.parquet") for number, task in later}
+    return Dictionary.load(path / "items.parquet"), labels
 
 
 def _with_buckets(known: Dictionary | None, min_count: int, buckets: int | None) -> Dictionary | None:
@@ -86,11 +71,7 @@ def _with_buckets(known: Dictionary | None, min_count: int, buckets: int | None)
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Check that a data set may be written to `output`.
-
-    Raises:
-        DataError: `output` exists, and `overwrite` is False or it is not a prepared data set.
-    """
+    """DataError if `output` exists, and `overwrite` is False or it is not a prepared data set."""
     if not output.exists():
         return
     if not overwrite:
@@ -150,10 +131,12 @@ class DatasetWriter:
         self.items = items
         if items is not None and (extend is not None or min_count > 1 or buckets):
             raise ConfigError("got an item dictionary and options that make another (extend, min_count, buckets)")
-        self._known = Known() if extend is None else Known.read(extend)
+        known: Dictionary | None = None
+        self._known_labels: dict[str, Dictionary] = {}
         if extend is not None:
+            known, self._known_labels = read_dictionaries(extend)
             self.source["extends"] = str(extend)
-        self._known_items = _with_buckets(self._known.items, min_count, buckets)
+        self._known_items = _with_buckets(known, min_count, buckets)
         self._min_count = min_count
         self.tasks: list[TaskMeta] = []
         self._overwrite = overwrite
@@ -165,17 +148,12 @@ class DatasetWriter:
     def __enter__(self) -> DatasetWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            try:
-                self.close()
-                return
-            except BaseException:
-                self.abort()
-                raise
-        self.abort()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)  # not there any more if it was renamed
 
     def add_task(
         self,
@@ -211,24 +189,20 @@ class DatasetWriter:
                 strings, an unseen item, a label for a row that does not exist, no labels, no rows.
         """
         number = len(self.tasks) + 1
+        where = f"task {number} ({name})"
         if (kind == "next_item") != (number == 1):
-            raise DataError(
-                self.path, f"task {number} ({name}): got kind {kind!r}; expected 'next_item' for task 1, 'label' for the others"
-            )
+            raise DataError(self.path, f"{where}: got kind {kind!r}; expected 'next_item' for task 1, 'label' for the others")
         if name in (task.name for task in self.tasks):
             raise DataError(self.path, f"got two tasks named {name!r}; expected distinct names")
         if kind == "next_item" and labels is not None:
-            raise DataError(
-                self.path, f"task {number} ({name}): got labels; expected none, since the last item of each row is the label"
-            )
-        if unseen not in ("error", "pad", "drop"):
+            raise DataError(self.path, f"{where}: got labels; expected none, since the last item of each row is the label")
+        if unseen not in get_args(Unseen):
             raise DataError(self.path, f"unseen items: got {unseen!r}; expected 'error', 'pad' or 'drop'")
-        if duplicates not in ("keep", "drop", "error"):
+        if duplicates not in get_args(Duplicates):
             raise DataError(self.path, f"duplicate labels: got {duplicates!r}; expected 'keep', 'drop' or 'error'")
-        task = TaskFiles(
-            self._folder / f"task{number}", kind, self.length, self.items, unseen, duplicates,
-            known_items=self._known_items, known_labels=self._known.labels.get(name), min_count=self._min_count,
-        )  # fmt: skip
+        items = DictionaryBuilder(True, self._known_items, self._min_count) if self.items is None else self.items
+        new_labels = DictionaryBuilder(False, self._known_labels.get(name))
+        task = TaskFiles(self._folder / f"task{number}", kind, self.length, items, new_labels, unseen, duplicates)
         for block in as_blocks(sequences, labels, groups):
             if len(block.items):
                 task.add(block)
@@ -239,23 +213,16 @@ class DatasetWriter:
             _log.warning("task %s: %s", name, note)
         return meta
 
-    def close(self) -> None:
+    def _finish(self) -> None:
         """Write the item dictionary and dataset.json, and rename the folder."""
         if not self.tasks or self.items is None:
             raise DataError(self.path, "got no tasks; expected at least one")
         self.items.save(self._folder / "items.parquet")
-        about = {
-            "format_version": FORMAT_VERSION,
-            "name": self.name,
-            "length": self.length,
-            "num_items": len(self.items),
-        }
-        text = json.dumps({**about, "tasks": [asdict(task) for task in self.tasks], "source": self.source}, indent=2)
+        about = {"format_version": FORMAT_VERSION, "name": self.name, "length": self.length, "num_items": len(self.items)}
+        about |= {"tasks": [asdict(task) for task in self.tasks], "source": self.source}
         with atomic_write(self._folder / "dataset.json", "w") as file:
-            file.write(text + "\n")
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(self._folder, 0o777 & ~umask)
+            file.write(json.dumps(about, indent=2) + "\n")
+        make_public(self._folder, 0o777)
         old = None
         if self._overwrite and self.path.exists():
             old = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".old"))
@@ -263,10 +230,6 @@ class DatasetWriter:
         os.replace(self._folder, self.path)
         if old is not None:
             shutil.rmtree(old)
-
-    def abort(self) -> None:
-        """Delete what was written."""
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,6 +244,7 @@ class TaskData:
         groups: int64 [N] user ids.
         samples: int32 [S, 2], (row, label); for next_item the label is the last item of the row.
         path: the folder of the task.
+        notes: see `TaskMeta`.
         names: of the labels, where no file has them.
     """
 
@@ -292,7 +256,14 @@ class TaskData:
     groups: npt.NDArray[np.int64]
     samples: npt.NDArray[np.int32]
     path: Path
+    notes: list[str] = field(default_factory=list)
     names: tuple[str, ...] = ()
+
+    @property
+    def meta(self) -> TaskMeta:
+        """The record of the task in dataset.json."""
+        sizes = len(self.sequences), len(self.samples), self.num_labels
+        return TaskMeta(self.name, self.kind, *sizes, self.notes)
 
     def label_ids(self) -> npt.NDArray[np.object_]:
         """[C] str: the raw label of each index (raw item ids for a next_item task)."""
@@ -312,7 +283,6 @@ class TaskSequence:
         length: L.
         num_items: V, with the pad.
         tasks: in order of training.
-        metas: the records of the tasks in dataset.json.
         source: origin of the data.
     """
 
@@ -321,7 +291,6 @@ class TaskSequence:
     length: int
     num_items: int
     tasks: list[TaskData]
-    metas: list[TaskMeta]
     source: dict[str, Any]
 
     def item_ids(self) -> npt.NDArray[np.object_]:
@@ -351,23 +320,17 @@ def open_dataset(path: str | Path, validate: bool = True) -> TaskSequence:
     tasks = []
     for number, meta in enumerate(about.tasks, 1):
         folder, rows = path / f"task{number}", meta.num_rows
-        if meta.kind == "label":
+        if number > 1:
             check_dictionary(folder / "labels.parquet", meta.num_labels)
         elif meta.num_labels != about.num_items:
             reason = f"task 1: got {meta.num_labels} labels; expected {about.num_items}, one per item"
             raise DataError(path / "dataset.json", reason)
-        tasks.append(
-            TaskData(
-                name=meta.name,
-                kind=meta.kind,
-                num_labels=meta.num_labels,
-                sequences=open_array(folder / "sequences.npy", np.int32, (rows, about.length)),
-                lengths=open_array(folder / "lengths.npy", np.int32, (rows,)),
-                groups=open_array(folder / "groups.npy", np.int64, (rows,)),
-                samples=open_array(folder / "samples.npy", np.int32, (meta.num_samples, 2)),
-                path=folder,
-            )
-        )
+        sequences = open_array(folder / "sequences.npy", np.int32, (rows, about.length))
+        lengths = open_array(folder / "lengths.npy", np.int32, (rows,))
+        groups = open_array(folder / "groups.npy", np.int64, (rows,))
+        samples = open_array(folder / "samples.npy", np.int32, (meta.num_samples, 2))
+        arrays = sequences, lengths, groups, samples
+        tasks.append(TaskData(meta.name, meta.kind, meta.num_labels, *arrays, folder, meta.notes))
         if validate:
             check_values(folder, meta, about.length, about.num_items)
-    return TaskSequence(path, about.name, about.length, about.num_items, tasks, about.tasks, about.source)
+    return TaskSequence(path, about.name, about.length, about.num_items, tasks, about.source)

@@ -13,6 +13,7 @@ from teracon_fast.data.dictionaries import Dictionary, DictionaryBuilder
 from teracon_fast.data.layout import Kind, TaskMeta, leading_to_lengths
 from teracon_fast.data.npy import NpyWriter, remap
 from teracon_fast.errors import DataError
+from teracon_fast.files import atomic_write
 
 Unseen: TypeAlias = Literal["error", "pad", "drop"]
 Duplicates: TypeAlias = Literal["keep", "drop", "error"]
@@ -25,9 +26,8 @@ class TaskFiles:
         folder: folder of the task, created here.
         kind, unseen, duplicates: see `DatasetWriter.add_task`.
         length: L; None takes it from the first block.
-        items: the item dictionary; None builds it from this task, and `finish` sets `items`.
-        known_items, known_labels: dictionaries that the new ones extend.
-        min_count: see `DictionaryBuilder`.
+        items: the item dictionary, or what builds it from this task: `finish` then sets `items`.
+        labels: builds the label dictionary.
     """
 
     def __init__(
@@ -35,19 +35,17 @@ class TaskFiles:
         folder: Path,
         kind: Kind,
         length: int | None,
-        items: Dictionary | None,
-        unseen: Unseen = "error",
-        duplicates: Duplicates = "keep",
-        *,
-        known_items: Dictionary | None = None,
-        known_labels: Dictionary | None = None,
-        min_count: int = 1,
+        items: Dictionary | DictionaryBuilder,
+        labels: DictionaryBuilder,
+        unseen: Unseen,
+        duplicates: Duplicates,
     ) -> None:
-        self.folder, self.kind, self.length, self.items = folder, kind, length, items
+        self.folder, self.kind, self.length = folder, kind, length
         self.unseen, self.duplicates = unseen, duplicates
         folder.mkdir()
-        self.new_items = DictionaryBuilder(True, known_items, min_count) if items is None else None
-        self.label_builder = DictionaryBuilder(False, known_labels)
+        self.new_items = items if isinstance(items, DictionaryBuilder) else None
+        self.items = items if isinstance(items, Dictionary) else None
+        self.label_builder = labels
         self.sequences: NpyWriter | None = None
         self.lengths = NpyWriter(folder / "lengths.npy", np.int32)
         self.groups = NpyWriter(folder / "groups.npy", np.int64)
@@ -123,9 +121,8 @@ class TaskFiles:
             raise block.error(0, f"labels: {error}") from error
         rows = np.asarray(block.label_rows)
         if rows.shape != codes.shape or (len(rows) and not 0 <= rows.min() <= rows.max() < len(block.items)):
-            raise block.error(
-                0, f"got {rows.shape} label rows and {codes.shape} labels; expected a row of the block for each label"
-            )
+            reason = f"got {rows.shape} label rows and {codes.shape} labels; expected a row of the block for each label"
+            raise block.error(0, reason)
         pairs = np.stack([rows + self.rows, codes], axis=1).astype(np.int32)
         if len(rows) and not (np.diff(rows) > 0).all():
             pairs = self._without_duplicates(block, pairs)
@@ -139,9 +136,8 @@ class TaskFiles:
         if self.duplicates == "error":
             again = int(np.setdiff1d(np.arange(len(pairs)), first)[0])
             assert block.label_values is not None
-            raise block.error(
-                int(pairs[again, 0]) - self.rows, f"got label {str(block.label_values[again])!r} twice"
-            )
+            row = int(pairs[again, 0]) - self.rows
+            raise block.error(row, f"got label {str(block.label_values[again])!r} twice")
         self.counts["repeated"] += repeated
         return pairs if self.duplicates == "keep" else pairs[np.sort(first)]
 
@@ -169,9 +165,8 @@ class TaskFiles:
             samples[:, 1] = index_of_label[samples[:, 1]]
             num_labels = len(labels)
             labels.save(self.folder / "labels.parquet")
-        file = NpyWriter(self.folder / "samples.npy", np.int32, (2,))
-        file.append(samples)
-        file.close()
+        with atomic_write(self.folder / "samples.npy") as file:
+            np.save(file, samples)
         return TaskMeta(name, self.kind, self.rows, len(samples), num_labels, self._notes())
 
     def _notes(self) -> list[str]:

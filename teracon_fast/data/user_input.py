@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teracon_fast.data import Dictionary, open_dataset, pad_left, read_sequences_csv
+from teracon_fast.data.dictionaries import pyarrow
+from teracon_fast.data.parquet import open_parquet, read_batches, read_lists, require_columns
 from teracon_fast.errors import ConfigError, DataError
 
 Unseen = Literal["error", "pad", "drop", "bucket"]
@@ -31,12 +33,12 @@ class InputBlock:
 
 @dataclass(frozen=True)
 class _Found:
-    """Rows as read: `codes` int32 `[n, m]`, negative for unseen items (-1 - b if mapped to index b); `raw(row, column)` is the
-    raw id of an item; row r is line or row `first_line + r` of its source."""
+    """Rows as read: `codes` int32 `[n, m]`, m at most L, negative for unseen items (-1 - b if mapped to index b), whose raw ids
+    are `unseen`, row by row; row r is line or row `first_line + r` of its source."""
 
     codes: NDArray[np.int32]
     keys: list[Any]
-    raw: Callable[[int, int], object]
+    unseen: NDArray[Any]
     first_line: int
 
 
@@ -82,7 +84,7 @@ class Inputs:
         encode = partial(encode_items, items, unseen)
         self._source: _Csv | _Parquet | _Prepared
         if self.path.is_dir():
-            self._source = _Prepared(self.path, encode, task)
+            self._source = _Prepared(self.path, encode, length, task)
         elif self.path.suffix == ".parquet":
             self._source = _Parquet(self.path, encode, length, user_column, items_column)
         elif self.path.suffix in (".csv", ".txt"):
@@ -92,7 +94,7 @@ class Inputs:
 
     def keys(self) -> list[tuple[str, Any]]:
         """Name and Arrow type of each key column."""
-        return self._source.keys()
+        return self._source.keys
 
     def total(self) -> int:
         """Number of users (of a CSV: of lines, counted by reading it)."""
@@ -108,24 +110,18 @@ class Inputs:
             yield InputBlock(self._fitted(found), found.keys)
 
     def _fitted(self, found: _Found) -> NDArray[np.int32]:
-        codes = found.codes[:, max(0, found.codes.shape[1] - self.length) :]
-        missing = codes < 0
+        missing = found.codes < 0
         self.unseen_items += int(missing.sum())
         self.unseen_users += int(missing.any(1).sum())
         if missing.any() and self.unseen == "error":
-            row, column = (int(part[0]) for part in np.nonzero(missing))
-            item = found.raw(row, column + found.codes.shape[1] - codes.shape[1])
-            reason = f"got item {str(item)!r}, which the run has not seen; --unseen pad, drop or bucket accepts it"
-            raise DataError(self.path, reason, found.first_line + row)
-        return fit(codes, self.unseen, self.length)
+            item = str(found.unseen[0])
+            reason = f"got item {item!r}, which the run has not seen; --unseen pad, drop or bucket accepts it"
+            raise DataError(self.path, reason, found.first_line + int(missing.any(1).argmax()))
+        return fit(found.codes, self.unseen, self.length)
 
 
 def check_unseen(unseen: Unseen, items: Dictionary) -> None:
-    """Check a policy for unseen items.
-
-    Raises:
-        ConfigError: unknown policy, or "bucket" without buckets in the item dictionary.
-    """
+    """ConfigError if a policy for unseen items is unknown, or is "bucket" and the dictionary has no buckets."""
     if unseen not in UNSEEN:
         raise ConfigError(f"--unseen: got {unseen!r}; expected one of {', '.join(UNSEEN)}")
     if unseen == "bucket" and not items.buckets:
@@ -158,11 +154,7 @@ class _Csv:
         self._path, self._encode, self._length = path, encode, length
         with path.open("rb") as file:
             self._labels = b",," in file.readline()
-
-    def keys(self) -> list[tuple[str, Any]]:
-        import pyarrow as pa
-
-        return [("line", pa.int64())]
+        self.keys: list[tuple[str, Any]] = [("line", pyarrow().int64())]
 
     def total(self) -> int:
         lines, last = 0, b"\n"
@@ -172,115 +164,61 @@ class _Csv:
         return lines + (last != b"\n")
 
     def blocks(self, size: int) -> Iterator[_Found]:
-        import pyarrow as pa
-
         reader = read_sequences_csv(self._path, self._labels, length=self._length, pad="left", empty_labels="skip")
         for block in reader:
             codes = self._encode(block.items)
             for low in range(0, len(codes), size):
                 part, first = codes[low : low + size], block.first_line + low
-                keys = [pa.array(np.arange(first, first + len(part)))]
-                yield _Found(part, keys, partial(_cell, block.items[low : low + size]), first)
-
-
-def _cell(items: NDArray[Any], row: int, column: int) -> object:
-    return items[row, column]
-
-
-def _coded_cell(ids: NDArray[Any], codes: NDArray[Any], row: int, column: int) -> object:
-    return ids[codes[row, column]]
+                keys = [pyarrow().array(np.arange(first, first + len(part)))]
+                yield _Found(part, keys, block.items[low : low + size][part < 0], first)
 
 
 class _Prepared:
-    def __init__(self, path: Path, encode: Encode, task: int) -> None:
+    def __init__(self, path: Path, encode: Encode, length: int, task: int) -> None:
         dataset = open_dataset(path)
         if not 1 <= task <= len(dataset.tasks):
             raise ConfigError(f"{path}: got task {task}; expected 1 to {len(dataset.tasks)}")
         self._task, self._ids = dataset.tasks[task - 1], dataset.item_ids()
-        self._codes = encode(self._ids)
-
-    def keys(self) -> list[tuple[str, Any]]:
-        import pyarrow as pa
-
-        return [("row", pa.int64()), ("group", pa.int64())]
+        self._codes, self._length = encode(self._ids), length
+        self.keys: list[tuple[str, Any]] = [("row", pyarrow().int64()), ("group", pyarrow().int64())]
 
     def total(self) -> int:
         return len(self._task.sequences)
 
     def blocks(self, size: int) -> Iterator[_Found]:
-        import pyarrow as pa
-
         for low in range(0, self.total(), size):
-            rows = np.asarray(self._task.sequences[low : low + size])
+            rows = np.asarray(self._task.sequences[low : low + size, -self._length :])
             groups = np.asarray(self._task.groups[low : low + size])
-            keys = [pa.array(np.arange(low, low + len(rows))), pa.array(groups)]
-            yield _Found(self._codes[rows], keys, partial(_coded_cell, self._ids, rows), low)
+            keys = [pyarrow().array(np.arange(low, low + len(rows))), pyarrow().array(groups)]
+            codes = self._codes[rows]
+            yield _Found(codes, keys, self._ids[rows[codes < 0]], low)
 
 
 class _Parquet:
     def __init__(self, path: Path, encode: Encode, length: int, user: str | None, column: str | None) -> None:
-        import pyarrow as pa
-        from pyarrow import parquet
-
         self._path, self._encode, self._length = path, encode, length
-        try:
-            self._file = parquet.ParquetFile(path)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(path, f"not readable as Parquet: {error}") from None
-        schema = self._file.schema_arrow
-        for named in (user, column):
-            if named is not None and named not in schema.names:
-                raise DataError(path, f"no column {named!r}; the file has {', '.join(schema.names)}")
-        self._user = user or next((name for name in USER_COLUMNS if name in schema.names), None)
-        found = column or next((name for name in ITEM_COLUMNS if name in schema.names), None)
-        if found is None:
+        with open_parquet(path) as file:
+            schema, self._rows = file.schema_arrow, int(file.metadata.num_rows)
+        names = schema.names
+        self._user = user or next((name for name in USER_COLUMNS if name in names), None)
+        items = column or next((name for name in ITEM_COLUMNS if name in names), None)
+        if items is None:
             expected = f"one of {', '.join(ITEM_COLUMNS)} or --items-column"
-            raise DataError(path, f"got columns {', '.join(schema.names)}; expected item lists in {expected}")
-        self._items = found
-        kind = schema.field(found).type
-        lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-        if not lists or not (pa.types.is_integer(kind.value_type) or _is_text(kind.value_type)):
-            raise DataError(path, f"column {found!r}: got {kind}; expected lists of integers or strings")
-
-    def keys(self) -> list[tuple[str, Any]]:
-        import pyarrow as pa
-
-        if self._user is None:
-            return [("row", pa.int64())]
-        return [(self._user, self._file.schema_arrow.field(self._user).type)]
+            raise DataError(path, f"got columns {', '.join(names)}; expected item lists in {expected}")
+        self._items = items
+        self._columns = [items] if self._user is None else [items, self._user]
+        require_columns(path, names, self._columns)
+        key = ("row", pyarrow().int64()) if self._user is None else (self._user, schema.field(self._user).type)
+        self.keys: list[tuple[str, Any]] = [key]
 
     def total(self) -> int:
-        return int(self._file.metadata.num_rows)
+        return self._rows
 
     def blocks(self, size: int) -> Iterator[_Found]:
-        import pyarrow as pa
-
-        row = 0
-        columns = [self._items] if self._user is None else [self._items, self._user]
-        for batch in self._file.iter_batches(batch_size=size, columns=columns):
-            lists = batch.column(self._items)
-            lists = lists.cast(pa.large_list(lists.type.value_type))
-            if lists.null_count:
-                missing = int(np.asarray(lists.is_null()).argmax())
-                raise DataError(self._path, f"column {self._items!r}: got null; expected a list", row + missing)
-            values = lists.flatten()
-            offsets = lists.offsets.to_numpy() - lists.offsets[0].as_py()
-            if values.null_count:
-                at = int(np.asarray(values.is_null()).argmax())
-                line = row + int(np.searchsorted(offsets, at, side="right")) - 1
-                raise DataError(self._path, f"column {self._items!r}: got a null item; expected an id", line)
-            raw = values.to_numpy(zero_copy_only=False)
-            codes = pad_left(self._encode(raw), offsets, self._length)
-            key = pa.array(np.arange(row, row + len(batch))) if self._user is None else batch.column(self._user)
-            yield _Found(codes, [key], partial(_ragged_cell, raw, offsets, self._length), row)
-            row += len(batch)
-
-
-def _ragged_cell(raw: NDArray[Any], offsets: NDArray[np.int64], length: int, row: int, column: int) -> object:
-    return raw[offsets[row + 1] - length + column]
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+        for first, batch in read_batches(self._path, self._columns, size):
+            values, offsets = read_lists(self._path, batch.column(0), self._items, first)
+            codes = pad_left(self._encode(values), offsets, self._length)
+            rows, columns = np.nonzero(codes < 0)
+            unseen = values[offsets[rows + 1] - self._length + columns]
+            key = pyarrow().array(np.arange(first, first + len(codes))) if self._user is None else batch.column(1)
+            yield _Found(codes, [key], unseen, first)

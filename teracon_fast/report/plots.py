@@ -7,7 +7,6 @@ style, and RdBu or cividis for heat maps.
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -82,10 +81,7 @@ def check_format(name: str) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Write a plot atomically, in the format of its suffix."""
     with style(), atomic_write(path) as file:
-        # Drawn in memory first: some writers seek.
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=path.suffix[1:])
-        file.write(buffer.getvalue())
+        figure.savefig(file, format=path.suffix[1:])
 
 
 def _wrap(name: str, width: int = 13, lines: int = 2) -> str:
@@ -122,10 +118,8 @@ def _thin(x: Array, y: Array) -> tuple[Array, Array]:
 def _smooth(y: Array) -> Array:
     """Centred moving mean over a twentieth of the points, shorter at the ends: no lag, no bias there."""
     half = max(1, len(y) // 40)
-    total = np.concatenate([[0.0], np.cumsum(y)])
-    index = np.arange(len(y))
-    low, high = np.maximum(0, index - half), np.minimum(len(y), index + half + 1)
-    return np.asarray((total[high] - total[low]) / (high - low))
+    window = np.ones(2 * half + 1)
+    return np.convolve(y, window)[half:-half] / np.convolve(np.ones_like(y), window)[half:-half]
 
 
 def panels(count: int, width: float = 3.5, height: float = 2.7) -> tuple[Figure, list[Axes]]:
@@ -137,6 +131,36 @@ def panels(count: int, width: float = 3.5, height: float = 2.7) -> tuple[Figure,
     for spare in axes[count:]:
         spare.remove()
     return figure, axes[:count]
+
+
+def _legend(figure: Figure, heading: str, known: Mapping[str, Any], columns: int, **look: Any) -> None:
+    """The heading of a figure of panels, and below them one legend (text -> line) in at most `columns` columns."""
+    figure.suptitle(heading, fontsize=11.5)
+    columns = min(columns, len(known))
+    figure.legend(list(known.values()), list(known), loc="outside lower center", ncols=columns, frameon=False, **look)
+
+
+def _heat_map(
+    axes: Axes, table: Array, colours: str, norm: Normalize, text: Callable[[int, int], str], size: float = 9
+) -> Any:
+    """A heat map of `table` with a text in each cell (row, column); NaN is left grey, without a text."""
+    from matplotlib import colormaps
+
+    scale = colormaps[colours].with_extremes(bad="#F0F0F0")
+    image = axes.imshow(np.ma.masked_invalid(table), cmap=scale, norm=norm, aspect="auto")
+    for row, column in zip(*np.nonzero(np.isfinite(table)), strict=True):
+        ink = _ink(scale(norm(float(table[row, column]))))
+        axes.text(column, row, text(row, column), ha="center", va="center", fontsize=size, color=ink)
+    axes.grid(False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def _colour_bar(figure: Figure, image: Any, axes: Axes | list[Axes], label: str, **look: Any) -> None:
+    bar = figure.colorbar(image, ax=axes, **look)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
 
 
 def r_matrix(matrix: Array, names: Sequence[str], metrics: Sequence[str], bwt: Sequence[float]) -> Figure:
@@ -161,97 +185,60 @@ def r_matrix(matrix: Array, names: Sequence[str], metrics: Sequence[str], bwt: S
         figure = new_figure(max(cell_w * count + 3.1, 5.4), cell_h * (count + 1) + 1.9)
         body, foot = figure.subplots(2, 1, height_ratios=[count, 1])
         norm = TwoSlopeNorm(0.0, -limit, limit)
-        from matplotlib import colormaps
-
-        colours = colormaps["RdBu"].with_extremes(bad="#F0F0F0")
         lower = np.tril(np.ones((count, count), dtype=bool)) & np.isfinite(matrix)
-        shown = np.ma.masked_where(~lower, np.where(np.isfinite(change), change, 0.0))
-        image = body.imshow(shown, cmap=colours, norm=norm, aspect="auto")
-        for row, column in zip(*np.nonzero(lower), strict=True):
-            ink = _ink(colours(norm(float(shown[row, column]))))
-            text = f"{matrix[row, column]:.4f}"
-            if row > column and np.isfinite(change[row, column]):
-                text += f"\n{_percent(change[row, column], 1)}"
-            body.text(column, row, text, ha="center", va="center", color=ink, fontsize=9)
-            if row == column:
-                body.add_patch(Rectangle((column - 0.47, row - 0.46), 0.94, 0.92, fill=False, lw=1.4, ec="#222222"))
+
+        def result(row: int, column: int) -> str:
+            changed = row > column and np.isfinite(change[row, column])
+            return f"{matrix[row, column]:.4f}" + (f"\n{_percent(change[row, column], 1)}" if changed else "")
+
+        shown = np.where(lower, np.nan_to_num(change, nan=0.0, posinf=0.0, neginf=0.0), np.nan)
+        image = _heat_map(body, shown, "RdBu", norm, result)
+        for task in np.flatnonzero(np.diag(lower)):
+            body.add_patch(Rectangle((task - 0.47, task - 0.46), 0.94, 0.92, fill=False, lw=1.4, ec="#222222"))
         body.set_yticks(range(count), [f"T{i + 1}" for i in range(count)])
         body.set_ylabel("after training task")
         body.xaxis.tick_top()
         labels = [f"T{i + 1}\n{_wrap(names[i])}\n({metrics[i]})" for i in range(count)]
         body.set_xticks(range(count), labels)
         body.set_title("Test metric R of each task (columns) after each training (rows)", pad=10)
-        foot.imshow(np.ma.masked_invalid(np.asarray([bwt], dtype=float)), cmap=colours, norm=norm, aspect="auto")
-        for column, value in enumerate(bwt):
-            ink = _ink(colours(norm(value))) if np.isfinite(value) else "#666666"
-            text = _percent(value, 2) if np.isfinite(value) else "–"
-            foot.text(column, 0, text, ha="center", va="center", color=ink, fontsize=9)
+        _heat_map(foot, np.asarray([bwt], dtype=float), "RdBu", norm, lambda _, column: _percent(bwt[column], 2))
+        for column in np.flatnonzero(~np.isfinite(bwt)):
+            foot.text(column, 0, "–", ha="center", va="center", color="#666666", fontsize=9)
         foot.set_yticks([0], ["BWT"])
         foot.set_xticks([])
-        for axes in (body, foot):
-            axes.grid(False)
-            axes.tick_params(length=0)
-            axes.spines[:].set_visible(False)
         if count > 1:
-            bar = figure.colorbar(image, ax=[body, foot], aspect=25, pad=0.02)
-            bar.set_label("change since the task was learned (%)")
-            bar.outline.set_visible(False)
+            _colour_bar(figure, image, [body, foot], "change since the task was learned (%)", aspect=25, pad=0.02)
     return figure
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """How a table of cosines is shown: its numbers, colours, cell text, title and colour bar label."""
+def _mask_map(axes: Axes, cosines: Array, digits: int, size: float) -> tuple[Any, str, str]:
+    """A heat map of cosines on a scale that spans at least 0.1; if all are close to 1, of 1 - cosine on a log scale, since
+    trained masks often differ by less than 0.001.
 
-    table: Array
-    norm: Normalize
-    colours: str
-    write: Callable[[float], str]
-    title: str
-    label: str
-
-
-def _scale(cosines: Array, digits: int) -> _Scale:
-    """Cosines on a scale that spans at least 0.1; if all are close to 1, 1 - cosine on a log scale, since trained masks often
-    differ by less than 0.001."""
+    Returns:
+        The image, its title and the label of its colour bar.
+    """
     from matplotlib.colors import LogNorm, Normalize
 
-    finite = cosines[np.isfinite(cosines)]
-    if finite.min() < NEARLY_EQUAL:
+    def cosine(row: int, column: int) -> str:
+        # Truncated, so that only equal masks show as 1; no leading zero, so that 448 cells stay readable.
+        cut = math.floor((cosines[row, column] + 1e-6) * 10**digits) / 10**digits
+        return f"{cut:.{digits}f}".replace("0.", ".", 1).replace("-", "−")
 
-        def cosine(value: float) -> str:
-            # Truncated, so that only equal masks show as 1; no leading zero, so that 448 cells stay readable.
-            cut = math.floor((value + 1e-6) * 10**digits) / 10**digits
-            return f"{cut:.{digits}f}".replace("0.", ".", 1).replace("-", "−")
+    low, high = float(np.nanmin(cosines)), float(np.nanmax(cosines))
+    if low < NEARLY_EQUAL:
+        high = min(1.0, math.ceil(high * 20) / 20)
+        norm = Normalize(min(math.floor(low * 20) / 20, high - 0.1), high)
+        return _heat_map(axes, cosines, "cividis", norm, cosine, size), "Similarity of the task masks", "cosine"
 
-        high = min(1.0, math.ceil(float(finite.max()) * 20) / 20)
-        norm = Normalize(min(math.floor(float(finite.min()) * 20) / 20, high - 0.1), high)
-        return _Scale(cosines, norm, "cividis", cosine, "Similarity of the task masks", "cosine")
+    def distance(row: int, column: int) -> str:
+        mantissa, exponent = f"{far[row, column]:.{digits - 2}e}".split("e")
+        return f"{mantissa}e{int(exponent)}" if far[row, column] > SMALLEST else f"<{SMALLEST:.0e}".replace("e-0", "e-")
 
-    def distance(value: float) -> str:
-        mantissa, exponent = f"{value:.{digits - 2}e}".split("e")
-        return f"{mantissa}e{int(exponent)}" if value > SMALLEST else f"<{SMALLEST:.0e}".replace("e-0", "e-")
-
-    table = np.maximum(1 - cosines, SMALLEST)
-    high = max(float(np.nanmax(table)), 10 * SMALLEST)
-    log = LogNorm(min(float(np.nanmin(table)), high / 10), high)
-    return _Scale(table, log, "cividis_r", distance, "Distance of the task masks", "1 − cosine")
-
-
-def _annotated(axes: Axes, scale: _Scale, size: float) -> Any:
-    """A heat map of the scale's table, each cell with its number, NaN left blank."""
-    from matplotlib import colormaps
-
-    colours = colormaps[scale.colours].with_extremes(bad="#F0F0F0")
-    image = axes.imshow(np.ma.masked_invalid(scale.table), cmap=colours, norm=scale.norm, aspect="auto")
-    for row, column in zip(*np.nonzero(np.isfinite(scale.table)), strict=True):
-        value = float(scale.table[row, column])
-        ink = _ink(colours(scale.norm(value)))
-        axes.text(column, row, scale.write(value), ha="center", va="center", fontsize=size, color=ink)
-    axes.grid(False)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    return image
+    far = np.maximum(1 - cosines, SMALLEST)
+    high = max(float(np.nanmax(far)), 10 * SMALLEST)
+    log = LogNorm(min(float(np.nanmin(far)), high / 10), high)
+    return _heat_map(axes, far, "cividis_r", log, distance, size), "Distance of the task masks", "1 − cosine"
 
 
 def similarity(pairs: Mapping[tuple[int, int], Array], names: Sequence[str]) -> Figure | None:
@@ -269,14 +256,11 @@ def similarity(pairs: Mapping[tuple[int, int], Array], names: Sequence[str]) -> 
     with style():
         figure = new_figure(0.92 * (count - 1) + 3.6, 0.55 * (count - 1) + 2.0)
         axes = figure.subplots()
-        scale = _scale(table, 3)
-        image = _annotated(axes, scale, 9.5)
+        image, title, label = _mask_map(axes, table, 3, 9.5)
         axes.set_xticks(range(count - 1), [f"T{i + 1}\n{_wrap(names[i], 11)}" for i in range(count - 1)])
         axes.set_yticks(range(count - 1), [f"T{i + 1} {_wrap(names[i], 16)}" for i in range(1, count)])
-        axes.set_title(f"{scale.title}\n({scale.label}, mean over mask sites)")
-        bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=18, pad=0.03)
-        bar.set_label(scale.label)
-        bar.outline.set_visible(False)
+        axes.set_title(f"{title}\n({label}, mean over mask sites)")
+        _colour_bar(figure, image, axes, label, shrink=0.9, aspect=18, pad=0.03)
     return figure
 
 
@@ -294,21 +278,17 @@ def similarity_by_layer(pairs: Mapping[tuple[int, int], Array], names: Sequence[
     with style():
         figure = new_figure(0.43 * sites + 2.6, 0.28 * len(keys) + 1.5)
         axes = figure.subplots()
-        scale = _scale(table, 2)
-        image = _annotated(axes, scale, 7.5)
+        image, title, label = _mask_map(axes, table, 2, 7.5)
         axes.set_yticks(range(len(keys)), [f"T{i} – T{j}" for i, j in keys])
         axes.set_xticks(range(sites), [f"{site // 2 + 1}{'ab'[site % 2]}" for site in range(sites)])
-        axes.set_xlabel("mask site (residual block; a, b: its first, second convolution)")
-        axes.set_ylabel("pair of tasks")
-        axes.set_title(f"{scale.title} by layer ({scale.label})")
+        sites_of = "mask site (residual block; a, b: its first, second convolution)"
+        axes.set(title=f"{title} by layer ({label})", xlabel=sites_of, ylabel="pair of tasks")
         # A line between the newer tasks of the pairs helps the eye.
         for row in range(1, len(keys)):
             if keys[row][0] != keys[row - 1][0]:
                 axes.axhline(row - 0.5, color="white", lw=2.5)
         few = len(keys) < 6
-        bar = figure.colorbar(image, ax=axes, shrink=1.0 if few else 0.6, aspect=8 if few else 20, pad=0.02)
-        bar.set_label(scale.label)
-        bar.outline.set_visible(False)
+        _colour_bar(figure, image, axes, label, shrink=1.0 if few else 0.6, aspect=8 if few else 20, pad=0.02)
     return figure
 
 
@@ -346,36 +326,26 @@ def rho_over_training(
         known: dict[str, Any] = {}
         for axes, task in zip(cells, tasks, strict=True):
             steps, values = measured[task]
+            width = 1.6 if values.shape[1] < 5 else 1.2
             for past in range(values.shape[1]):
-                (line,) = axes.plot(
-                    *_thin(steps, values[:, past]),
-                    color=COLOURS[past % 8],
-                    ls=LINES[past % 8],
-                    lw=1.6 if values.shape[1] < 5 else 1.2,
-                    marker=MARKERS[past % 8] if len(steps) < 15 else None,
-                    ms=4,
-                )
+                marker = MARKERS[past % 8] if len(steps) < 15 else None
+                x, y = _thin(steps, values[:, past])
+                (line,) = axes.plot(x, y, color=COLOURS[past % 8], ls=LINES[past % 8], lw=width, marker=marker, ms=4)
                 known.setdefault(_title(past + 1, names[past], 26), line)
             axes.axhline(floors[task], color="#777777", lw=0.9, ls=":")
-            axes.set_yscale("log")
-            axes.set_ylim(bottom, top)
-            axes.set_xlim(0, 1.02 * float(steps[-1]))
+            axes.set(yscale="log", ylim=(bottom, top), xlim=(0, 1.02 * float(steps[-1])))
             axes.yaxis.set_major_locator(FixedLocator(_log_ticks(bottom, top)))
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.yaxis.set_minor_locator(NullLocator())
-            axes.set_title(f"while training {_title(task, names[task - 1], 22)}")
-            axes.set_xlabel("step of the task")
-            axes.set_ylabel("sampling ratio ρ")
+            title = f"while training {_title(task, names[task - 1], 22)}"
+            axes.set(title=title, xlabel="step of the task", ylabel="sampling ratio ρ")
         floor = floors[tasks[0]]
         cells[0].annotate(
             f"smallest possible: {floor:.5f}", (0.98, floor), xycoords=("axes fraction", "data"), xytext=(0, -3),
             textcoords="offset points", ha="right", va="top", fontsize=7.5, color="#555555",
         )  # fmt: skip
-        figure.suptitle("Share of each batch drawn to retain each past task\n(from the second step on)", fontsize=11.5)
-        figure.legend(
-            list(known.values()), list(known), loc="outside lower center", ncols=min(4, len(known)), frameon=False,
-            title="past task",
-        )  # fmt: skip
+        heading = "Share of each batch drawn to retain each past task\n(from the second step on)"
+        _legend(figure, heading, known, 4, title="past task")
     return figure
 
 
@@ -424,15 +394,13 @@ def learning_curves(
                     f"{y:.4f}", (x, y), xytext=(0, 9),
                     textcoords="offset points", ha="center", fontsize=8.5, color=COLOURS[1],
                 )  # fmt: skip
-            axes.set_title(_title(task, names[task - 1], 30))
-            axes.set_xlabel("epoch")
-            axes.set_ylabel(f"validation {metrics[task - 1]}")
+            metric = f"validation {metrics[task - 1]}"
+            axes.set(title=_title(task, names[task - 1], 30), xlabel="epoch", ylabel=metric)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.margins(x=0.12, y=0.25)
             if len(epochs) == 1:
                 axes.set_xlim(0, 2)
-        figure.suptitle("Learning curves", fontsize=11.5)
-        figure.legend(list(known.values()), list(known), loc="outside lower center", ncols=min(3, len(known)), frameon=False)
+        _legend(figure, "Learning curves", known, 3)
     return figure
 
 
@@ -487,10 +455,8 @@ def losses(curves: Mapping[int, LossCurves], names: Sequence[str]) -> Figure | N
                 axes.set_yscale("log")
                 low, high = axes.get_ylim()
                 axes.set_ylim(max(low, 1e-5 * high), high)
-            axes.set_title(_title(task, names[task - 1], 30))
-            axes.set_xlabel("step of the task")
-            axes.set_ylabel("loss (log scale)" if several else "cross-entropy (nats)" if "class_loss" in curve.losses else "loss")
+            loss = "loss (log scale)" if several else "cross-entropy (nats)" if "class_loss" in curve.losses else "loss"
+            axes.set(title=_title(task, names[task - 1], 30), xlabel="step of the task", ylabel=loss)
             axes.margins(x=0.02)
-        figure.suptitle("Training losses", fontsize=11.5)
-        figure.legend(list(known.values()), list(known), loc="outside lower center", ncols=min(3, len(known)), frameon=False)
+        _legend(figure, "Training losses", known, 3)
     return figure

@@ -62,13 +62,12 @@ def _column(events: list[dict[str, Any]], name: str) -> Array:
     return np.asarray([_number(event.get(name)) for event in events], dtype=float)
 
 
-def _pairs(logs: dict[int, TaskLog]) -> dict[tuple[int, int], Array]:
+def _pairs(ends: dict[int, dict[str, Any]]) -> dict[tuple[int, int], Array]:
     """Mask similarities ([S][T][T]) at the end of the last finished task, by pair of tasks."""
-    ended = [task for task, log in logs.items() if log.end and log.end.get("similarity")]
-    if not ended:
+    last = max((task for task, end in ends.items() if end.get("similarity")), default=0)
+    if not last:
         return {}
-    last = max(ended)
-    table = np.asarray((logs[last].end or {})["similarity"], dtype=float)
+    table = np.asarray(ends[last]["similarity"], dtype=float)
     if table.ndim != 3 or table.shape[1:] != (last, last):
         raise TeraconError(f"similarity of task {last} has shape {list(table.shape)}, expected [sites, {last}, {last}]")
     return {(i, j): table[:, i - 1, j - 1] for i in range(2, last + 1) for j in range(1, i)}
@@ -91,14 +90,14 @@ def load_run(run: str | Path) -> RunRecord:
     tasks = planned[: max(logs, default=0)]
     metrics = [headline(task.num_labels) for task in tasks]
     matrix = np.full((len(tasks), len(tasks)), np.nan)
-    done = [task for task in sorted(logs) if logs[task].end is not None]
-    for j in done:
-        test = (logs[j].end or {})["test"]
-        matrix[j - 1, :j] = [_number(test.get(str(i), {}).get(metrics[i - 1])) for i in range(1, j + 1)]
+    ends = {task: log.end for task, log in logs.items() if log.end is not None}
+    for j, end in ends.items():
+        matrix[j - 1, :j] = [_number(end["test"].get(str(i), {}).get(metrics[i - 1])) for i in range(1, j + 1)]
     bwt = np.full(len(tasks), np.nan)
-    if done:
+    if ends:
         # The newest task has nothing after it to forget it: its backward transfer is left undefined.
-        bwt[: done[-1] - 1] = backward_transfer(matrix[: done[-1], : done[-1]])[:-1]
+        last = max(ends)
+        bwt[: last - 1] = backward_transfer(matrix[:last, :last])[:-1]
     method = str(read_toml(run / "config.toml").get("method", "teracon"))
     adaptive = [task for task, log in logs.items() if any(step.get("rho") for step in log.steps)]
     c = {}
@@ -107,7 +106,7 @@ def load_run(run: str | Path) -> RunRecord:
         order = config.task_order(len(planned) - (config.noise_at is not None))
         c = {task: float(config.task_options(order[task - 1])["c"]) for task in adaptive}
     names = [task.name for task in tasks]
-    return RunRecord(run, method, names, metrics, matrix, bwt.tolist(), logs, _pairs(logs), c)
+    return RunRecord(run, method, names, metrics, matrix, bwt.tolist(), logs, _pairs(ends), c)
 
 
 def _loss_curves(log: TaskLog) -> plots.LossCurves:
@@ -214,17 +213,17 @@ def task_rows(record: RunRecord) -> tuple[list[str], list[list[str]]]:
 
 def method_rows(record: RunRecord) -> tuple[list[str], list[list[str]]]:
     """Heading and rows of what the method itself reports after the last epoch of each task; no rows if it reports nothing."""
-    found: dict[int, dict[str, Any]] = {}
-    for task, log in sorted(record.logs.items()):
-        found[task] = {name: value for check in log.checks for name, value in (check.get("method") or {}).items()}
+    found = {
+        task: {name: value for check in log.checks for name, value in (check.get("method") or {}).items()}
+        for task, log in sorted(record.logs.items())
+    }
     # A list has one number for each task so far.
     names = {name: isinstance(value, list) for values in found.values() for name, value in values.items()}
     rows = []
     for task, values in found.items():
-        cells = [values.get(name) for name in names]
-        lists = [cell if isinstance(cell, list) else [cell] for cell in cells]
         if values:
-            numbers = (", ".join(shown(_number(value), ".3g") for value in cell) for cell in lists)
+            cells = (np.ravel(values.get(name, np.nan)) for name in names)
+            numbers = (", ".join(shown(_number(value), ".3g") for value in cell) for cell in cells)
             rows.append([f"T{task} {record.names[task - 1]}", *numbers])
     heading = [name.replace("_", " ") + " (T1, T2, ...)" * several for name, several in names.items()]
     return ["task", *heading], rows

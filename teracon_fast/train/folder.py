@@ -274,7 +274,7 @@ def keep_dictionaries(dataset: TaskSequence, order: Sequence[int], folder: Path,
     """
     about = json.loads((dataset.path / "dataset.json").read_text("utf-8"))
     if tuple(order) != tuple(range(1, len(about["tasks"]) + 1)):
-        about["tasks"] = [asdict(meta) for meta in dataset.metas]
+        about["tasks"] = [asdict(task.meta) for task in dataset.tasks]
     with atomic_write(folder / "dataset.json", "w") as file:
         file.write(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
     for position, (data, number) in enumerate(zip(dataset.tasks, order, strict=True), 1):

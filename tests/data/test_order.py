@@ -53,7 +53,7 @@ def test_tasks_move_with_their_samples(tiny: TaskSequence) -> None:
     order = with_noise(parse_order("reversed", 3), 2)
     assert order == (1, NOISE, 3, 2)
     data = arranged(tiny, order, seed=1)
-    assert [task.name for task in data.tasks] == ["next", "noise", "task 3", "task 2"] == [meta.name for meta in data.metas]
+    assert [task.name for task in data.tasks] == ["next", "noise", "task 3", "task 2"] == [task.meta.name for task in data.tasks]
     assert data.num_items == tiny.num_items and len(tiny.tasks) == 3
     for place, number in ((2, 3), (3, 2)):
         assert np.array_equal(split_task(data.tasks[place]).test, split_task(tiny.tasks[number - 1]).test)

@@ -129,7 +129,7 @@ def test_unseen_items_are_refused_with_the_row(tmp_path: Path) -> None:
         ({"items": [1, 2]}, {"user": None}, None, "column 'items': got int64; expected lists"),
         ({"items": [[1.5]]}, {"user": None}, None, "ids of type double"),
         ({"items": [[1], None]}, {"user": None}, 1, "got null; expected a list"),
-        ({"items": [[1], [2, None], [3]]}, {"user": None}, 1, "got a null id"),
+        ({"items": [[1], [2, None], [3]]}, {"user": None}, 1, "got a null item"),
         ({"items": [[1], [2]], "user_id": [1, None]}, {}, 1, "expected a user id"),
         ({"items": [[1], [2]], "user_id": [1.0, 2.0]}, {}, None, "ids of type double"),
         ({"items": [[1]], "label": [1.0]}, {"user": None, "labels": "label"}, None, "ids of type double"),

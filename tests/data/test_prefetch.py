@@ -23,7 +23,7 @@ class Broken(Exception):
 
 
 def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "teracon-prefetch"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("teracon-prefetch")]
 
 
 @settings(max_examples=60, deadline=None)

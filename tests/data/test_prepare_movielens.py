@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,7 +85,6 @@ def test_1m_by_hand(tmp_path: Path) -> None:
     assert summary.pad_share == pytest.approx(1 - summary.mean_length / 3)
     assert any("1 users skipped" in note for note in summary.notes)
     assert "T2 4-star (label): 1 users, 1 rows, 2 samples, 2 labels" in str(summary)
-    json.dumps(summary.as_dict())
 
 
 @pytest.mark.parametrize("variant", ["crlf", "bom", "no_last_newline", "blank_last_lines"])

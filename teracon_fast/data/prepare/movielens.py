@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from teracon_fast.data.prepare.assemble import TaskRows, write_tasks
-from teracon_fast.data.prepare.preparer import Summary
+from teracon_fast.data.prepare.assemble import TaskRows, task_of_users, write_tasks
+from teracon_fast.data.prepare.preparer import Summary, WriterOptions
 from teracon_fast.data.prepare.tables import TextFormat, first_true, line_of_row, read_text_table
 from teracon_fast.data.prepare.windows import choose_windows, cut, group_by_user
-from teracon_fast.data.store import check_output
 from teracon_fast.errors import ConfigError, DataError
 
 _DOUBLE_COLON = TextFormat(
@@ -28,14 +26,11 @@ _USERS = TextFormat(
 def prepare_movielens(
     source: Path,
     output: Path,
+    writer: WriterOptions,
     *,
     length: int = 30,
     min_items: int = 1,
     half_star: Literal["input", "drop"] = "input",
-    extend: Path | None = None,
-    min_count: int = 1,
-    buckets: int | None = None,
-    overwrite: bool = False,
 ) -> Summary:
     """MovieLens 1M (ratings.dat, users.dat) or 25M (ratings.csv): next movie, 4-star, 5-star, then gender, age, occupation.
 
@@ -51,23 +46,18 @@ def prepare_movielens(
     Args:
         source: folder with `ratings.dat` (and `users.dat`) or `ratings.csv`; or the ratings file itself.
         output: prepared folder to create.
+        writer: passed to the `DatasetWriter`.
         length: items per row, left-padded; the paper uses 30.
         min_items: skip users with fewer T1 items; 2 gives every T1 row an item to predict from.
         half_star: a movie rated 4.5 is kept in T1 ("input") or left out ("drop").
-        extend: prepared folder or run folder whose items and labels keep their indices; new ones follow.
-        min_count: items that occur less often in T1 share the buckets.
-        buckets: number of buckets that rare items share by a hash of their ids; none: as in the extended data set.
-        overwrite: replace an existing prepared folder.
 
     Raises:
         DataError: a file is missing or malformed (names the line), a rating is not one of 0.5, 1.0, ..., 5.0, the user of a
             rating is not in `users.dat`, or no user has a T1 sequence.
         ConfigError: an option is out of range.
     """
-    began = time.perf_counter()
     if length < 2 or not 1 <= min_items <= length:
         raise ConfigError(f"--length {length}, --min-items {min_items}: expected a length of at least 2, and 1 to length items")
-    check_output(output, overwrite)
     path, format = _find_ratings(Path(source))
     table = read_text_table(path, format)
     user, movie, rating, stamp = (table[name] for name, _ in format.columns)
@@ -90,11 +80,15 @@ def prepare_movielens(
     tasks = [TaskRows("clicking", "next_item", sequences, groups)]
     notes = []
     for stars in (4, 5):
-        task = _star_task(f"{stars}-star", rating == stars, user, movie, stamp, sequences, groups)
-        if task is None:
+        chosen = np.flatnonzero((rating == stars) & np.isin(user, groups))
+        if len(chosen) == 0:
             notes.append(f"task {stars}-star skipped: no user with a T1 sequence gave {stars} stars")
-        else:
-            tasks.append(task)
+            continue
+        # One row per user, one sample per movie, in time order.
+        starred = group_by_user(user[chosen], stamp[chosen])
+        inputs = sequences[np.searchsorted(groups, starred.users)]
+        rows = np.repeat(np.arange(len(starred.users), dtype=np.int64), starred.counts)
+        tasks.append(TaskRows(f"{stars}-star", "label", inputs, starred.users, rows, movie[chosen][starred.order]))
     profiles = path.with_name("users.dat")
     if format is _DOUBLE_COLON and profiles.is_file():
         tasks += _profile_tasks(profiles, sequences, groups)
@@ -103,25 +97,9 @@ def prepare_movielens(
     left_out = len(np.unique(user)) - len(groups)
     if left_out:
         notes.append(f"{left_out:,} users skipped: fewer than {min_items} movies rated neither 4 nor 5 stars")
-    return write_tasks(
-        output,
-        name="movielens",
-        item_ids=item_ids,
-        tasks=tasks,
-        source={
-            "preparer": "movielens",
-            "file": path.name,
-            "length": length,
-            "min_items": min_items,
-            "half_star": half_star,
-        },
-        notes=notes,
-        began=began,
-        extend=extend,
-        min_count=min_count,
-        buckets=buckets,
-        overwrite=overwrite,
-    )
+    options = {"length": length, "min_items": min_items, "half_star": half_star}
+    about = {"preparer": "movielens", "file": path.name, **options}
+    return write_tasks(output, writer, "movielens", item_ids, tasks, about, notes)
 
 
 def _find_ratings(source: Path) -> tuple[Path, TextFormat]:
@@ -149,25 +127,6 @@ def _check_ratings(
             raise DataError(path, f"got {name} {values[row]}; expected {expected}", line=line_of_row(row, format))
 
 
-def _star_task(
-    name: str,
-    starred: NDArray[np.bool_],
-    user: NDArray[Any],
-    movie: NDArray[Any],
-    stamp: NDArray[Any],
-    sequences: NDArray[np.int32],
-    groups: NDArray[np.int64],
-) -> TaskRows | None:
-    """One row per user with starred movies and a T1 sequence, one sample per starred movie, in time order."""
-    chosen = np.flatnonzero(starred & np.isin(user, groups))
-    if len(chosen) == 0:
-        return None
-    stars = group_by_user(user[chosen], stamp[chosen])
-    rows = np.repeat(np.arange(len(stars.users), dtype=np.int64), stars.counts)
-    inputs = np.searchsorted(groups, stars.users)
-    return TaskRows(name, "label", sequences[inputs], stars.users, rows, movie[chosen][stars.order])
-
-
 def _profile_tasks(path: Path, sequences: NDArray[np.int32], groups: NDArray[np.int64]) -> list[TaskRows]:
     """Gender, age and occupation of every user with a T1 sequence."""
     profile = read_text_table(path, _USERS)
@@ -179,9 +138,7 @@ def _profile_tasks(path: Path, sequences: NDArray[np.int32], groups: NDArray[np.
     missing = np.setdiff1d(groups, known)
     if len(missing):
         raise DataError(path, f"got no line for user {missing[0]}, who has ratings ({len(missing)} such users)")
-    line = first[np.searchsorted(known, groups)]
-    rows = np.arange(len(groups), dtype=np.int64)
     return [
-        TaskRows(column.lower(), "label", sequences, groups, rows, profile[column][line])
+        task_of_users(column.lower(), known, profile[column][first], sequences, groups)
         for column in ("Gender", "Age", "Occupation")
     ]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
+import time
 import types
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from teracon_fast.data.store import check_output
 from teracon_fast.errors import ConfigError
 
 
@@ -40,10 +42,9 @@ class Summary:
         items: distinct items and buckets, without the pad.
         users: distinct users of the first task.
         mean_length: real items per row, over the rows of all tasks.
-        pad_share: share of pads, from 0 to 1, over the rows of all tasks.
-        seconds: wall time of the preparation.
         tasks: in order.
         notes: what was skipped and why, one sentence each.
+        seconds: wall time of the preparation.
     """
 
     name: str
@@ -52,14 +53,14 @@ class Summary:
     items: int
     users: int
     mean_length: float
-    pad_share: float
-    seconds: float
     tasks: tuple[TaskSummary, ...]
     notes: tuple[str, ...] = ()
+    seconds: float = 0.0
 
-    def as_dict(self) -> dict[str, Any]:
-        """The summary as JSON values."""
-        return {**asdict(self), "path": str(self.path)}
+    @property
+    def pad_share(self) -> float:
+        """Share of pads, from 0 to 1, over the rows of all tasks."""
+        return 1 - self.mean_length / self.length
 
     def __str__(self) -> str:
         lines = [
@@ -72,6 +73,23 @@ class Summary:
             for number, task in enumerate(self.tasks, start=1)
         ]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriterOptions:
+    """Options of every preparer, passed to the `DatasetWriter`.
+
+    Args:
+        extend: prepared folder or run folder whose items and labels keep their indices; new ones follow.
+        min_count: items that occur less often in T1 share the buckets.
+        buckets: number of buckets that rare items share by a hash of their ids; none: as in the extended data set.
+        overwrite: replace an existing prepared folder.
+    """
+
+    extend: Path | None = None
+    min_count: int = 1
+    buckets: int | None = None
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,11 +109,7 @@ class Option:
         return next(kind for kind in kinds if kind is not type(None))
 
     def parse(self, text: str) -> Any:
-        """A list or choice from its text on the command line; lists are comma-separated.
-
-        Raises:
-            ConfigError: not one of the choices.
-        """
+        """A list (comma-separated) or choice from its text on the command line; ConfigError if it is not one of the choices."""
         if get_origin(self.kind) is tuple:
             return tuple(part.strip() for part in text.split(",") if part.strip())
         if get_origin(self.kind) is Literal and text not in get_args(self.kind):
@@ -116,10 +130,9 @@ class Preparer:
 
     @cached_property
     def function(self) -> Callable[..., Summary]:
-        """`prepare_<name>(source, output, **options) -> Summary`."""
-        function: Callable[..., Summary] = getattr(
-            import_module(f"teracon_fast.data.prepare.{self.name}"), f"prepare_{self.name}"
-        )
+        """`prepare_<name>(source, output, writer, **options) -> Summary`."""
+        module = import_module(f"teracon_fast.data.prepare.{self.name}")
+        function: Callable[..., Summary] = getattr(module, f"prepare_{self.name}")
         return function
 
     @property
@@ -129,14 +142,8 @@ class Preparer:
 
     @cached_property
     def options(self) -> tuple[Option, ...]:
-        """The keyword-only parameters, with their help texts from the `Args:` section of the docstring."""
-        texts = _argument_texts(inspect.getdoc(self.function) or "")
-        parameters = inspect.signature(self.function, eval_str=True).parameters.values()
-        return tuple(
-            Option(parameter.name, parameter.annotation, parameter.default, texts.get(parameter.name, ""))
-            for parameter in parameters
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        )
+        """The preparer's own options, then those of every preparer."""
+        return (*_declared(self.function), *_declared(WriterOptions))
 
     @property
     def needs_source(self) -> bool:
@@ -149,23 +156,22 @@ class Preparer:
 
         Raises:
             ConfigError: an option is out of range, or no source though one is needed.
-            DataError: a file is missing or malformed.
+            DataError: a file is missing or malformed, or `output` exists and may not be replaced.
         """
+        began = time.perf_counter()
         if source is None and self.needs_source:
             raise ConfigError(f"preparer {self.name}: got no SOURCE; expected the raw data")
-        return self.function(source, output, **options)
+        shared = {option.name for option in _declared(WriterOptions)} & set(options)
+        writer = WriterOptions(**{name: options.pop(name) for name in shared})
+        check_output(output, writer.overwrite)
+        summary = self.function(source, output, writer, **options)
+        return replace(summary, seconds=time.perf_counter() - began)
 
 
-def _argument_texts(doc: str) -> dict[str, str]:
-    """Name -> text of each entry of a docstring's `Args:` section."""
-    section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)*)", doc, flags=re.MULTILINE)
-    texts: dict[str, str] = {}
-    name = ""
-    for line in (section.group(1) if section else "").splitlines():
-        entry = re.match(r"^    (\w+): (.*)$", line)
-        if entry:
-            name = entry.group(1)
-            texts[name] = entry.group(2).strip()
-        elif name and line.strip():
-            texts[name] += " " + line.strip()
-    return texts
+def _declared(function: Callable[..., Any]) -> Iterator[Option]:
+    """The keyword-only parameters, with their help texts from the docstring: entries `name: text` and their further lines."""
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(function) or "", flags=re.MULTILINE)
+    texts = {name: " ".join(text.split()) for name, text in entries}
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            yield Option(parameter.name, parameter.annotation, parameter.default, texts.get(parameter.name, ""))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from teracon_fast.data.parquet import require_columns
 from teracon_fast.errors import DataError, TeraconError
 
 Kind = Literal["int", "float", "text"]
@@ -19,11 +20,7 @@ _EXPECTED = {"int": "an integer", "float": "a number", "text": "text"}
 
 
 def import_polars() -> Any:
-    """The polars module, imported on first use.
-
-    Raises:
-        TeraconError: polars is not installed.
-    """
+    """The polars module, imported on first use; TeraconError if it is not installed."""
     try:
         import polars
     except ImportError as error:
@@ -32,11 +29,7 @@ def import_polars() -> Any:
 
 
 def require_file(path: Path, what: str) -> Path:
-    """`path` itself.
-
-    Raises:
-        DataError: there is no such file.
-    """
+    """`path` itself; DataError if there is no such file."""
     if not path.is_file():
         raise DataError(path, f"no such file; expected {what}")
     return path
@@ -164,9 +157,7 @@ def read_columns(path: Path, columns: Sequence[str], *, filled: Sequence[str]) -
     require_file(path, f"Parquet with the columns {', '.join(columns)}")
     try:
         present = list(polars.read_parquet_schema(path))
-        missing = [name for name in columns if name not in present]
-        if missing:
-            raise DataError(path, f"no column {missing[0]!r}; the file has {', '.join(present)}")
+        require_columns(path, present, columns)
         table = polars.read_parquet(path, columns=list(columns))
     except polars.exceptions.PolarsError as error:
         raise DataError(path, f"not readable as Parquet: {error}") from error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 from teracon_fast.data.prepare.assemble import summarise
-from teracon_fast.data.prepare.preparer import Summary
+from teracon_fast.data.prepare.preparer import Summary, WriterOptions
 from teracon_fast.data.published_csv import read_sequences_csv
-from teracon_fast.data.store import DatasetWriter, check_output
+from teracon_fast.data.store import DatasetWriter
 from teracon_fast.data.task_files import Unseen
 from teracon_fast.errors import DataError
 
@@ -26,13 +27,10 @@ TASK_FILES = {
 def prepare_ttl(
     source: Path,
     output: Path,
+    writer: WriterOptions,
     *,
     length: int | None = None,
     unseen: Unseen = "error",
-    extend: Path | None = None,
-    min_count: int = 1,
-    buckets: int | None = None,
-    overwrite: bool = False,
 ) -> Summary:
     """Tencent TL, published files: watching, clicking, thumb-up, age, gender, life status; tasks without a file are skipped.
 
@@ -43,35 +41,25 @@ def prepare_ttl(
     Args:
         source: folder with the files.
         output: prepared folder to create.
+        writer: passed to the `DatasetWriter`.
         length: items per row; shorter lines are padded on the left, longer ones truncated to their newest items. None: all lines
             must be as long as the first, as in the published files.
         unseen: an item of a later file that T1 does not have is refused ("error"), replaced by the pad ("pad") or removed
             ("drop").
-        extend: prepared folder or run folder whose items and labels keep their indices; new ones follow.
-        min_count: items that occur less often in T1 share the buckets.
-        buckets: number of buckets that rare items share by a hash of their ids; none: as in the extended data set.
-        overwrite: replace an existing prepared folder.
 
     Raises:
         DataError: the first file is missing, or a line is malformed; names file and line.
     """
-    began = time.perf_counter()
     folder = Path(source)
-    check_output(output, overwrite)
     present = {name: folder / file for name, file in TASK_FILES.items() if (folder / file).is_file()}
     if "watching" not in present:
-        raise DataError(
-            folder / TASK_FILES["watching"], "no such file; expected the first task, whose items the others need"
-        )
+        raise DataError(folder / TASK_FILES["watching"], "no such file; expected the first task, whose items the others need")
     notes = [f"task {name} skipped: no {file}" for name, file in TASK_FILES.items() if name not in present]
     about = {"preparer": "ttl", "files": {name: path.name for name, path in present.items()}, "notes": notes}
-    with DatasetWriter(
-        output, "ttl", length, about, extend=extend, min_count=min_count, buckets=buckets, overwrite=overwrite
-    ) as writer:
+    with DatasetWriter(output, "ttl", length, about, **asdict(writer)) as data:
         for name, path in present.items():
             first = name == "watching"
-            blocks = read_sequences_csv(
-                path, labels=not first, length=writer.length, pad="none" if length is None else "left"
-            )
-            writer.add_task(name, "next_item" if first else "label", blocks, unseen=unseen)
-    return summarise(output, notes=notes, began=began)
+            pad: Literal["none", "left"] = "none" if length is None else "left"
+            blocks = read_sequences_csv(path, labels=not first, length=data.length, pad=pad)
+            data.add_task(name, "next_item" if first else "label", blocks, unseen=unseen)
+    return summarise(output, notes)
