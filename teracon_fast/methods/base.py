@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from teracon_fast import ops
 from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
 from teracon_fast.methods.growth import check_growth, copy_rows
+from teracon_fast.methods.options import options_of
 from teracon_fast.model.backbone import Backbone, Convolution, EncodeUsers, head_loss, init_linear, next_item_inputs
 from teracon_fast.model.masks import Parity, annealed_scale
 from teracon_fast.ops import low_rank
@@ -23,48 +23,6 @@ from teracon_fast.ops import low_rank
 Precision = Literal["fp32", "bf16"]
 Group = dict[str, Any]  # of parameters, as optimizers take them: "params", and "lr" where it is not the task's
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone)
-
-
-@dataclass(frozen=True)
-class Option:
-    """Declares an argument of a method's constructor as an option: `alpha: Annotated[float, Option("weight of ...")] = 0.7`.
-
-    From there it is a key of the method's TOML table, a flag of `teracon train`, and part of a run's fingerprint. The
-    constructor keeps it under the same name.
-
-    Attributes:
-        help: one line.
-        per_task: whether each task may have a value of its own, see `Method.configure`.
-    """
-
-    help: str
-    per_task: bool = False
-
-
-@dataclass(frozen=True)
-class DeclaredOption:
-    """An option as a method's constructor declares it; `type` is its annotation without `Option`."""
-
-    name: str
-    type: Any
-    default: Any
-    help: str
-    per_task: bool
-
-
-def options_of(kind: type[Method]) -> dict[str, DeclaredOption]:
-    """The options that a method declares, by name, in order. An argument without `Option` is one without help."""
-    try:
-        hints = get_type_hints(kind.__init__, include_extras=True)
-    except NameError:  # a plugin's, of names that only a type checker sees
-        hints = {}
-    found = {}
-    for name, parameter in list(inspect.signature(kind).parameters.items())[1:]:  # after sizes
-        hint = hints.get(name, Any)
-        inner, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        option = next((extra for extra in extras if isinstance(extra, Option)), Option(""))
-        found[name] = DeclaredOption(name, inner, parameter.default, option.help, option.per_task)
-    return found
 
 
 @dataclass(frozen=True)
@@ -202,6 +160,8 @@ class Method(nn.Module, ABC):
 
     def check_options(self) -> None:
         """Raise ConfigError if an option is out of its range; called by constructors and `configure`."""
+        for name, option in options_of(type(self)).items():
+            option.check(self.name, getattr(self, name, option.default))
 
     def start(self, task: int, labels: int, generator: torch.Generator | None = None) -> None:
         """Make what a task starts with: its head, masks, copies. Afterwards `self.task == task`.
