@@ -70,7 +70,7 @@ def reproduce(
     }  # fmt: skip
     choices = Choices(
         data, output, None if methods is None else tuple(part.strip() for part in methods.split(",")), order, noise_at, held_back,
-        seeds_of(seeds), preset, config, collect(given, [], own or [], preset, config), tuple(plugin or ()), quick, drop_weights,
+        seeds_of(seeds), preset, config, collect(given, [], own or []), tuple(plugin or ()), quick, drop_weights,
     )  # fmt: skip
     try:
         with RunLines() as shown:

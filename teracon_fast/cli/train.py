@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 
@@ -22,9 +22,6 @@ from teracon_fast.methods import METHODS
 
 PANELS = {"": "Run", "first": "First task (T1)", "later": "Later tasks (T2, T3, ...)", "model": "Network"}
 PANELS |= {method: f"Method {method}" for method in METHODS}
-FLAGS = tuple(configuration.flags())
-# Settings of tasks, options among them: dotted names end with one of these.
-SHARED = tuple(flag.name.removeprefix("first.") for flag in FLAGS if flag.name.startswith("first."))
 
 
 def flag(name: str) -> str:
@@ -32,28 +29,17 @@ def flag(name: str) -> str:
     return "--" + {"plugins": "plugin"}.get(name, name).removeprefix("model.").replace(".", "-").replace("_", "-")
 
 
-def collect(
-    values: dict[str, Any], task: list[str], own: list[str], preset: str | None, path: Path | None
-) -> dict[str, Any]:
+def collect(values: dict[str, Any], task: list[str], own: list[str]) -> dict[str, Any]:
     """Overrides for `load_config` from the flags that were given.
 
     Args:
-        values: dotted configuration name, or a name of SHARED (for every task), to what was given; None: not given.
+        values: names of the configuration to what was given; None, or no plugins: not given.
         task: texts such as "2.lr=1e-4". own: texts such as "my_method.width=8".
-        preset, path: where `[[task]]` tables may come from; a value for every task replaces theirs too.
 
     Raises:
         ConfigError: a text of `task` or `own` has another form.
     """
-    given = {name: value for name, value in values.items() if value is not None}
-    overrides: dict[str, Any] = {}
-    tables = _task_tables(preset, path)
-    for name in [name for name in SHARED if name in given]:
-        value = given.pop(name)
-        overrides |= {f"first.{name}": value, f"later.{name}": value}
-        for number in [number for number, entries in tables.items() if name in entries]:
-            overrides[f"task.{number}.{name}"] = given.get(f"{'first' if number == 1 else 'later'}.{name}", value)
-    overrides |= given
+    overrides = {name: value for name, value in values.items() if value is not None and value != []}
     for text in task:
         name, separator, value = text.partition("=")
         if not separator or name.count(".") != 1 or not name.split(".")[0].isdigit():
@@ -75,22 +61,12 @@ def seeds_of(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _task_tables(preset: str | None, path: Path | None) -> dict[int, dict[str, Any]]:
-    tables: dict[int, dict[str, Any]] = {}
-    for source in (configuration.read_preset(preset) if preset else {}, configuration.read_toml(path) if path else {}):
-        entries = source.get("task", [])
-        for entry in entries if isinstance(entries, list) else []:
-            if isinstance(entry, dict) and isinstance(entry.get("number"), int):
-                tables.setdefault(entry["number"], {}).update(entry)
-    return tables
-
-
 def run_training(
     config: Path | None, preset: str | None, fresh: bool, task: list[str], own: list[str], seeds: str | None, jobs: int,
     dry_run: bool, report: bool, values: dict[str, Any],
 ) -> None:  # fmt: skip
     """Merge the configuration, train (or resume), print R and BWT, draw the plots."""
-    settings = configuration.load_config(preset, config, collect(values, task, own, preset, config))
+    settings = configuration.load_config(preset, config, collect(values, task, own))
     if dry_run:
         typer.echo(settings.to_toml(), nl=False)
         return
@@ -177,12 +153,11 @@ def _build() -> Callable[..., None]:
         _parameter("report", typer.Option("--report/--no-report", help="Draw plots at the end."), bool, True),
     ]
     own = [parameter.name for parameter in parameters]
-    for option in FLAGS:
+    for option in configuration.FLAGS:
         section, _, short = option.name.rpartition(".")
         text = option.help + (f" ({', '.join(option.choices)})" if option.choices else "")
         text = text.replace("[", "\\[")
-        is_list = get_origin(option.type) is list
-        kind = list[Path] if is_list and get_args(option.type)[0] is Path else str if is_list else option.type
+        kind = str if option.type == list[int] else option.type  # 1,4,1,4
 
         def add(name: str, panel: str, default: Any, text: str = text, kind: Any = kind) -> None:
             parameter = name.replace(".", "__")
@@ -197,8 +172,7 @@ def _build() -> Callable[..., None]:
 
     def train(**given: Any) -> None:
         mine = {key: given.pop(key) for key in own}
-        values = {names[key]: _listed(value) if _is_list(names[key]) else value for key, value in given.items()}
-        run_training(**mine, values=values)
+        run_training(**mine, values={names[key]: value for key, value in given.items()})
 
     train.__doc__ = """Train a sequence of tasks by any method; an interrupted run resumes automatically.
 
@@ -208,18 +182,6 @@ def _build() -> Callable[..., None]:
     train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     train.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return train
-
-
-def _is_list(name: str) -> bool:
-    return any(flag.name == name and get_origin(flag.type) is list for flag in FLAGS)
-
-
-def _listed(value: Any) -> Any:
-    """ "1,4,1,4" as a list, no plugins as not given; anything else as it is, for the configuration to refuse."""
-    if not isinstance(value, str):
-        return value or None
-    parts = value.strip("[] ").split(",")
-    return [int(part) for part in parts] if all(part.strip().isdigit() for part in parts) else value
 
 
 train = _build()

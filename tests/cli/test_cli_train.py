@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from teracon_fast import config as configuration
 from teracon_fast.cli.app import app
-from teracon_fast.cli.train import SHARED, flag
-from teracon_fast.config import RunConfig
+from teracon_fast.cli.train import flag
+from teracon_fast.config import SHARED, RunConfig
 
 RUNNER = CliRunner()
 PLACES = ["--data", "d", "--run", "r"]
