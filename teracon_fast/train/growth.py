@@ -12,7 +12,6 @@ forgotten.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -54,7 +53,7 @@ from teracon_fast.train.folder import (
 from teracon_fast.train.log import Observer, RunLog, Step
 from teracon_fast.train.loop import DivergedError
 from teracon_fast.train.results import Results, results_of
-from teracon_fast.train.run import task_split
+from teracon_fast.train.run import cost, task_split
 
 if TYPE_CHECKING:
     from teracon_fast.data import TaskData
@@ -135,9 +134,9 @@ def grow(
         write_trained_labels(folder, {n: count for n, count in trained.items() if count < labels[n][1]})
         with atomic_write(folder / "config.toml", "w") as file:
             file.write(config.to_toml())
-        with atomic_write(folder / "results.json", "w") as file:
-            file.write(json.dumps(dataclasses.asdict(growth.results), indent=2) + "\n")
-        offset = _write_log(run, folder, state.log_offset, growth, tests)
+        growth.results.write(folder)
+        costs = cost(growing.method(done), state.peak_mib)
+        offset = _write_log(run, folder, state.log_offset, growth, tests, costs)
         now = fingerprint(config, dataset, numbers, done)
         RunState(now, done, None, tests, state.steps, offset, str(torch.__version__), state.peak_mib).save(folder)
     return growth
@@ -242,11 +241,10 @@ class _Growing:
     def fit(self, epochs: int, trained: int, observer: Observer) -> list[float]:
         """Fit the new rows of task 1 to the method after the last task; returns the mean loss of each epoch."""
         method, config, data = self.method(len(self._labels)), self._config.for_task(1), self._dataset.tasks[0]
-        firsts = self._labels[1][0], trained, trained
+        firsts, seed = (self._labels[1][0], trained, trained), derived_seed(self._config.seed, len(self._labels), "fit")
         losses = fit_new_rows(
-            method, data, self._splits[0].train, firsts[0], firsts[1], epochs, config.lr, config.batch_size,
-            derived_seed(self._config.seed, len(self._labels), "fit"), observer,
-        )  # fmt: skip
+            method, data, self._splits[0].train, *firsts[:2], epochs, config.lr, config.batch_size, seed, observer
+        )
         self._fitted = [own.detach()[first:] for own, first in zip(_rows_of_items(method), firsts, strict=True)]
         return losses
 
@@ -319,7 +317,9 @@ def fit_new_rows(
     return losses
 
 
-def _write_log(run: Path, folder: Path, offset: int, growth: Growth, tests: list[list[dict[str, float]]]) -> int:
+def _write_log(
+    run: Path, folder: Path, offset: int, growth: Growth, tests: list[list[dict[str, float]]], cost: dict[str, Any]
+) -> int:
     """The log of the run with the tests measured again, and what was done; returns its length in bytes."""
     with (run / "metrics.jsonl").open("rb") as reader, atomic_write(folder / "metrics.jsonl") as writer:
         for line in reader.read(offset).splitlines():
@@ -329,10 +329,9 @@ def _write_log(run: Path, folder: Path, offset: int, growth: Growth, tests: list
             if event["event"] != "run_end":
                 writer.write((json.dumps(event) + "\n").encode())
     log = RunLog(folder, (folder / "metrics.jsonl").stat().st_size, tensorboard=False)
-    log.write(
-        "grown", len(tests), run=run.resolve().name, items=growth.items, labels=growth.labels, fit_losses=growth.losses
-    )  # fmt: skip
-    log.write("run_end", len(tests), R=growth.results.R, bwt=growth.results.bwt)
+    about = {"run": run.resolve().name, "items": growth.items, "labels": growth.labels, "fit_losses": growth.losses}
+    log.write("grown", len(tests), **about)
+    log.write("run_end", len(tests), R=growth.results.R, bwt=growth.results.bwt, cost=cost)
     end = log.synced_offset()
     log.close()
     return end

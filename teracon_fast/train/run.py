@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from typing import Any
 
@@ -82,6 +81,17 @@ def new_method(config: RunConfig, num_items: int, device: torch.device) -> Metho
     if config.cuda_graphs:
         method.enable_graphs()
     return method
+
+
+def cost(method: Method, peak_mib: float) -> dict[str, Any]:
+    """What inference on all tasks needs to keep, the highest memory of training, and the device."""
+    kept, device = method.inference_state().values(), method.device
+    return {
+        "parameters": sum(value.numel() for value in kept if value.is_floating_point()),
+        "kept_mib": sum(value.numel() * value.element_size() for value in kept) / 2**20,
+        "peak_mib": peak_mib,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+    }
 
 
 class Run(Callbacks):
@@ -229,21 +239,10 @@ class Run(Callbacks):
         self.state.peak_mib = max(self.state.peak_mib, self.peak_mib())
         if len(self.state.tests) == self.last_task:
             results = self.write_results()
-            self.log_file.write("run_end", number, R=results.R, bwt=results.bwt, cost=self.cost())
+            self.log_file.write("run_end", number, R=results.R, bwt=results.bwt, cost=cost(method, self.state.peak_mib))
         self.save(number, None)
         forget_best(self.folder)
         self.observer.on_task_end(record)
-
-    def cost(self) -> dict[str, Any]:
-        """What inference on all tasks needs to keep, and the highest memory of training."""
-        kept = self.method.inference_state().values()
-        cuda = self.device.type == "cuda"
-        return {
-            "parameters": sum(value.numel() for value in kept if value.is_floating_point()),
-            "kept_mib": sum(value.numel() * value.element_size() for value in kept) / 2**20,
-            "peak_mib": self.state.peak_mib,
-            "device": torch.cuda.get_device_name(self.device) if cuda else str(self.device),
-        }
 
     def peak_mib(self) -> float:
         """Highest memory of this process so far: on a GPU what torch held there, else its resident memory."""
@@ -279,11 +278,7 @@ class Run(Callbacks):
         self.saved_at = time.monotonic()
 
     def write_results(self) -> Results:
-        """Write results.json, if it is not there already: R and BWT of the tasks tested so far."""
+        """R and BWT of the tasks tested so far, written to results.json."""
         results = results_of(self.dataset, self.state.tests)
-        text = json.dumps(dataclasses.asdict(results), indent=2) + "\n"
-        path = self.folder / "results.json"
-        if not path.exists() or path.read_text("utf-8") != text:
-            with atomic_write(path, "w") as file:
-                file.write(text)
+        results.write(self.folder)
         return results
