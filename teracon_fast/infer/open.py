@@ -84,26 +84,15 @@ def task_number(names: Sequence[str], which: int | str, where: str | Path) -> in
     raise ConfigError(f"{where}: got task {text!r}, expected one of {known}")
 
 
-def finished_tasks(run: Path) -> int:
-    """How many tasks a run has finished: a task's checkpoint is written when it ends."""
-    numbers = (re.fullmatch(r"task(\d+)\.safetensors", path.name) for path in (run / "checkpoints").glob("task*"))
-    return max((int(found[1]) for found in numbers if found), default=0)
-
-
 def open_run(
-    run: str | Path,
-    after: int | str | None = None,
-    device: str = "auto",
-    backend: str | None = None,
+    run: str | Path, after: int | str | None = None, device: str = "auto", backend: str | None = None,
     threads: int | None = None,
-) -> TrainedRun:
+) -> TrainedRun:  # fmt: skip
     """Open a run folder for inference.
 
     Args:
-        run: run folder.
         after: open the method as this task left it, by name or by number from 1; None: the newest finished one.
-        device: "auto", "cpu", "cuda", "cuda:N".
-        backend: of the operations; None: as in the run's configuration.
+        device: "auto", "cpu", "cuda", "cuda:N". backend: None: as in the run's configuration.
         threads: CPU threads; None leaves PyTorch's choice.
 
     Raises:
@@ -114,7 +103,8 @@ def open_run(
     if not (run / "config.toml").is_file():
         raise ConfigError(f"{run}: has no config.toml, expected a run folder of `teracon train`")
     config = load_config(path=run / "config.toml", overrides={"device": device, "backend": backend})
-    done = finished_tasks(run)
+    checkpoints = (re.fullmatch(r"task(\d+)\.safetensors", path.name) for path in (run / "checkpoints").glob("task*"))
+    done = max((int(found[1]) for found in checkpoints if found), default=0)  # a task's is written when it ends
     if not done:
         raise ConfigError(f"{run}: no task is finished yet")
     about = read_about(run)

@@ -165,21 +165,13 @@ class ReferenceTCN(nn.Module):
         return state
 
     def forward(
-        self,
-        x: Tensor,
-        s: float,
-        masks_list: list[Tensor],
-        task_num: int,
-        gpu_num: Any = None,
-        onecall: bool = False,
-        backward: bool = False,
-        new_task: int = 2,
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, x: Tensor, s: float, masks_list: list[Tensor], task_num: int, gpu_num: Any = None, onecall: bool = False,
+        backward: bool = False, new_task: int = 2,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         """The published call.
 
         Args:
-            x: int64 [B, L].
-            s: mask scale.
+            x: int64 [B, L]. s: mask scale.
             masks_list: extended in place with the S masks, each [1, f], in network order.
             task_num: task whose mask and head are used, from 0.
             gpu_num: ignored; the model runs where its parameters are.
