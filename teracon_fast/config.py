@@ -217,12 +217,9 @@ class RunConfig(_Section):
         Raises:
             ConfigError: its constructor refuses an option.
         """
-        model, kind = self.model, find_method(self.method)
-        sizes = Sizes(num_items, model.channels, model.dilations, model.kernel_size, self.backend, self.algorithm)
-        options = dict(self.options.get(self.method, {}))
-        for name, option in options_of(kind).items():
-            if option.per_task:
-                options.pop(name, None)
+        kind, given = find_method(self.method), self.options.get(self.method, {})
+        sizes = Sizes(num_items, **dict(self.model), backend=self.backend, algorithm=self.algorithm)
+        options = {name: given[name] for name, option in options_of(kind).items() if name in given and not option.per_task}
         try:
             method = kind(sizes, **options)
         except TypeError as error:  # of a plugin: its constructor takes something else than sizes and options

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from teracon_fast.ops import low_rank
 
 Precision = Literal["fp32", "bf16"]
 Group = dict[str, Any]  # of parameters, as optimizers take them: "params", and "lr" where it is not the task's
-AnyBackbone = TypeVar("AnyBackbone", bound=Backbone)
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,7 @@ class Sizes:
     """Shape of the networks of a method, see `Backbone`. The defaults are the paper's.
 
     Attributes:
-        num_items: V, with the pad, item 0.
-        channels: f.
-        dilations: one per residual block.
-        kernel_size: K.
+        num_items: V, with the pad, item 0. channels: f. dilations: one per residual block. kernel_size: K.
         backend, algorithm: of the operations.
     """
 
@@ -190,7 +186,6 @@ class Method(nn.Module, ABC):
         self.to(device=self._here.device, dtype=self._here.dtype)
 
     def _initial_seed(self, generator: torch.Generator | None) -> int:
-        """Seed of a task's new parameters."""
         return int(torch.randint(2**62, (), generator=generator))
 
     def _add_head(self, labels: int) -> None:
@@ -230,12 +225,7 @@ class Method(nn.Module, ABC):
     # A step
 
     def step(self, batch: Batch, context: StepContext) -> StepResult:
-        """Loss and backward pass of one step of the present task; its gradients replace those of the step before.
-
-        Args:
-            batch: of the task, where the method is.
-            context: of the step.
-        """
+        """Loss and backward pass of one step of the present task; its gradients replace those of the step before."""
         self.result = StepResult()
         if self.task == 0:
             self.clear_gradients()  # one of them is as large as the item embedding
@@ -322,8 +312,7 @@ class Method(nn.Module, ABC):
         """Bring a method that has started no task to where another's state dict was taken, after so many tasks.
 
         Args:
-            labels: of each task so far.
-            state: from `state_dict()` of a method with the same settings.
+            labels: of each task so far. state: from `state_dict()` of a method with the same settings.
 
         Raises:
             ConfigError: a task has been started already. RuntimeError: the state is of another form.
@@ -400,12 +389,9 @@ class Method(nn.Module, ABC):
         if not 0 <= task <= self.task:
             raise ConfigError(f"{self.name}: got task {task}, expected 0..{self.task} (tasks are counted from 0)")
 
-    def new_backbone(self, kind: type[AnyBackbone] = Backbone) -> AnyBackbone:  # type: ignore[assignment]
+    def new_backbone(self, kind: type[Backbone] = Backbone) -> Backbone:
         """A new network of the method's sizes."""
-        sizes = self.sizes
-        return kind(
-            sizes.num_items, sizes.channels, sizes.dilations, sizes.kernel_size, sizes.backend, sizes.algorithm
-        )
+        return kind(**vars(self.sizes))
 
     def new_head(self, labels: int) -> nn.Linear:
         """A new head: weight N(0, 0.01), bias 0.1."""

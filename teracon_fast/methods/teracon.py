@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -84,9 +85,7 @@ class Teracon(Method):
             model: with the heads of all tasks so far. teacher: of the tasks before the last, frozen; None for task 0.
             options: as of the constructor, but for `mask`.
         """
-        sizes = Sizes(
-            model.num_items, model.channels, model.dilations, model.kernel_size, model.backend, model.algorithm
-        )
+        sizes = Sizes(**{size.name: getattr(model, size.name) for size in fields(Sizes)})
         method = cls(sizes, mask=model.mask_variant, **options)
         method.to(device=model.device, dtype=model.embeding.stored.dtype)
         method.task, method.model = model.num_tasks - 1, model
@@ -124,12 +123,9 @@ class Teracon(Method):
 
     def _add_head(self, labels: int) -> None:
         if self.task == 0:
-            sizes = self.sizes
             self.model = self.network(
-                num_items=sizes.num_items, channels=sizes.channels, labels=[labels], dilations=sizes.dilations,
-                kernel_size=sizes.kernel_size, task_embedding_range=self.task_embedding_range, mask=self.mask,
-                backend=sizes.backend, algorithm=sizes.algorithm,
-            )  # fmt: skip
+                **vars(self.sizes), labels=[labels], task_embedding_range=self.task_embedding_range, mask=self.mask
+            )
         else:
             self._frozen = [self.model.frozen()]
             self.model = self.model.extended(labels, torch.Generator().manual_seed(torch.initial_seed()))
