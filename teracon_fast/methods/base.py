@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from teracon_fast import ops
 from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods.growth import check_growth, copy_rows
 from teracon_fast.methods.options import options_of
 from teracon_fast.model.backbone import Backbone, Convolution, EncodeUsers, head_loss, init_linear, next_item_inputs
 from teracon_fast.model.masks import Parity, annealed_scale
@@ -333,13 +332,25 @@ class Method(nn.Module, ABC):
         Raises:
             ConfigError: the method cannot grow, or there would be fewer items or labels.
         """
-        check_growth(self.name, self.growth_refusal, [self.sizes.num_items, *self.labels], [num_items, *labels])
+        self._check_growth(num_items, labels)
         new = type(self)(replace(self.sizes, num_items=num_items), **self._options()).to(self._here)
         for task, count in enumerate(labels):
             new.start(task, count, generator)
             new.requires_grad_(False)
-        copy_rows(self.name, self.state_dict(), new.state_dict())
+        larger = new.state_dict()
+        for key, value in self.state_dict().items():
+            if key not in larger or larger[key].shape[1:] != value.shape[1:] or len(larger[key]) < len(value):
+                raise ConfigError(f"{self.name}: {key} of shape {list(value.shape)} cannot grow by rows")
+            larger[key][: len(value)] = value
         return new
+
+    def _check_growth(self, num_items: int, labels: Sequence[int]) -> None:
+        if self.growth_refusal:
+            raise ConfigError(f"{self.name} cannot grow: {self.growth_refusal}")
+        old, new = [self.sizes.num_items, *self.labels], [num_items, *labels]
+        if len(new) != len(old) or any(count < before for count, before in zip(new, old, strict=True)):
+            got, least = (f"{items} items and {counts} labels" for items, *counts in (new, old))
+            raise ConfigError(f"{self.name}: got {got}, expected one count per task, at least {least}")
 
     def next_item_loss(self, batch: Batch) -> Tensor:
         """Loss of task 0 with the weights and masks of inference, for fitting the rows of new items after growth.

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from teracon_fast import ops
 from teracon_fast.data import Batch
 from teracon_fast.methods.base import Group, Method, Sizes, StepContext, StepResult, group
-from teracon_fast.methods.growth import check_growth
 from teracon_fast.methods.options import Option
 from teracon_fast.methods.teracon_graphs import StepGraphs
 from teracon_fast.methods.teracon_loss import loss_of_states, step_states
@@ -135,7 +134,7 @@ class Teracon(Method):
 
     def grown(self, num_items: int, labels: Sequence[int], generator: torch.Generator | None = None) -> Self:
         """As `Method.grown`, by `FastTCN.grown`."""
-        check_growth(self.name, self.growth_refusal, [self.sizes.num_items, *self.labels], [num_items, *labels])
+        self._check_growth(num_items, labels)
         options = {name: value for name, value in self._options().items() if name != "mask"}
         return type(self).around(self.model.grown(num_items, labels, generator), **options)
 

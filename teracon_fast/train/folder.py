@@ -34,11 +34,7 @@ GROWN = "grown.json"
 
 
 class RunStopped(TeraconError):
-    """The run was asked to stop (Ctrl-C or SIGTERM). It has been saved, and the same command resumes it.
-
-    Attributes:
-        signum: the signal's number.
-    """
+    """The run was asked to stop by a signal, `signum`. It has been saved, and the same command resumes it."""
 
     def __init__(self, signum: int, where: str = "") -> None:
         self.signum = signum
@@ -192,7 +188,7 @@ def resolved(config: RunConfig, begun: Mapping[str, Any] | None = None) -> RunCo
             read anyway, and one in the middle of a task is refused by `require_same`.
     """
     begun = begun or {}
-    device = begun.get("device", "") if config.device == "auto" else ""
+    device = begun.get("device") if config.device == "auto" else None
     fill: dict[str, Any] = {"device": device if device and not _why_no_device(device) else resolved_device(config)}
     if config.backend == "auto" and begun:
         with contextlib.suppress(backends.BackendError):

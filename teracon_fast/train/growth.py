@@ -222,8 +222,8 @@ class _Growing:
     ) -> None:
         self._run, self._config, self._dataset, self._order, self._labels = run, config, dataset, order, labels
         self._splits = [task_split(config, data) for data in dataset.tasks[: len(labels)]]
-        self._fitted: list[Tensor] = []
         check_tasks(dataset, self._splits)
+        self._fitted: list[Tensor] = []
 
     def method(self, after: int) -> Method:
         """The grown method after a task (from 1): the same new rows after each."""
@@ -275,16 +275,12 @@ def fit_new_rows(
     method: Method, data: TaskData, samples: NDArray[np.int64], first_item: int, first_label: int, epochs: int, lr: float,
     batch_size: int, seed: int, observer: Observer,
 ) -> list[float]:  # fmt: skip
-    """Train the rows of new items, and nothing else, with `Method.next_item_loss`.
+    """Train the rows of new items, and nothing else, with `Method.next_item_loss`; returns the mean loss of each epoch.
 
     Args:
         method: its rows `first_item`... of the item embedding and `first_label`... of task 1's head are trained, in place.
         data: task 1. samples: int64 `[n]`, those to train on: also the ones without a new item, which teach when none comes.
         epochs, lr, batch_size, seed: of Adam, and of the order of the samples.
-        observer: told of every step.
-
-    Returns:
-        Mean loss of each epoch.
 
     Raises:
         ConfigError: no sample holds a new item. DivergedError: a loss is not finite.

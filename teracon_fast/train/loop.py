@@ -41,8 +41,7 @@ class TaskSettings:
 
     Attributes:
         lr: of Adam, for parameter groups that have none of their own.
-        batch_size: samples a step.
-        epochs: of each phase, at most.
+        batch_size: samples a step. epochs: of each phase, at most.
         patience: validations without a better one, after which a phase ends.
         select: validation metric that picks the best weights, see `metrics.selection_value`.
     """
@@ -67,8 +66,7 @@ class LoopSettings:
 
     Attributes:
         seed: of the order of samples.
-        precision: of matrix products in training steps.
-        parity: of the annealing, see `masks.annealed_scale`.
+        precision, parity: see `StepContext`.
         log_every: steps between two logged ones.
         evaluate_batch_size: sequences encoded at a time in evaluation.
     """
@@ -199,14 +197,7 @@ def make_optimizer(model: nn.Module, lr: float, groups: Sequence[Mapping[str, An
 
 
 def train_step(method: Method, optimizer: torch.optim.Optimizer, batch: Batch, context: StepContext) -> StepResult:
-    """One optimizer step of the present task.
-
-    Args:
-        method: its phase has begun.
-        optimizer: of the phase's parameter groups.
-        batch: of the task, where the method is.
-        context: of the step.
-    """
+    """One optimizer step of the present task. The method's phase has begun; the optimizer has its parameter groups."""
     result = method.step(batch, context)
     method.after_backward()
     optimizer.step()
