@@ -22,13 +22,10 @@ from teracon_fast.model.backbone import Backbone
 
 
 class Patch(nn.Module):
-    """What one task adds to one convolution: `up(leaky(down(x)))`. `PeterRec` runs it; it has no forward of its own.
+    """What one task adds to one convolution: `up(leaky(down(x)))`, run by `Patches.convolve`.
 
     It begins as zero: `up` is zeros, so a new task starts as the frozen network, exactly. `down` has PyTorch's default
     initialisation, so that `up` has a gradient from the first step on; `down` has one from the second.
-
-    Args:
-        channels: f. bottleneck: width between the two layers.
     """
 
     def __init__(self, channels: int, bottleneck: int) -> None:
@@ -42,8 +39,7 @@ class Patches(nn.Module):
     """The patches of one task, one a convolution.
 
     Args:
-        sites: S, number of convolutions. channels, bottleneck: as `Patch`.
-        slope: of the LeakyReLU.
+        sites: S, number of convolutions. channels: f. bottleneck: width between the two layers. slope: of the LeakyReLU.
     """
 
     def __init__(self, sites: int, channels: int, bottleneck: int, slope: float) -> None:

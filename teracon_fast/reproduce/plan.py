@@ -39,8 +39,7 @@ class Choices:
         config: TOML file, as for `teracon train`.
         overrides: dotted names of the configuration to values, `conure.block` for example.
         plugins: Python files that register methods.
-        quick: a tiny network and one epoch.
-        drop_weights: delete the weights of finished runs.
+        quick: a tiny network and one epoch. drop_weights: delete the weights of finished runs.
     """
 
     data: Path
@@ -170,11 +169,7 @@ def _settings(choices: Choices, paper: Paper | None, method: str | None = None, 
 def _new_run(
     config: RunConfig, dataset: TaskSequence, order: tuple[int, ...], seed: int, tested: tuple[int, ...]
 ) -> RunConfig:
-    """The configuration of one run, in OUTPUT/runs/METHOD-ORDER-seedN-HASH: runs with other settings have other folders.
-
-    Raises:
-        ConfigError: the method refuses its options.
-    """
+    """The configuration of one run, in OUTPUT/runs/METHOD-ORDER-seedN-HASH: runs with other settings have other folders."""
     original = range(1, len(dataset.tasks) + 1)
     numbers = [number for number in order if number != NOISE]
     rest = [number for number in original if number not in numbers]

@@ -75,14 +75,6 @@ def task_split(config: RunConfig, data: TaskData) -> Split:
     return split_task(data, by=config.split_by, seed=config.seed)
 
 
-def new_method(config: RunConfig, num_items: int, device: torch.device) -> Method:
-    """The method of a run before its first task."""
-    method = config.new_method(num_items).to(device)
-    if config.cuda_graphs:
-        method.enable_graphs()
-    return method
-
-
 def cost(method: Method, peak_mib: float) -> dict[str, Any]:
     """What inference on all tasks needs to keep, the highest memory of training, and the device."""
     kept, device = method.inference_state().values(), method.device
@@ -114,7 +106,9 @@ class Run(Callbacks):
         self.last_task = min(config.num_tasks or len(self.order), len(self.order))
         self.splits = [task_split(config, data) for data in self.dataset.tasks[: self.last_task]]
         check_tasks(self.dataset, self.splits)
-        self.method = new_method(config, self.dataset.num_items, self.device)
+        self.method = config.new_method(self.dataset.num_items).to(self.device)
+        if config.cuda_graphs:
+            self.method.enable_graphs()
         if saved is None:
             delete_old_run(self.folder)
         with atomic_write(self.folder / "config.toml", "w") as file:
