@@ -133,7 +133,6 @@ class Teracon(Method):
         self._rho = [FIRST_RHO] * task
 
     def grown(self, num_items: int, labels: Sequence[int], generator: torch.Generator | None = None) -> Self:
-        """As `Method.grown`, by `FastTCN.grown`."""
         self._check_growth(num_items, labels)
         options = {name: value for name, value in self._options().items() if name != "mask"}
         return type(self).around(self.model.grown(num_items, labels, generator), **options)

@@ -64,8 +64,7 @@ class Growth:
     """What `grow` did.
 
     Attributes:
-        items: numbers of items before and after, with the pad and buckets.
-        labels: the same of the labels of each task, by its number from 1.
+        items: numbers of items before and after, with the pad and buckets. labels: of labels of each task, by number from 1.
         losses: mean loss of each epoch in which the new rows of task 1 were fitted.
         results: R and BWT of the grown weights on the larger data set.
     """
@@ -188,30 +187,24 @@ def _require_extended(run: Path, dataset: TaskSequence, order: Sequence[int]) ->
         ConfigError: the data set does not extend that of the run.
     """
     labels = {}
-    for place, (number, data) in enumerate(zip(order, dataset.tasks, strict=False), 1):
-        own, source = (f"task{index}/labels.parquet" if place > 1 else "items.parquet" for index in (place, number))
+    for task, (number, data) in enumerate(zip(order, dataset.tasks, strict=False), 1):
         if number == NOISE:
-            before = data.num_labels
-        else:
-            what = "item" if place == 1 else f"label of task {place} ({data.name}),"
-            before = _require_prefix(what, run / own, dataset.path / source, run)
-        labels[place] = before, data.num_labels
+            labels[task] = data.num_labels, data.num_labels
+            continue
+        own, source = (f"task{index}/labels.parquet" if task > 1 else "items.parquet" for index in (task, number))
+        expected = Dictionary.load(run / own).ids
+        got = Dictionary.load(dataset.path / source).ids[: len(expected)]
+        moved = np.flatnonzero(expected[: len(got)] != got)
+        first = int(moved[0]) if len(moved) else len(got)
+        if first < len(expected):
+            what = "item" if task == 1 else f"label of task {task} ({data.name}),"
+            found = repr(got[first]) if first < len(got) else "none"
+            raise ConfigError(
+                f"{dataset.path / source}: {what} with index {first} is {found}, expected {expected[first]!r} as in {run}: "
+                f"indices of a trained model must not move; prepare the data with --extend {run}"
+            )
+        labels[task] = len(expected), data.num_labels
     return labels
-
-
-def _require_prefix(what: str, old: Path, new: Path, run: Path) -> int:
-    """Number of ids of the dictionary `old`, all of which must have their indices in `new` too."""
-    expected = Dictionary.load(old).ids
-    got = Dictionary.load(new).ids[: len(expected)]
-    moved = np.flatnonzero(expected[: len(got)] != got)
-    first = int(moved[0]) if len(moved) else len(got)
-    if first < len(expected):
-        found = repr(got[first]) if first < len(got) else "none"
-        raise ConfigError(
-            f"{new}: {what} with index {first} is {found}, expected {expected[first]!r} as in {run}: indices of a trained "
-            f"model must not move; prepare the data with --extend {run}"
-        )
-    return len(expected)
 
 
 class _Growing:
