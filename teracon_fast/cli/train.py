@@ -9,7 +9,8 @@ every task (`--lr`), and `--task 2.lr=1e-4` sets it for one task. Later ones win
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,6 +62,18 @@ def seeds_of(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+@contextmanager
+def exit_when_stopped() -> Iterator[None]:
+    """Exit with the code of the signal that stopped a run."""
+    from teracon_fast.train.folder import RunStopped
+
+    try:
+        yield
+    except RunStopped as stopped:
+        say(str(stopped), stderr=True)
+        raise typer.Exit(128 + stopped.signum) from None
+
+
 def run_training(
     config: Path | None, preset: str | None, fresh: bool, task: list[str], own: list[str], seeds: str | None, jobs: int,
     dry_run: bool, report: bool, values: dict[str, Any],
@@ -74,15 +87,10 @@ def run_training(
         _train_seeds(settings, seeds_of(seeds), jobs, fresh, report)
         return
     from teracon_fast.cli.progress import ConsoleObserver
-    from teracon_fast.train.folder import RunStopped
     from teracon_fast.train.run import train
 
-    try:
-        with ConsoleObserver() as observer:
-            train(settings, observer, fresh=fresh)
-    except RunStopped as stopped:
-        say(str(stopped), stderr=True)
-        raise typer.Exit(128 + stopped.signum) from None
+    with exit_when_stopped(), ConsoleObserver() as observer:
+        train(settings, observer, fresh=fresh)
     _show(settings.run, report)
 
 
@@ -105,19 +113,15 @@ def _train_seeds(settings: configuration.RunConfig, seeds: tuple[int, ...], jobs
     """A run for each seed, RUN/seed0, RUN/seed1, ..., each in a process of its own."""
     from teracon_fast.cli.reproduce import RunLines
     from teracon_fast.reproduce.jobs import run_jobs
-    from teracon_fast.train.folder import RunStopped, delete_old_run
+    from teracon_fast.train.folder import delete_old_run
 
     configs = [settings.model_copy(update={"run": settings.run / f"seed{seed}", "seed": seed}) for seed in seeds]
     if fresh:
         for config in configs:
             config.run.mkdir(parents=True, exist_ok=True)
             delete_old_run(config.run)
-    try:
-        with RunLines() as shown:
-            failed = run_jobs(configs, jobs, shown.report)
-    except RunStopped as stopped:
-        say(str(stopped), stderr=True)
-        raise typer.Exit(128 + stopped.signum) from None
+    with exit_when_stopped(), RunLines() as shown:
+        failed = run_jobs(configs, jobs, shown.report)
     for config in configs:
         if config not in failed:
             say(f"seed {config.seed}: {config.run}")

@@ -52,8 +52,14 @@ def measure(
         raise ConfigError(f"{dataset.path}: got {len(dataset.tasks)} tasks, expected the {max(run.order)} of {run.path}")
     dataset = arranged(dataset, run.order, run.config.seed)
     strangers = _Strangers(run, dataset, unseen) if unseen != "error" else None
-    if strangers is None:
-        _require_same_labels(run, dataset)
+    for task, data_of in zip(run.tasks, dataset.tasks, strict=True):
+        # The indices in a prepared folder mean nothing without the dictionaries they were made with.
+        if strangers is None and not np.array_equal(data_of.label_ids(), task.labels.ids):
+            what = "items" if task.kind == "next_item" else f"labels of {task}"
+            raise ConfigError(
+                f"{dataset.path}: its {what} are not those of {run.path}, expected the data it was trained on; "
+                "--unseen pad, drop or bucket reads others by raw id"
+            )
     encoders, found = run.method.encoders(range(len(run.tasks))), {}
     for task, samples_of in zip(run.tasks, dataset.tasks, strict=True):
         samples = getattr(task_split(run.config, samples_of), split)
@@ -66,17 +72,6 @@ def measure(
         at = task.number - 1
         found[task.number] = evaluate(run.method, samples_of, at, samples, batch_size, show, encoders[at])
     return found
-
-
-def _require_same_labels(run: TrainedRun, dataset: TaskSequence) -> None:
-    """The indices in a prepared folder mean nothing without the dictionaries they were made with."""
-    for task, data in zip(run.tasks, dataset.tasks, strict=True):
-        if not np.array_equal(data.label_ids(), task.labels.ids):
-            what = "items" if task.kind == "next_item" else f"labels of {task}"
-            raise ConfigError(
-                f"{dataset.path}: its {what} are not those of {run.path}, expected the data it was trained on; "
-                "--unseen pad, drop or bucket reads others by raw id"
-            )
 
 
 class _Strangers:

@@ -184,10 +184,8 @@ def _label_of_item(run: TrainedRun, task: TrainedTask) -> NDArray[np.int64]:
 def _exclusions(
     x: NDArray[np.int32], label_of_item: NDArray[np.int64] | None, always: list[int], device: torch.device
 ) -> list[Tensor] | None:
-    if label_of_item is None and not always:
-        return None
     if label_of_item is None:
-        return [torch.tensor(always, device=device)] * len(x)
+        return [torch.tensor(always, device=device)] * len(x) if always else None
     labels = label_of_item[x]
     return [torch.from_numpy(np.unique([*row[row >= 0], *always]).astype(np.int64)).to(device) for row in labels]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -183,9 +184,7 @@ class Run(Callbacks):
         self.stop.poll()
 
     def on_evaluate(self, trainer: Trainer, done: int, total: int) -> None:
-        """A stop signal interrupts an evaluation."""
-        self.observer.on_evaluate(trainer.task + 1, "valid", done, total)
-        self.stop.poll()
+        self.show_progress(trainer.task, "valid", done, total)
 
     def on_epoch_end(self, trainer: Trainer, event: dict[str, Any]) -> None:
         """Log the validation, and the test metrics of the task where they are wanted."""
@@ -203,14 +202,14 @@ class Run(Callbacks):
     def load_best(self, trainer: Trainer) -> None:
         trainer.method.load_changing_state(load_best(self.folder))
 
+    def show_progress(self, task: int, split: str, done: int, total: int) -> None:
+        """Of an evaluation of a task (from 0); a stop signal interrupts it."""
+        self.observer.on_evaluate(task + 1, split, done, total)
+        self.stop.poll()
+
     def test(self, task: int, encode: EncodeUsers) -> dict[str, float]:
-        """Test metrics of one task (from 0); a stop signal interrupts it."""
-
-        def progress(done: int, total: int) -> None:
-            self.observer.on_evaluate(task + 1, "test", done, total)
-            self.stop.poll()
-
-        data, samples = self.dataset.tasks[task], self.splits[task].test
+        """Test metrics of one task (from 0)."""
+        data, samples, progress = self.dataset.tasks[task], self.splits[task].test, partial(self.show_progress, task, "test")
         return evaluate(self.method, data, task, samples, self.config.evaluate_batch_size, progress, encode)
 
     def finish(self, trainer: Trainer) -> None:
