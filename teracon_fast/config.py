@@ -217,12 +217,9 @@ class RunConfig(_Section):
         Raises:
             ConfigError: its constructor refuses an option.
         """
-        model, kind = self.model, find_method(self.method)
-        sizes = Sizes(num_items, model.channels, model.dilations, model.kernel_size, self.backend, self.algorithm)
-        options = dict(self.options.get(self.method, {}))
-        for name, option in options_of(kind).items():
-            if option.per_task:
-                options.pop(name, None)
+        kind, given = find_method(self.method), self.options.get(self.method, {})
+        sizes = Sizes(num_items, **dict(self.model), backend=self.backend, algorithm=self.algorithm)
+        options = {name: given[name] for name, option in options_of(kind).items() if name in given and not option.per_task}
         try:
             method = kind(sizes, **options)
         except TypeError as error:  # of a plugin: its constructor takes something else than sizes and options
@@ -275,32 +272,30 @@ def load_config(
         path: TOML file.
         overrides: dotted names to values, e.g. {"first.lr": 0.01, "task.2.alpha": "0.9", "conure.pruning": 0.5}. A string is
             read as a TOML value where it is one ("0.9", "[1, 4]", "true") and else taken as it is. None values are left out.
-            An option given for a method replaces what preset and file say of single tasks.
+            A name of SHARED is for every task. It, and an option given for a method, replaces what preset and file say of
+            single tasks.
 
     Raises:
         ConfigError: unknown preset, unreadable file, unknown key (naming the nearest known one), or a bad value.
     """
     values: dict[str, Any] = {}
     if preset is not None:
-        _merge(values, read_preset(preset))
+        if preset not in PRESETS:
+            raise ConfigError(f"preset: got {preset!r}, expected one of {', '.join(PRESETS)}")
+        _merge(values, tomllib.loads((resources.files("teracon_fast") / "presets" / f"{preset}.toml").read_text("utf-8")))
     if path is not None:
         _merge(values, read_toml(path))
     given = {name: value for name, value in (overrides or {}).items() if value is not None}
     for name in given:
-        _clear_tasks(values, *name.split(".", 1))
+        _clear_tasks(values, name)
+    given = {f"{section}.{name}": given[name] for section in ("first", "later") for name in SHARED if name in given} | given
     for name, value in given.items():
-        _merge(values, _nested(name, _parsed(name, value)))
+        if name not in SHARED:
+            _merge(values, _nested(name, _parsed(name, value)))
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error, str(path) if path is not None else "configuration")) from None
-
-
-def read_preset(name: str) -> dict[str, Any]:
-    """Values of a shipped preset (a TOML file under teracon_fast/presets)."""
-    if name not in PRESETS:
-        raise ConfigError(f"preset: got {name!r}, expected one of {', '.join(PRESETS)}")
-    return tomllib.loads((resources.files("teracon_fast") / "presets" / f"{name}.toml").read_text("utf-8"))
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -400,13 +395,14 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
             into[key] = dict(value) if isinstance(value, Mapping) else value
 
 
-def _clear_tasks(values: dict[str, Any], table: str, option: str = "") -> None:
-    """Remove the values that tasks have of an option, if `table` is that of a method."""
-    if table in RunConfig.model_fields or option in TaskConfig.model_fields:
-        return
-    for section in (values.get("first"), values.get("later"), *values.get("task", [])):
-        if isinstance(section, dict):
-            section.pop(option, None)
+def _clear_tasks(values: dict[str, Any], name: str) -> None:
+    """Remove the values that tasks have of a setting, if the name is one of SHARED or that of a method's option."""
+    table, _, option = name.rpartition(".")
+    of_method = table and table.split(".")[0] not in RunConfig.model_fields and option not in TaskConfig.model_fields
+    if name in SHARED or of_method:
+        for section in (values.get("first"), values.get("later"), *values.get("task", [])):
+            if isinstance(section, dict):
+                section.pop(option, None)
 
 
 def _nested(name: str, value: Any) -> dict[str, Any]:
@@ -421,15 +417,19 @@ def _nested(name: str, value: Any) -> dict[str, Any]:
 def _parsed(name: str, value: Any) -> Any:
     if not isinstance(value, str) or name in _TEXT:
         return value
+    text = f"[{value.strip('[] ')}]" if name in _LISTS else value
     try:
-        parsed = tomllib.loads(f"value = {value}")
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return value
     return parsed["value"] if set(parsed) == {"value"} else value
 
 
+FLAGS = tuple(flags())
+SHARED = tuple(flag.name.removeprefix("first.") for flag in FLAGS if flag.name.startswith("first."))  # settings of tasks
 _PLAIN = {"order", "method", "device"}  # texts that may look like TOML values
-_TEXT = frozenset(flag.name for flag in flags() if flag.type is Path or flag.choices or flag.name in _PLAIN)
+_TEXT = frozenset(flag.name for flag in FLAGS if flag.type is Path or flag.choices or flag.name in _PLAIN)
+_LISTS = frozenset(flag.name for flag in FLAGS if flag.type == list[int])  # may also be written 1,4
 
 
 def _explain(error: ValidationError, source: str) -> str:

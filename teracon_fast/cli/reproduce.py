@@ -56,10 +56,9 @@ def reproduce(
     The same command resumes interrupted runs and reuses finished ones, also those of other tables. If a run fails, the others
     continue, and the exit code is 1.
     """
-    from teracon_fast.cli.train import collect, seeds_of
+    from teracon_fast.cli.train import collect, exit_when_stopped, seeds_of
     from teracon_fast.reproduce import Choices, main_grids
     from teracon_fast.reproduce import reproduce as run
-    from teracon_fast.train.folder import RunStopped
 
     given = {
         "model.channels": channels, "epochs": epochs, "split_by": split_by, "device": device, "backend": backend,
@@ -67,14 +66,10 @@ def reproduce(
     }  # fmt: skip
     choices = Choices(
         data, output, None if methods is None else tuple(part.strip() for part in methods.split(",")), order, noise_at, held_back,
-        seeds_of(seeds), preset, config, collect(given, [], own or [], preset, config), tuple(plugin or ()), quick, drop_weights,
+        seeds_of(seeds), preset, config, collect(given, [], own or []), tuple(plugin or ()), quick, drop_weights,
     )  # fmt: skip
-    try:
-        with RunLines() as shown:
-            done = run(experiment, choices, jobs, shown.report, file_format)
-    except RunStopped as stopped:
-        say(str(stopped), stderr=True)
-        raise typer.Exit(128 + stopped.signum) from None
+    with exit_when_stopped(), RunLines() as shown:
+        done = run(experiment, choices, jobs, shown.report, file_format)
     say(f"{len(done.plan.runs)} runs: {len(done.ran) - len(done.failed)} trained, {len(done.plan.runs) - len(done.ran)} reused, "
         f"{len(done.failed)} failed")  # fmt: skip
     if not done.plan.experiment.is_figure:

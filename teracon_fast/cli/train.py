@@ -9,9 +9,10 @@ every task (`--lr`), and `--task 2.lr=1e-4` sets it for one task. Later ones win
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 
@@ -22,9 +23,6 @@ from teracon_fast.methods import METHODS
 
 PANELS = {"": "Run", "first": "First task (T1)", "later": "Later tasks (T2, T3, ...)", "model": "Network"}
 PANELS |= {method: f"Method {method}" for method in METHODS}
-FLAGS = tuple(configuration.flags())
-# Settings of tasks, options among them: dotted names end with one of these.
-SHARED = tuple(flag.name.removeprefix("first.") for flag in FLAGS if flag.name.startswith("first."))
 
 
 def flag(name: str) -> str:
@@ -32,28 +30,17 @@ def flag(name: str) -> str:
     return "--" + {"plugins": "plugin"}.get(name, name).removeprefix("model.").replace(".", "-").replace("_", "-")
 
 
-def collect(
-    values: dict[str, Any], task: list[str], own: list[str], preset: str | None, path: Path | None
-) -> dict[str, Any]:
+def collect(values: dict[str, Any], task: list[str], own: list[str]) -> dict[str, Any]:
     """Overrides for `load_config` from the flags that were given.
 
     Args:
-        values: dotted configuration name, or a name of SHARED (for every task), to what was given; None: not given.
+        values: names of the configuration to what was given; None, or no plugins: not given.
         task: texts such as "2.lr=1e-4". own: texts such as "my_method.width=8".
-        preset, path: where `[[task]]` tables may come from; a value for every task replaces theirs too.
 
     Raises:
         ConfigError: a text of `task` or `own` has another form.
     """
-    given = {name: value for name, value in values.items() if value is not None}
-    overrides: dict[str, Any] = {}
-    tables = _task_tables(preset, path)
-    for name in [name for name in SHARED if name in given]:
-        value = given.pop(name)
-        overrides |= {f"first.{name}": value, f"later.{name}": value}
-        for number in [number for number, entries in tables.items() if name in entries]:
-            overrides[f"task.{number}.{name}"] = given.get(f"{'first' if number == 1 else 'later'}.{name}", value)
-    overrides |= given
+    overrides = {name: value for name, value in values.items() if value is not None and value != []}
     for text in task:
         name, separator, value = text.partition("=")
         if not separator or name.count(".") != 1 or not name.split(".")[0].isdigit():
@@ -75,14 +62,16 @@ def seeds_of(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _task_tables(preset: str | None, path: Path | None) -> dict[int, dict[str, Any]]:
-    tables: dict[int, dict[str, Any]] = {}
-    for source in (configuration.read_preset(preset) if preset else {}, configuration.read_toml(path) if path else {}):
-        entries = source.get("task", [])
-        for entry in entries if isinstance(entries, list) else []:
-            if isinstance(entry, dict) and isinstance(entry.get("number"), int):
-                tables.setdefault(entry["number"], {}).update(entry)
-    return tables
+@contextmanager
+def exit_when_stopped() -> Iterator[None]:
+    """Exit with the code of the signal that stopped a run."""
+    from teracon_fast.train.folder import RunStopped
+
+    try:
+        yield
+    except RunStopped as stopped:
+        say(str(stopped), stderr=True)
+        raise typer.Exit(128 + stopped.signum) from None
 
 
 def run_training(
@@ -90,7 +79,7 @@ def run_training(
     dry_run: bool, report: bool, values: dict[str, Any],
 ) -> None:  # fmt: skip
     """Merge the configuration, train (or resume), print R and BWT, draw the plots."""
-    settings = configuration.load_config(preset, config, collect(values, task, own, preset, config))
+    settings = configuration.load_config(preset, config, collect(values, task, own))
     if dry_run:
         typer.echo(settings.to_toml(), nl=False)
         return
@@ -98,15 +87,10 @@ def run_training(
         _train_seeds(settings, seeds_of(seeds), jobs, fresh, report)
         return
     from teracon_fast.cli.progress import ConsoleObserver
-    from teracon_fast.train.folder import RunStopped
     from teracon_fast.train.run import train
 
-    try:
-        with ConsoleObserver() as observer:
-            train(settings, observer, fresh=fresh)
-    except RunStopped as stopped:
-        say(str(stopped), stderr=True)
-        raise typer.Exit(128 + stopped.signum) from None
+    with exit_when_stopped(), ConsoleObserver() as observer:
+        train(settings, observer, fresh=fresh)
     _show(settings.run, report)
 
 
@@ -129,19 +113,15 @@ def _train_seeds(settings: configuration.RunConfig, seeds: tuple[int, ...], jobs
     """A run for each seed, RUN/seed0, RUN/seed1, ..., each in a process of its own."""
     from teracon_fast.cli.reproduce import RunLines
     from teracon_fast.reproduce.jobs import run_jobs
-    from teracon_fast.train.folder import RunStopped, delete_old_run
+    from teracon_fast.train.folder import delete_old_run
 
     configs = [settings.model_copy(update={"run": settings.run / f"seed{seed}", "seed": seed}) for seed in seeds]
     if fresh:
         for config in configs:
             config.run.mkdir(parents=True, exist_ok=True)
             delete_old_run(config.run)
-    try:
-        with RunLines() as shown:
-            failed = run_jobs(configs, jobs, shown.report)
-    except RunStopped as stopped:
-        say(str(stopped), stderr=True)
-        raise typer.Exit(128 + stopped.signum) from None
+    with exit_when_stopped(), RunLines() as shown:
+        failed = run_jobs(configs, jobs, shown.report)
     for config in configs:
         if config not in failed:
             say(f"seed {config.seed}: {config.run}")
@@ -177,12 +157,11 @@ def _build() -> Callable[..., None]:
         _parameter("report", typer.Option("--report/--no-report", help="Draw plots at the end."), bool, True),
     ]
     own = [parameter.name for parameter in parameters]
-    for option in FLAGS:
+    for option in configuration.FLAGS:
         section, _, short = option.name.rpartition(".")
         text = option.help + (f" ({', '.join(option.choices)})" if option.choices else "")
         text = text.replace("[", "\\[")
-        is_list = get_origin(option.type) is list
-        kind = list[Path] if is_list and get_args(option.type)[0] is Path else str if is_list else option.type
+        kind = str if option.type == list[int] else option.type  # 1,4,1,4
 
         def add(name: str, panel: str, default: Any, text: str = text, kind: Any = kind) -> None:
             parameter = name.replace(".", "__")
@@ -197,8 +176,7 @@ def _build() -> Callable[..., None]:
 
     def train(**given: Any) -> None:
         mine = {key: given.pop(key) for key in own}
-        values = {names[key]: _listed(value) if _is_list(names[key]) else value for key, value in given.items()}
-        run_training(**mine, values=values)
+        run_training(**mine, values={names[key]: value for key, value in given.items()})
 
     train.__doc__ = """Train a sequence of tasks by any method; an interrupted run resumes automatically.
 
@@ -208,18 +186,6 @@ def _build() -> Callable[..., None]:
     train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     train.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return train
-
-
-def _is_list(name: str) -> bool:
-    return any(flag.name == name and get_origin(flag.type) is list for flag in FLAGS)
-
-
-def _listed(value: Any) -> Any:
-    """ "1,4,1,4" as a list, no plugins as not given; anything else as it is, for the configuration to refuse."""
-    if not isinstance(value, str):
-        return value or None
-    parts = value.strip("[] ").split(",")
-    return [int(part) for part in parts] if all(part.strip().isdigit() for part in parts) else value
 
 
 train = _build()

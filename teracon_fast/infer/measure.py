@@ -24,18 +24,13 @@ if TYPE_CHECKING:
 
 
 def measure(
-    run: TrainedRun,
-    data: str | Path | None = None,
-    split: str = "test",
-    batch_size: int = 1024,
-    progress: Callable[[int, str, int, int], None] | None = None,
-    unseen: Unseen = "error",
+    run: TrainedRun, data: str | Path | None = None, split: str = "test", batch_size: int = 1024,
+    progress: Callable[[int, str, int, int], None] | None = None, unseen: Unseen = "error",
     say: Callable[[str], None] | None = None,
-) -> dict[int, dict[str, float]]:
+) -> dict[int, dict[str, float]]:  # fmt: skip
     """Metrics of every task that a run has learned: a row of R with all its metrics.
 
     Args:
-        run: a trained run.
         data: prepared folder; None: the one that the run was trained on. Its tasks are taken in the run's order.
         split: "test", "valid" or "train", split as in training.
         batch_size: sequences encoded at a time.
@@ -52,10 +47,19 @@ def measure(
     """
     if split not in ("test", "valid", "train"):
         raise ConfigError(f"split: got {split!r}, expected test, valid or train")
-    dataset = _in_order(run, open_dataset(run.config.data if data is None else data))
+    dataset = open_dataset(run.config.data if data is None else data)
+    if len(dataset.tasks) < max(run.order):
+        raise ConfigError(f"{dataset.path}: got {len(dataset.tasks)} tasks, expected the {max(run.order)} of {run.path}")
+    dataset = arranged(dataset, run.order, run.config.seed)
     strangers = _Strangers(run, dataset, unseen) if unseen != "error" else None
-    if strangers is None:
-        _require_same_labels(run, dataset)
+    for task, data_of in zip(run.tasks, dataset.tasks, strict=True):
+        # The indices in a prepared folder mean nothing without the dictionaries they were made with.
+        if strangers is None and not np.array_equal(data_of.label_ids(), task.labels.ids):
+            what = "items" if task.kind == "next_item" else f"labels of {task}"
+            raise ConfigError(
+                f"{dataset.path}: its {what} are not those of {run.path}, expected the data it was trained on; "
+                "--unseen pad, drop or bucket reads others by raw id"
+            )
     encoders, found = run.method.encoders(range(len(run.tasks))), {}
     for task, samples_of in zip(run.tasks, dataset.tasks, strict=True):
         samples = getattr(task_split(run.config, samples_of), split)
@@ -68,24 +72,6 @@ def measure(
         at = task.number - 1
         found[task.number] = evaluate(run.method, samples_of, at, samples, batch_size, show, encoders[at])
     return found
-
-
-def _in_order(run: TrainedRun, dataset: TaskSequence) -> TaskSequence:
-    """The tasks of the data set that the run has learned, in its order."""
-    if len(dataset.tasks) < max(run.order):
-        raise ConfigError(f"{dataset.path}: got {len(dataset.tasks)} tasks, expected the {max(run.order)} of {run.path}")
-    return arranged(dataset, run.order, run.config.seed)
-
-
-def _require_same_labels(run: TrainedRun, dataset: TaskSequence) -> None:
-    """The indices in a prepared folder mean nothing without the dictionaries they were made with."""
-    for task, data in zip(run.tasks, dataset.tasks, strict=True):
-        if not np.array_equal(data.label_ids(), task.labels.ids):
-            what = "items" if task.kind == "next_item" else f"labels of {task}"
-            raise ConfigError(
-                f"{dataset.path}: its {what} are not those of {run.path}, expected the data it was trained on; "
-                "--unseen pad, drop or bucket reads others by raw id"
-            )
 
 
 class _Strangers:

@@ -84,43 +84,39 @@ def task_number(names: Sequence[str], which: int | str, where: str | Path) -> in
     raise ConfigError(f"{where}: got task {text!r}, expected one of {known}")
 
 
-def finished_tasks(run: Path) -> int:
-    """How many tasks a run has finished: a task's checkpoint is written when it ends."""
-    numbers = (re.fullmatch(r"task(\d+)\.safetensors", path.name) for path in (run / "checkpoints").glob("task*"))
-    return max((int(found[1]) for found in numbers if found), default=0)
-
-
 def open_run(
-    run: str | Path,
-    after: int | str | None = None,
-    device: str = "auto",
-    backend: str | None = None,
+    run: str | Path, after: int | str | None = None, device: str = "auto", backend: str | None = None,
     threads: int | None = None,
-) -> TrainedRun:
+) -> TrainedRun:  # fmt: skip
     """Open a run folder for inference.
 
     Args:
-        run: run folder.
         after: open the method as this task left it, by name or by number from 1; None: the newest finished one.
-        device: "auto", "cpu", "cuda", "cuda:N".
-        backend: of the operations; None: as in the run's configuration.
+        device: "auto", "cpu", "cuda", "cuda:N". backend: None: as in the run's configuration.
         threads: CPU threads; None leaves PyTorch's choice.
 
     Raises:
-        ConfigError: no such run, task, device or backend, or a plugin of the run is missing. CheckpointError, DataError: a file
-            is missing or damaged.
+        ConfigError: no such run, task, device or backend, a plugin of the run is missing, or a dictionary is not that of the
+            weights. CheckpointError, DataError: a file is missing or damaged.
     """
     run = Path(run)
     if not (run / "config.toml").is_file():
         raise ConfigError(f"{run}: has no config.toml, expected a run folder of `teracon train`")
     config = load_config(path=run / "config.toml", overrides={"device": device, "backend": backend})
-    done = finished_tasks(run)
+    checkpoints = (re.fullmatch(r"task(\d+)\.safetensors", path.name) for path in (run / "checkpoints").glob("task*"))
+    done = max((int(found[1]) for found in checkpoints if found), default=0)  # a task's is written when it ends
     if not done:
         raise ConfigError(f"{run}: no task is finished yet")
     about = read_about(run)
     number = done if after is None else task_number([meta.name for meta in about.tasks[:done]], after, f"{run}, finished tasks")
     order = config.task_order(len(about.tasks) - (config.noise_at is not None))[:number]
-    tasks = _tasks(run, number)
+    trained, sizes, tasks = trained_labels(run), read_task_header(run, number).labels, list[TrainedTask]()
+    for task, (meta, size) in enumerate(zip(about.tasks, sizes, strict=False), 1):
+        name = "items.parquet" if meta.kind == "next_item" else f"task{task}/labels.parquet"
+        labels = Dictionary.load(run / name)
+        if len(labels) != size:
+            raise ConfigError(f"{run / name}: has {len(labels)} ids, expected {size} as in the run's weights")
+        tasks.append(TrainedTask(task, meta.name, meta.kind, labels, trained.get(task, size)))
     if threads is not None:
         torch.set_num_threads(threads)
     items = tasks[0].labels
@@ -128,19 +124,3 @@ def open_run(
     load_task(run, number, method)
     method.configure(config.task_options(order[-1]))
     return TrainedRun(run, config, method.requires_grad_(False).eval(), about.length, items, tasks, order)
-
-
-def _tasks(run: Path, count: int) -> list[TrainedTask]:
-    """The first tasks of a run.
-
-    Raises:
-        ConfigError: a dictionary is not that of the weights.
-    """
-    trained, sizes, found = trained_labels(run), read_task_header(run, count).labels, list[TrainedTask]()
-    for number, meta in enumerate(read_about(run).tasks[:count], 1):
-        name = "items.parquet" if meta.kind == "next_item" else f"task{number}/labels.parquet"
-        labels = Dictionary.load(run / name)
-        if len(labels) != sizes[number - 1]:
-            raise ConfigError(f"{run / name}: has {len(labels)} ids, expected {sizes[number - 1]} as in the run's weights")
-        found.append(TrainedTask(number, meta.name, meta.kind, labels, trained.get(number, len(labels))))
-    return found

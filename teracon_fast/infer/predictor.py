@@ -49,7 +49,8 @@ def encode_blocks(
     """
     chosen, done = [run.task(task).number - 1 for task in tasks], 0
     encoders = run.method.encoders(chosen)
-    with closing(prefetch(_prepared(inputs, batch_size))) as blocks:
+    sequences = ((block, torch.from_numpy(block.x.astype(np.int64))) for block in inputs.blocks(batch_size))
+    with closing(prefetch((block, x, real_lengths(x)) for block, x in sequences)) as blocks:
         for block, x, lengths in blocks:
             yield block, [encoders[task](x, 0, lengths) for task in chosen]
             done += len(x)
@@ -57,25 +58,13 @@ def encode_blocks(
                 progress(done)
 
 
-def _prepared(inputs: Inputs, batch_size: int) -> Iterator[tuple[InputBlock, Tensor, NDArray[np.int64]]]:
-    """Each block with its sequences as int64 `[n, L]` and their real lengths."""
-    for block in inputs.blocks(batch_size):
-        x = torch.from_numpy(block.x.astype(np.int64))
-        yield block, x, real_lengths(x)
-
-
 def embed(
-    run: TrainedRun,
-    inputs: Inputs,
-    output: str | Path,
-    tasks: Sequence[int | str],
-    batch_size: int = 1024,
+    run: TrainedRun, inputs: Inputs, output: str | Path, tasks: Sequence[int | str], batch_size: int = 1024,
     progress: Progress | None = None,
-) -> int:
+) -> int:  # fmt: skip
     """Write user representations: the key columns of the input, then for each task `task_<N>`, fixed_size_list<float32>[f].
 
-    Returns:
-        Number of users.
+    Returns the number of users, as `recommend` and `predict` do.
 
     Raises:
         ConfigError: a task that the run has not learned, or one given twice.
@@ -96,16 +85,9 @@ def embed(
 
 
 def recommend(
-    run: TrainedRun,
-    inputs: Inputs,
-    output: str | Path,
-    task: int | str,
-    k: int = 10,
-    exclude_seen: bool = False,
-    long: bool = False,
-    batch_size: int = 1024,
-    progress: Progress | None = None,
-) -> int:
+    run: TrainedRun, inputs: Inputs, output: str | Path, task: int | str, k: int = 10, exclude_seen: bool = False,
+    long: bool = False, batch_size: int = 1024, progress: Progress | None = None,
+) -> int:  # fmt: skip
     """Write the k best labels of a task for each user, best first, by raw id, with their scores (logits).
 
     Columns: the key columns of the input, then `items` list<string> and `scores` list<float32>; with `long`, one row per
@@ -113,12 +95,8 @@ def recommend(
     recommended. Where fewer than k are left, the list is shorter.
 
     Args:
-        run, inputs, output, batch_size, progress: as `embed`.
         task: by name, or by number from 1.
-        exclude_seen: leave out items of the user's sequence; an error for a task whose labels are not items.
-
-    Returns:
-        Number of users.
+        exclude_seen: leave out items of the user's sequence.
 
     Raises:
         ConfigError: k is not 1 to the number of labels; exclude_seen on a task whose labels are not items.
@@ -153,19 +131,12 @@ def recommend(
 
 
 def predict(
-    run: TrainedRun,
-    inputs: Inputs,
-    output: str | Path,
-    task: int | str,
-    batch_size: int = 1024,
+    run: TrainedRun, inputs: Inputs, output: str | Path, task: int | str, batch_size: int = 1024,
     progress: Progress | None = None,
-) -> int:
+) -> int:  # fmt: skip
     """Write the probability of every label of a task with few labels: the key columns, `label`, `probability`, `p_<label>`...
 
     The untrained labels of a grown run are left out: the probabilities are those of the others.
-
-    Returns:
-        Number of users.
 
     Raises:
         ConfigError: the task has more than MAX_PREDICTED labels.
@@ -213,10 +184,8 @@ def _label_of_item(run: TrainedRun, task: TrainedTask) -> NDArray[np.int64]:
 def _exclusions(
     x: NDArray[np.int32], label_of_item: NDArray[np.int64] | None, always: list[int], device: torch.device
 ) -> list[Tensor] | None:
-    if label_of_item is None and not always:
-        return None
     if label_of_item is None:
-        return [torch.tensor(always, device=device)] * len(x)
+        return [torch.tensor(always, device=device)] * len(x) if always else None
     labels = label_of_item[x]
     return [torch.from_numpy(np.unique([*row[row >= 0], *always]).astype(np.int64)).to(device) for row in labels]
 

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from teracon_fast.methods.base import (
-    DeclaredOption,
-    Group,
-    Method,
-    Option,
-    Sizes,
-    StepContext,
-    StepResult,
-    group,
-    options_of,
-)
+from teracon_fast.methods.base import Group, Method, Sizes, StepContext, StepResult, group
 from teracon_fast.methods.conure import Conure
 from teracon_fast.methods.fine_all import FineAll
 from teracon_fast.methods.hat import HAT
 from teracon_fast.methods.multi_task import MTL
+from teracon_fast.methods.options import DeclaredOption, Option, options_of
 from teracon_fast.methods.parameter_masks import ParameterMasks
 from teracon_fast.methods.peterrec import PeterRec
 from teracon_fast.methods.piggyback import Piggyback

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -15,56 +14,13 @@ from torch import Tensor, nn
 from teracon_fast import ops
 from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods.growth import check_growth, copy_rows
+from teracon_fast.methods.options import options_of
 from teracon_fast.model.backbone import Backbone, Convolution, EncodeUsers, head_loss, init_linear, next_item_inputs
 from teracon_fast.model.masks import Parity, annealed_scale
 from teracon_fast.ops import low_rank
 
 Precision = Literal["fp32", "bf16"]
 Group = dict[str, Any]  # of parameters, as optimizers take them: "params", and "lr" where it is not the task's
-AnyBackbone = TypeVar("AnyBackbone", bound=Backbone)
-
-
-@dataclass(frozen=True)
-class Option:
-    """Declares an argument of a method's constructor as an option: `alpha: Annotated[float, Option("weight of ...")] = 0.7`.
-
-    From there it is a key of the method's TOML table, a flag of `teracon train`, and part of a run's fingerprint. The
-    constructor keeps it under the same name.
-
-    Attributes:
-        help: one line.
-        per_task: whether each task may have a value of its own, see `Method.configure`.
-    """
-
-    help: str
-    per_task: bool = False
-
-
-@dataclass(frozen=True)
-class DeclaredOption:
-    """An option as a method's constructor declares it; `type` is its annotation without `Option`."""
-
-    name: str
-    type: Any
-    default: Any
-    help: str
-    per_task: bool
-
-
-def options_of(kind: type[Method]) -> dict[str, DeclaredOption]:
-    """The options that a method declares, by name, in order. An argument without `Option` is one without help."""
-    try:
-        hints = get_type_hints(kind.__init__, include_extras=True)
-    except NameError:  # a plugin's, of names that only a type checker sees
-        hints = {}
-    found = {}
-    for name, parameter in list(inspect.signature(kind).parameters.items())[1:]:  # after sizes
-        hint = hints.get(name, Any)
-        inner, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        option = next((extra for extra in extras if isinstance(extra, Option)), Option(""))
-        found[name] = DeclaredOption(name, inner, parameter.default, option.help, option.per_task)
-    return found
 
 
 @dataclass(frozen=True)
@@ -72,10 +28,7 @@ class Sizes:
     """Shape of the networks of a method, see `Backbone`. The defaults are the paper's.
 
     Attributes:
-        num_items: V, with the pad, item 0.
-        channels: f.
-        dilations: one per residual block.
-        kernel_size: K.
+        num_items: V, with the pad, item 0. channels: f. dilations: one per residual block. kernel_size: K.
         backend, algorithm: of the operations.
     """
 
@@ -202,6 +155,8 @@ class Method(nn.Module, ABC):
 
     def check_options(self) -> None:
         """Raise ConfigError if an option is out of its range; called by constructors and `configure`."""
+        for name, option in options_of(type(self)).items():
+            option.check(self.name, getattr(self, name, option.default))
 
     def start(self, task: int, labels: int, generator: torch.Generator | None = None) -> None:
         """Make what a task starts with: its head, masks, copies. Afterwards `self.task == task`.
@@ -230,7 +185,6 @@ class Method(nn.Module, ABC):
         self.to(device=self._here.device, dtype=self._here.dtype)
 
     def _initial_seed(self, generator: torch.Generator | None) -> int:
-        """Seed of a task's new parameters."""
         return int(torch.randint(2**62, (), generator=generator))
 
     def _add_head(self, labels: int) -> None:
@@ -270,12 +224,7 @@ class Method(nn.Module, ABC):
     # A step
 
     def step(self, batch: Batch, context: StepContext) -> StepResult:
-        """Loss and backward pass of one step of the present task; its gradients replace those of the step before.
-
-        Args:
-            batch: of the task, where the method is.
-            context: of the step.
-        """
+        """Loss and backward pass of one step of the present task; its gradients replace those of the step before."""
         self.result = StepResult()
         if self.task == 0:
             self.clear_gradients()  # one of them is as large as the item embedding
@@ -362,8 +311,7 @@ class Method(nn.Module, ABC):
         """Bring a method that has started no task to where another's state dict was taken, after so many tasks.
 
         Args:
-            labels: of each task so far.
-            state: from `state_dict()` of a method with the same settings.
+            labels: of each task so far. state: from `state_dict()` of a method with the same settings.
 
         Raises:
             ConfigError: a task has been started already. RuntimeError: the state is of another form.
@@ -384,13 +332,25 @@ class Method(nn.Module, ABC):
         Raises:
             ConfigError: the method cannot grow, or there would be fewer items or labels.
         """
-        check_growth(self.name, self.growth_refusal, [self.sizes.num_items, *self.labels], [num_items, *labels])
+        self._check_growth(num_items, labels)
         new = type(self)(replace(self.sizes, num_items=num_items), **self._options()).to(self._here)
         for task, count in enumerate(labels):
             new.start(task, count, generator)
             new.requires_grad_(False)
-        copy_rows(self.name, self.state_dict(), new.state_dict())
+        larger = new.state_dict()
+        for key, value in self.state_dict().items():
+            if key not in larger or larger[key].shape[1:] != value.shape[1:] or len(larger[key]) < len(value):
+                raise ConfigError(f"{self.name}: {key} of shape {list(value.shape)} cannot grow by rows")
+            larger[key][: len(value)] = value
         return new
+
+    def _check_growth(self, num_items: int, labels: Sequence[int]) -> None:
+        if self.growth_refusal:
+            raise ConfigError(f"{self.name} cannot grow: {self.growth_refusal}")
+        old, new = [self.sizes.num_items, *self.labels], [num_items, *labels]
+        if len(new) != len(old) or any(count < before for count, before in zip(new, old, strict=True)):
+            got, least = (f"{items} items and {counts} labels" for items, *counts in (new, old))
+            raise ConfigError(f"{self.name}: got {got}, expected one count per task, at least {least}")
 
     def next_item_loss(self, batch: Batch) -> Tensor:
         """Loss of task 0 with the weights and masks of inference, for fitting the rows of new items after growth.
@@ -440,12 +400,9 @@ class Method(nn.Module, ABC):
         if not 0 <= task <= self.task:
             raise ConfigError(f"{self.name}: got task {task}, expected 0..{self.task} (tasks are counted from 0)")
 
-    def new_backbone(self, kind: type[AnyBackbone] = Backbone) -> AnyBackbone:  # type: ignore[assignment]
+    def new_backbone(self, kind: type[Backbone] = Backbone) -> Backbone:
         """A new network of the method's sizes."""
-        sizes = self.sizes
-        return kind(
-            sizes.num_items, sizes.channels, sizes.dilations, sizes.kernel_size, sizes.backend, sizes.algorithm
-        )
+        return kind(**vars(self.sizes))
 
     def new_head(self, labels: int) -> nn.Linear:
         """A new head: weight N(0, 0.01), bias 0.1."""

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods.base import Group, Option, Sizes, group
-from teracon_fast.methods.masked_weights import MaskedWeights, Weights
+from teracon_fast.methods.base import Group, Sizes, group
+from teracon_fast.methods.options import Option
 from teracon_fast.methods.preactivation import PreActivationBackbone
+from teracon_fast.methods.shared_backbone import SharedBackbone
 from teracon_fast.model.backbone import Backbone
 
 PRUNING = (0.7, 0.8, 0.9, 0.8, 0.9, 0.9)  # pruning ratios of TTL's tasks, from the appendix of the TERACON paper
@@ -22,7 +23,7 @@ Block = Literal["post-norm", "pre-activation"]
 Pruned = Literal["zero", "as-is"]
 
 
-class Conure(MaskedWeights):
+class Conure(SharedBackbone):
     """Parameter isolation: each task keeps the largest of the convolution weights that are still free, and freezes them.
 
     A task is trained in two phases. "train" trains all free weights, those of earlier tasks frozen and taking part (Eq. 4 of the
@@ -66,15 +67,13 @@ class Conure(MaskedWeights):
             Pruned, Option("where later tasks find pruned weights: as they were, or at zero as in PackNet")
         ] = "as-is",
     ) -> None:
-        if block not in _BLOCKS:
-            raise ConfigError(f"conure: block is {block!r}, expected one of {list(_BLOCKS)}")
-        if pruned not in ("zero", "as-is"):
-            raise ConfigError(f"conure: pruned is {pruned!r}, expected 'zero' or 'as-is'")
-        super().__init__(sizes, _BLOCKS[block])
+        super().__init__(sizes)
         self.pruning, self.block, self.pruned = pruning, block, pruned
+        self._phase = ""  # the present one; "" between phases
         self.check_options()
 
     def check_options(self) -> None:
+        super().check_options()
         ratios = (self.pruning,) if isinstance(self.pruning, int | float) else tuple(self.pruning)
         if not ratios or not all(0 <= ratio < 1 for ratio in ratios):
             raise ConfigError(f"conure: pruning is {self.pruning}, expected ratios from 0 to below 1, at least one")
@@ -88,15 +87,15 @@ class Conure(MaskedWeights):
         return self.pruning[task]
 
     def start(self, task: int, labels: int, generator: torch.Generator | None = None) -> None:
-        """As `Method.start`."""
         if task >= FREE:
             raise ConfigError(f"conure: got task {task}, expected at most {FREE - 1}")
         self.ratio(max(task, 0))
         super().start(task, labels, generator)
 
     def _start(self, task: int) -> None:
-        super()._start(task)
+        self._phase = ""
         if task == 0:
+            self.backbone = self.new_backbone(_BLOCKS[self.block])
             shape = (self.backbone.num_sites, *self.convolutions[0].shape)
             self.register_buffer("owners", torch.full(shape, FREE, dtype=torch.int8))
 
@@ -105,51 +104,43 @@ class Conure(MaskedWeights):
         return ("train", "retrain") if self.ratio(self.task) else ("train",)
 
     def _groups(self, phase: str) -> list[Group]:
-        head = self.head(self.task)
+        self._phase, head = phase, self.head(self.task)
         if self.task == 0 and phase == "train":
             return [group(self.backbone, head)]
-        if not bool((self.owners == self._trained(phase)).any()):
+        if not bool((self.owners == self._trained()).any()):
             return [group(head)]  # no weight is left
         return [group(self.convolutions, head)]
 
-    def _trained(self, phase: str) -> int:
-        """Owner of the weights that train in a phase."""
-        return FREE if phase == "train" else self.task
-
-    def end_phase(self, phase: str) -> None:
-        """After "train", prune."""
-        super().end_phase(phase)
-        if phase == "train":
-            self._prune(self.ratio(self.task))
+    def _trained(self) -> int:
+        """Owner of the weights that train in the present phase."""
+        return FREE if self._phase == "train" else self.task
 
     @torch.no_grad()
-    def _prune(self, ratio: float) -> None:
-        for owner, weight in zip(self.owners, self.convolutions, strict=True):
-            owner[largest(weight, owner == FREE, ratio)] = self.task
-            if self.pruned == "zero":
-                weight.masked_fill_(owner == FREE, 0)
-
-    def step_weights(self) -> Weights | None:
-        """None in "train", where every weight takes part; else those kept so far, the others zero."""
-        return None if self._phase == "train" else self._up_to(self.task)
+    def end_phase(self, phase: str) -> None:
+        """After "train", prune."""
+        self._phase = ""
+        if phase == "train":
+            for owner, weight in zip(self.owners, self.convolutions, strict=True):
+                owner[largest(weight, owner == FREE, self.ratio(self.task))] = self.task
+                if self.pruned == "zero":
+                    weight.masked_fill_(owner == FREE, 0)
 
     @torch.no_grad()
     def after_backward(self) -> None:
         """Weights that do not train have a gradient of exactly 0, with which Adam leaves them as they are, bit by bit."""
         if self.task == 0 and self._phase == "train":
             return
-        trained = self._trained(self._phase)
+        trained = self._trained()
         for owner, weight in zip(self.owners, self.convolutions, strict=True):
             if weight.grad is not None:
                 weight.grad.masked_fill_(owner != trained, 0)
 
-    def inference_weights(self, task: int) -> Weights:
-        self.check_task(task)
-        return self._up_to(self._trained(self._phase) if task == self.task else task)
-
-    def _up_to(self, last: int) -> list[Tensor]:
-        """The weights of owners up to one, the others zero."""
-        return [torch.where(own <= last, weight, 0) for own, weight in zip(self.owners, self.convolutions, strict=True)]
+    def backbone_options(self, task: int) -> dict[str, Any]:
+        """The weights kept up to a task, the others zero; in "train" every weight takes part."""
+        if task == self.task and self._phase == "train":
+            return {}
+        pairs = zip(self.owners, self.convolutions, strict=True)
+        return {"weights": [torch.where(owner <= task, weight, 0) for owner, weight in pairs]}
 
     def describe(self) -> dict[str, Any]:
         """Share of the convolution weights that no task keeps so far: what is left for later tasks."""

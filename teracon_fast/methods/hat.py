@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from teracon_fast.data import Batch
-from teracon_fast.errors import ConfigError
-from teracon_fast.methods.base import Group, Method, Option, Sizes, StepContext, group
-from teracon_fast.model.backbone import Backbone, EncodeUsers
+from teracon_fast.methods.base import Group, Sizes, StepContext, group
+from teracon_fast.methods.options import Option
+from teracon_fast.methods.shared_backbone import SharedBackbone
 from teracon_fast.ops.task_masks import plain_masks
 
 Protection = Literal["strict", "as_published"]
 
 
-class HAT(Method):
+class HAT(SharedBackbone):
     """One network under a mask per task, `sigmoid(s e)`; what masks of earlier tasks use is protected from later ones.
 
     A is the largest mask of the earlier tasks at s_max, `[S, f]`. While a later task trains,
@@ -54,17 +54,16 @@ class HAT(Method):
             Protection,
             Option("what is scaled by the share that may move: the optimizer's update, or the gradient (as published)"),
         ] = "strict",
-        weight: Annotated[float, Option("weight of the attention regularization")] = 0.75,
-        s_max: Annotated[float, Option("largest mask scale, also that of inference", per_task=True)] = 50.0,
-        embedding_bound: Annotated[float, Option("task embeddings are clamped to it after each step")] = 6.0,
-        cosh_bound: Annotated[float, Option("bound of s e in the compensation of the embeddings' gradient")] = 50.0,
+        weight: Annotated[float, Option("weight of the attention regularization", least=0)] = 0.75,
+        s_max: Annotated[float, Option("largest mask scale, also that of inference", per_task=True, least=1)] = 50.0,
+        embedding_bound: Annotated[float, Option("task embeddings are clamped to it after each step", above=0)] = 6.0,
+        cosh_bound: Annotated[float, Option("bound of s e in the compensation of the embeddings' gradient", above=0)] = 50.0,
         train_items: Annotated[bool, Option("later tasks train the item embedding too")] = False,
     ) -> None:
         super().__init__(sizes)
         self.protection, self.weight, self.s_max = protection, weight, s_max
         self.embedding_bound, self.cosh_bound, self.train_items = embedding_bound, cosh_bound, train_items
         self.check_options()
-        self.backbone: Backbone
         self.embeddings = nn.ParameterList()
         self._scale = s_max  # of the step
         self._used: Tensor  # A
@@ -73,20 +72,8 @@ class HAT(Method):
         self._before: list[Tensor] = []  # copies of them from before the optimiser's step
 
     def _start(self, task: int) -> None:
-        if task == 0:
-            self.backbone = self.new_backbone()
+        super()._start(task)
         self.embeddings.append(nn.Parameter(torch.randn(self.backbone.num_sites, self.sizes.channels)))
-
-    def check_options(self) -> None:
-        if self.protection not in get_args(Protection):
-            raise ConfigError(f"hat: protection is {self.protection!r}, expected one of {list(get_args(Protection))}")
-        if not self.weight >= 0:
-            raise ConfigError(f"hat: weight is {self.weight}, expected at least 0")
-        if not self.s_max >= 1:
-            raise ConfigError(f"hat: s_max is {self.s_max}, expected at least 1")
-        for name in ("embedding_bound", "cosh_bound"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"hat: {name} is {getattr(self, name)}, expected more than 0")
 
     def masks(self, task: int, s: float) -> Tensor:
         """Masks of a task at all sites, `[S, f]`."""
@@ -160,15 +147,9 @@ class HAT(Method):
         """Let go of what only training needs."""
         self._protected, self._shares, self._before = [], [], []
 
-    def next_item_loss(self, batch: Batch) -> Tensor:
-        """As `Method.next_item_loss`."""
-        return self.task_loss(0, self.backbone, batch, masks=self.masks(0, self.s_max)[:, None])
-
-    @torch.no_grad()
-    def encoder(self, task: int) -> EncodeUsers:
-        """Under the task's mask at s_max."""
-        self.check_task(task)
-        return self.backbone.encoder(self.masks(task, self.s_max)[:, None])
+    def backbone_options(self, task: int) -> dict[str, Any]:
+        """The task's mask at s_max."""
+        return {"masks": self.masks(task, self.s_max)[:, None]}
 
     @torch.no_grad()
     def describe(self) -> dict[str, Any]:

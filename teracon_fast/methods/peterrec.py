@@ -8,26 +8,24 @@ position, f -> f/4 -> f.
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teracon_fast import ops, packing
-from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods.base import Group, Method, Option, Sizes, StepContext, group
-from teracon_fast.model.backbone import Backbone, Convolution, EncodeUsers
+from teracon_fast.methods.base import Group, Sizes, group
+from teracon_fast.methods.options import Option
+from teracon_fast.methods.shared_backbone import SharedBackbone
+from teracon_fast.model.backbone import Backbone
 
 
 class Patch(nn.Module):
-    """What one task adds to one convolution: `up(leaky(down(x)))`. `PeterRec` runs it; it has no forward of its own.
+    """What one task adds to one convolution: `up(leaky(down(x)))`, run by `Patches.convolve`.
 
     It begins as zero: `up` is zeros, so a new task starts as the frozen network, exactly. `down` has PyTorch's default
     initialisation, so that `up` has a gradient from the first step on; `down` has one from the second.
-
-    Args:
-        channels: f. bottleneck: width between the two layers.
     """
 
     def __init__(self, channels: int, bottleneck: int) -> None:
@@ -41,8 +39,7 @@ class Patches(nn.Module):
     """The patches of one task, one a convolution.
 
     Args:
-        sites: S, number of convolutions. channels, bottleneck: as `Patch`.
-        slope: of the LeakyReLU.
+        sites: S, number of convolutions. channels: f. bottleneck: width between the two layers. slope: of the LeakyReLU.
     """
 
     def __init__(self, sites: int, channels: int, bottleneck: int, slope: float) -> None:
@@ -67,11 +64,11 @@ class Patches(nn.Module):
         )  # fmt: skip
 
 
-class PeterRec(Method):
+class PeterRec(SharedBackbone):
     """Task 0 trains the network. After it the network is frozen; each later task trains its patches and its head.
 
-    Nothing that an earlier task uses changes, so nothing is forgotten. A later task adds `patch_parameters` to its head:
-    529,408 at f = 256 and 8 blocks, a sixth of what the convolutions have.
+    Nothing that an earlier task uses changes, so nothing is forgotten. The patches of a task have 529,408 parameters at
+    f = 256 and 8 blocks, a sixth of what the convolutions have.
 
     Args:
         sizes: of the network.
@@ -101,36 +98,15 @@ class PeterRec(Method):
         self.reduction, self.slope = reduction, slope
         self.bottleneck = sizes.channels // reduction
         self.patches = nn.ModuleList()
-        self.backbone: Backbone
-
-    @property
-    def patch_parameters(self) -> int:
-        """Number of parameters that the patches of one task have."""
-        f, b = self.sizes.channels, self.bottleneck
-        return 2 * len(self.sizes.dilations) * (2 * f * b + b + f)
 
     def _start(self, task: int) -> None:
-        if task == 0:
-            self.backbone = self.new_backbone()
-        else:
+        super()._start(task)
+        if task:
             self.patches.append(Patches(self.backbone.num_sites, self.sizes.channels, self.bottleneck, self.slope))
 
     def _groups(self, phase: str) -> list[Group]:
         return [group(self.backbone if self.task == 0 else self.patches[self.task - 1], self.head(self.task))]
 
-    def loss(self, batch: Batch, context: StepContext) -> Tensor:
-        """Cross-entropy of the present task."""
-        return self.task_loss(self.task, self.backbone, batch, context, convolve=self._convolution(self.task))
-
-    def next_item_loss(self, batch: Batch) -> Tensor:
-        """As `Method.next_item_loss`."""
-        return self.task_loss(0, self.backbone, batch)
-
-    def encoder(self, task: int) -> EncodeUsers:
-        """By the network and the task's patches."""
-        self.check_task(task)
-        return self.backbone.encoder(convolve=self._convolution(task))
-
-    def _convolution(self, task: int) -> Convolution | None:
-        """How the convolutions run for a task; None: as they are."""
-        return None if task == 0 else partial(cast(Patches, self.patches[task - 1]).convolve, self.backbone)
+    def backbone_options(self, task: int) -> dict[str, Any]:
+        """Convolutions with the patches of a later task."""
+        return {"convolve": partial(cast(Patches, self.patches[task - 1]).convolve, self.backbone)} if task else {}

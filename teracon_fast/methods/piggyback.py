@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from teracon_fast.errors import ConfigError
-from teracon_fast.methods.base import Group, Option, Sizes, group
-from teracon_fast.methods.masked_weights import MaskedWeights, Weights
+from teracon_fast.methods.base import Group, Sizes, group
+from teracon_fast.methods.options import Option
+from teracon_fast.methods.shared_backbone import SharedBackbone
 
 
-class Piggyback(MaskedWeights):
+class Piggyback(SharedBackbone):
     """Task 0 trains the network, which is frozen from then on. A later task trains a mask on its convolution weights, and a head.
 
     Each convolution weight has a real number r; the weight counts where r is above the threshold and is zero elsewhere. The
@@ -38,15 +39,11 @@ class Piggyback(MaskedWeights):
         sizes: Sizes,
         init: Annotated[float, Option("initial value of the real masks")] = 1e-2,
         threshold: Annotated[float, Option("above it a weight counts")] = 5e-3,
-        mask_lr: Annotated[float, Option("learning rate of Adam for the real masks; the head has the task's")] = 1e-4,
+        mask_lr: Annotated[float, Option("learning rate of Adam for the real masks; the head has the task's", above=0)] = 1e-4,
     ) -> None:
-        for name, value in (("init", init), ("threshold", threshold), ("mask_lr", mask_lr)):
-            if not abs(value) < float("inf"):
-                raise ConfigError(f"piggyback: {name} is {value}, expected a finite number")
-        if mask_lr <= 0:
-            raise ConfigError(f"piggyback: mask_lr is {mask_lr}, expected more than 0")
         super().__init__(sizes)
         self.init, self.threshold, self.mask_lr = init, threshold, mask_lr
+        self.check_options()
         self.reals = nn.ParameterList()
 
     def _start(self, task: int) -> None:
@@ -70,10 +67,6 @@ class Piggyback(MaskedWeights):
             return [real.detach() > self.threshold for real in self.reals]
         return [unpack_bits(row, weight.numel()).view_as(weight) for row, weight in zip(bits, self.convolutions, strict=True)]
 
-    def kept_bytes(self, task: int) -> int:
-        """Bytes that a task keeps besides its head and what task 0 has trained."""
-        return 0 if task == 0 else self.bits(task).numel()
-
     def _groups(self, phase: str) -> list[Group]:
         head = self.head(self.task)
         if self.task == 0:
@@ -84,25 +77,19 @@ class Piggyback(MaskedWeights):
 
     def end_phase(self, phase: str) -> None:
         """The masks become bits."""
-        super().end_phase(phase)
         if self.task > 0:
             found = [pack_bits(mask.flatten()) for mask in self.masks(self.task)]
             self.bits(self.task).copy_(torch.stack(found))
             self.reals = nn.ParameterList()
 
-    def step_weights(self) -> Weights | None:
-        """Masked weights, whose gradient goes to the real masks; of task 0 the backbone's own."""
-        if self.task == 0:
-            return None
-        pairs = zip(self.reals, self.convolutions, strict=True)
-        return [_Masked.apply(real, weight.detach(), self.threshold) for real, weight in pairs]  # type: ignore[no-untyped-call]
-
-    def inference_weights(self, task: int) -> Weights | None:
-        self.check_task(task)
+    def backbone_options(self, task: int) -> dict[str, Any]:
+        """Masked weights of a later task; of the one in training their gradient goes to the real masks."""
         if task == 0:
-            return None
-        pairs = zip(self.masks(task), self.convolutions, strict=True)
-        return [torch.where(mask, weight, 0) for mask, weight in pairs]
+            return {}
+        if task == self.task and len(self.reals):
+            pairs = zip(self.reals, self.convolutions, strict=True)
+            return {"weights": [_Masked.apply(real, weight.detach(), self.threshold) for real, weight in pairs]}
+        return {"weights": [torch.where(mask, own, 0) for mask, own in zip(self.masks(task), self.convolutions, strict=True)]}
 
     def describe(self) -> dict[str, Any]:
         """Share of the convolution weights that each task leaves out; the first has all."""

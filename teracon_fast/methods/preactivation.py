@@ -21,7 +21,7 @@ class PreActivationBackbone(Backbone):
     convolution, which nothing follows, is `ops.packed_conv`: a gather and a matrix product without a compiled kernel. So half of
     the products run at the speed of the "torch" backend, and the compiled encoder does not serve.
 
-    No masks, and no `convolve` of another kind.
+    `run` raises ConfigError where masks or `convolve` are given.
     """
 
     def run(
@@ -29,11 +29,6 @@ class PreActivationBackbone(Backbone):
         lengths: np.ndarray | None = None, every_position: bool = False, weights: Sequence[Tensor] | None = None,
         convolve: Convolution | None = None,
     ) -> tuple[Tensor, packing.PackedBatch]:  # fmt: skip
-        """As `Backbone.run`.
-
-        Raises:
-            ConfigError: masks or `convolve` are given.
-        """
         if masks is not None or convolve is not None:
             given = "masks" if masks is not None else "convolve"
             raise ConfigError(f"a pre-activation backbone got {given}, expected neither masks nor convolve")
@@ -43,7 +38,6 @@ class PreActivationBackbone(Backbone):
         self, hidden: Tensor, masks: Tensor, packed: packing.PackedBatch, weights: Sequence[Tensor] | None = None,
         convolve: Convolution | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
-        """As `Backbone.layers`; masks are ones."""
         for i, (block, residual) in enumerate(zip(self.blocks, packed.residuals, strict=True)):
             first, second = packed.convolutions[2 * i : 2 * i + 2]
             own = (block.conv1.weight, block.conv2.weight) if weights is None else weights[2 * i : 2 * i + 2]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from dataclasses import fields
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from teracon_fast import ops
 from teracon_fast.data import Batch
-from teracon_fast.errors import ConfigError
-from teracon_fast.methods.base import Group, Method, Option, Sizes, StepContext, StepResult, group
-from teracon_fast.methods.growth import check_growth
+from teracon_fast.methods.base import Group, Method, Sizes, StepContext, StepResult, group
+from teracon_fast.methods.options import Option
 from teracon_fast.methods.teracon_graphs import StepGraphs
 from teracon_fast.methods.teracon_loss import loss_of_states, step_states
 from teracon_fast.model.backbone import EncodeUsers
@@ -50,9 +50,9 @@ class Teracon(Method):
     def __init__(
         self,
         sizes: Sizes,
-        alpha: Annotated[float, Option("weight of the retention loss (Eq. 18)", per_task=True)] = 0.7,
-        c: Annotated[float, Option("scale of the cosine in rho (Eq. 15)", per_task=True)] = 6.0,
-        s_max: Annotated[float, Option("largest mask scale (Eq. 19), also that of inference", per_task=True)] = 50.0,
+        alpha: Annotated[float, Option("weight of the retention loss (Eq. 18)", per_task=True, least=0)] = 0.7,
+        c: Annotated[float, Option("scale of the cosine in rho (Eq. 15)", per_task=True, above=0)] = 6.0,
+        s_max: Annotated[float, Option("largest mask scale (Eq. 19), also that of inference", per_task=True, above=0)] = 50.0,
         mask: Annotated[
             MaskVariant, Option("relation-aware masks (Eq. 12), without negated embeddings, or plain (Eq. 6)")
         ] = "relation",
@@ -76,16 +76,6 @@ class Teracon(Method):
         self._wants_graphs = False
         self._graphs: dict[str, StepGraphs] = {}  # of the present phase, by precision
 
-    def check_options(self) -> None:
-        if not self.alpha >= 0:
-            raise ConfigError(f"{self.name}: alpha is {self.alpha}, expected at least 0")
-        if not (self.c > 0 and self.s_max > 0):
-            raise ConfigError(f"{self.name}: c is {self.c} and s_max {self.s_max}, expected both positive")
-        choices = (("mask", MaskVariant), ("sampling", Sampling), ("student_mask", StudentMask))
-        for name, kind in choices:
-            if getattr(self, name) not in get_args(kind):
-                raise ConfigError(f"{self.name}: {name} is {getattr(self, name)!r}, expected one of {list(get_args(kind))}")
-
     @classmethod
     def around(cls, model: FastTCN, teacher: FastTCN | None = None, **options: Any) -> Self:
         """The method in its last task, on a network that exists; `begin_phase("train")` is next.
@@ -94,9 +84,7 @@ class Teracon(Method):
             model: with the heads of all tasks so far. teacher: of the tasks before the last, frozen; None for task 0.
             options: as of the constructor, but for `mask`.
         """
-        sizes = Sizes(
-            model.num_items, model.channels, model.dilations, model.kernel_size, model.backend, model.algorithm
-        )
+        sizes = Sizes(**{size.name: getattr(model, size.name) for size in fields(Sizes)})
         method = cls(sizes, mask=model.mask_variant, **options)
         method.to(device=model.device, dtype=model.embeding.stored.dtype)
         method.task, method.model = model.num_tasks - 1, model
@@ -134,12 +122,9 @@ class Teracon(Method):
 
     def _add_head(self, labels: int) -> None:
         if self.task == 0:
-            sizes = self.sizes
             self.model = self.network(
-                num_items=sizes.num_items, channels=sizes.channels, labels=[labels], dilations=sizes.dilations,
-                kernel_size=sizes.kernel_size, task_embedding_range=self.task_embedding_range, mask=self.mask,
-                backend=sizes.backend, algorithm=sizes.algorithm,
-            )  # fmt: skip
+                **vars(self.sizes), labels=[labels], task_embedding_range=self.task_embedding_range, mask=self.mask
+            )
         else:
             self._frozen = [self.model.frozen()]
             self.model = self.model.extended(labels, torch.Generator().manual_seed(torch.initial_seed()))
@@ -148,17 +133,14 @@ class Teracon(Method):
         self._rho = [FIRST_RHO] * task
 
     def grown(self, num_items: int, labels: Sequence[int], generator: torch.Generator | None = None) -> Self:
-        """As `Method.grown`, by `FastTCN.grown`."""
-        check_growth(self.name, self.growth_refusal, [self.sizes.num_items, *self.labels], [num_items, *labels])
+        self._check_growth(num_items, labels)
         options = {name: value for name, value in self._options().items() if name != "mask"}
         return type(self).around(self.model.grown(num_items, labels, generator), **options)
 
     def next_item_loss(self, batch: Batch) -> Tensor:
-        """As `Method.next_item_loss`."""
         return self.model.next_item_loss(batch.x, self.s_max, lengths=batch.lengths)
 
     def training_state(self) -> dict[str, Any]:
-        """What the base keeps, and the rates of the next step."""
         return {**super().training_state(), "rho": self.rho}
 
     def load_training_state(self, state: Mapping[str, Any]) -> None:
@@ -171,7 +153,6 @@ class Teracon(Method):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def enable_graphs(self) -> None:
-        """As `Method.enable_graphs`."""
         StepGraphs.check(self.sizes.backend, self.device)
         self._wants_graphs = True
 

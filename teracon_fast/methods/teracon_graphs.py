@@ -146,14 +146,7 @@ class StepGraphs:
     def next_item(
         self, x: Tensor, masks: Tensor, lengths: NDArray[np.int64], predictions: bool = False
     ) -> ops.CrossEntropy:
-        """Task 1's loss, with its gradients added to the parameters.
-
-        Args:
-            x: int64 `[B, L]` where the model is.
-            masks: `[S, T, f]`, differentiable.
-            lengths: real lengths int64 `[B]`.
-            predictions: whether ranks are wanted.
-        """
+        """Task 1's loss, with its gradients added to the parameters; ranks too with `predictions`. Shapes as in `continual`."""
         streams = [Streams(np.arange(len(x)))]
         packed = self._model.pack(x.shape[1] - 1, np.maximum(lengths - 1, 0), streams, every_position=True, padded=True)
         return self._run(Inputs(x, x.new_empty(0), packed, of_tasks(masks, [0])), predictions)[0]
@@ -168,7 +161,7 @@ class StepGraphs:
             x: int64 `[B, L]`. y: int64 `[B]`. Both where the model is.
             users: on the host, for each past task the rows of x drawn for it. rho: the rates that they were drawn with.
             masks: `[S, T, f]`, differentiable. teacher_masks: `[S, J, f]`.
-            lengths, predictions: as in `next_item`.
+            lengths: real lengths int64 `[B]`. predictions: whether ranks are wanted.
         """
         model, teacher = self._model, self._teacher
         assert teacher is not None

@@ -57,16 +57,12 @@ class ReferenceBlock(nn.Module):
                 init_linear(first)
                 init_linear(second)
 
-    def site_embeddings(self, site: int) -> Tensor:
-        """[T, f]: embeddings of all tasks at site 0 or 1 of this block."""
-        return torch.stack([embedding.weight[site] for embedding in self.ec])  # type: ignore[index]
-
     def relation_masks(self, task: int, s: float, variant: str) -> list[Tensor]:
         """Eq. 12 at both sites: two tensors [f]."""
-        return [
-            relation_mask(self.site_embeddings(site), mlp[task].weight[0], mlp[task].bias[0], task, s, variant)  # type: ignore[index]
-            for site, mlp in enumerate((self.mlp1, self.mlp2))
-        ]
+        embeddings = torch.stack([embedding.weight for embedding in self.ec], 1)  # type: ignore[misc]  # [2, T, f]
+        mlps = self.mlp1[task], self.mlp2[task]
+        pairs = zip(embeddings, mlps, strict=True)
+        return [relation_mask(e, mlp.weight[0], mlp.bias[0], task, s, variant) for e, mlp in pairs]  # type: ignore[index]
 
     def plain_masks(self, task: int, s: float) -> list[Tensor]:
         """Eq. 6 at both sites: two tensors [f]."""
@@ -165,21 +161,13 @@ class ReferenceTCN(nn.Module):
         return state
 
     def forward(
-        self,
-        x: Tensor,
-        s: float,
-        masks_list: list[Tensor],
-        task_num: int,
-        gpu_num: Any = None,
-        onecall: bool = False,
-        backward: bool = False,
-        new_task: int = 2,
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, x: Tensor, s: float, masks_list: list[Tensor], task_num: int, gpu_num: Any = None, onecall: bool = False,
+        backward: bool = False, new_task: int = 2,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         """The published call.
 
         Args:
-            x: int64 [B, L].
-            s: mask scale.
+            x: int64 [B, L]. s: mask scale.
             masks_list: extended in place with the S masks, each [1, f], in network order.
             task_num: task whose mask and head are used, from 0.
             gpu_num: ignored; the model runs where its parameters are.
@@ -199,11 +187,7 @@ class ReferenceTCN(nn.Module):
 
     def extended(self, num_labels: int) -> ReferenceTCN:
         """A model with one more task: backbone, e and heads copied, the new task and all relation weights newly initialised."""
-        model_para = {
-            **self.model_para,
-            "num_task": self.num_tasks + 1,
-            "target_item_size": [*self.labels, num_labels],
-        }
+        model_para = {**self.model_para, "num_task": self.num_tasks + 1, "target_item_size": [*self.labels, num_labels]}
         model = ReferenceTCN(model_para, self.variant).to(self.embeding.weight)
         kept = {name: value for name, value in self.state_dict().items() if ".mlp" not in name}
         model.load_state_dict(kept, strict=False)

@@ -96,15 +96,9 @@ def past_logits(model: ReferenceTCN, x: Tensor, past_task: int, masks: Tensor) -
 
 
 def continual_loss(
-    model: ReferenceTCN,
-    teacher: ReferenceTCN,
-    x: Tensor,
-    y: Tensor,
-    users: Sequence[Tensor],
-    ratios: Sequence[float],
-    s: float,
-    student_mask: str = "past",
-) -> tuple[Tensor, Tensor]:
+    model: ReferenceTCN, teacher: ReferenceTCN, x: Tensor, y: Tensor, users: Sequence[Tensor], ratios: Sequence[float],
+    s: float, student_mask: str = "past",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(class loss of Eq. 18, retention loss of Eq. 16) of the newest task; arguments as in `continual_step`."""
     if student_mask not in ("past", "current"):
         raise ConfigError(f"student_mask: got {student_mask!r}, expected past or current")
@@ -130,18 +124,9 @@ def next_ratios(model: ReferenceTCN, teacher: ReferenceTCN, s: float, c: float =
 
 
 def continual_step(
-    model: ReferenceTCN,
-    teacher: ReferenceTCN,
-    optimizer: torch.optim.Optimizer,
-    x: Tensor,
-    y: Tensor,
-    users: Sequence[Tensor],
-    rho: Sequence[float],
-    s: float,
-    alpha: float,
-    student_mask: str = "past",
-    c: float = 6.0,
-) -> StepResult:
+    model: ReferenceTCN, teacher: ReferenceTCN, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor,
+    users: Sequence[Tensor], rho: Sequence[float], s: float, alpha: float, student_mask: str = "past", c: float = 6.0,
+) -> StepResult:  # fmt: skip
     """One training step of task i >= 2: L = class loss + alpha * retention loss (Eq. 17), then the clamp.
 
     Args:

@@ -18,8 +18,7 @@ class Reproduced:
     """Outcome of an experiment.
 
     Attributes:
-        plan: what it consists of. found: results of its rows.
-        ran: runs trained now. failed: those of them that failed.
+        plan: what it consists of. found: results of its rows. ran: runs trained now. failed: those of them that failed.
         files: the Markdown page, the CSV files, and the plot of a figure.
     """
 

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from teracon_fast.errors import ConfigError
-
 Quantity = Literal["metric", "bwt", "fwt", "change", "seconds"]
 Watch = Literal["none", "last", "all"]
 CONTINUAL = ("hat", "conure", "teracon")  # the methods of Tables 3 and 4
@@ -62,7 +60,6 @@ class Experiment:
 
     @property
     def is_figure(self) -> bool:
-        """Whether it is a plot."""
         return self.watch != "none"
 
 
@@ -122,14 +119,3 @@ TITLES = {
     "teracon": "TERACON",
     "parameter_masks": "Parameter",
 }
-
-
-def experiment(name: str) -> Experiment:
-    """A table or figure by its name.
-
-    Raises:
-        ConfigError: another name.
-    """
-    if name not in EXPERIMENTS:
-        raise ConfigError(f"got {name!r}, expected one of {', '.join(EXPERIMENTS)}")
-    return EXPERIMENTS[name]

@@ -117,11 +117,7 @@ def _joined(entries: tuple[Entry, ...], text: Callable[[Entry], str]) -> str:
 
 
 def csv_text(grid: Grid, paper: bool = True) -> str:
-    """The table as CSV: columns for mean, standard deviation and the paper's value of each quantity.
-
-    Args:
-        paper: whether to write columns for the paper's values.
-    """
+    """The table as CSV: columns for mean, standard deviation and, if wanted, the paper's value of each quantity."""
     heading = [grid.first, "seeds"]
     for name in (name for column in grid.columns for name in column.names):
         heading += [name, f"{name} spread", *([f"{name} paper"] if paper else [])]

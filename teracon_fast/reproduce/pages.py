@@ -45,11 +45,7 @@ retraining, follow those of the first on the same axis. A seed that stopped earl
 def write_pages(plan: Plan, found: Sequence[Found], file_format: str = "png") -> list[Path]:
     """Write the table, or the figure, of a plan; missing results are left out or shown as a dash.
 
-    Args:
-        found: results of its rows. file_format: of plots, "png", "pdf" or "svg".
-
-    Returns:
-        The files written, the Markdown page first.
+    Returns the files written, the Markdown page first. `file_format` of plots is "png", "pdf" or "svg".
     """
     name, folder = plan.file_name, plan.output
     written: list[Path] = []
@@ -68,9 +64,7 @@ def write_pages(plan: Plan, found: Sequence[Found], file_format: str = "png") ->
         shown = dict.fromkeys(row.row.shown for row in found)
         keys = [f"_{text.replace(',', '-')}" for text in shown] if len(grids) > 1 else [""]
         tables = dict(zip(keys, map(csv_text, grids), strict=True))
-    more = {
-        "_frequency": frequency_grid(plan), "_transfer": transfer_grid(plan, found), "_cost": cost_grid(plan, found),
-    }  # fmt: skip
+    more = {"_frequency": frequency_grid(plan), "_transfer": transfer_grid(plan, found), "_cost": cost_grid(plan, found)}
     parts += [grid.markdown() for grid in (*grids, *more.values())]
     alone = [] if plan.experiment.is_figure else single_grids(plan, found)
     parts += ["# R", *(grid.markdown() for grid in (*alone, *matrix_grids(plan, found))), settings(plan)]
@@ -138,14 +132,9 @@ def _curves(plan: Plan, found: Sequence[Found]) -> list[tuple[str, str, dict[str
     """Name, metric, and curves by method, of every task tested after each epoch except task 1 and the noisy one."""
     order = found[0].order
     wanted = [position - 1 for position in found[0].row.runs[0].test_every_epoch if order[position - 1] != NOISE and position > 1]
-    return [
-        (
-            task_name(plan, order[task]),
-            metric_name(plan, order[task]),
-            {row.row.label: [run.curves[task] for run in row.runs if run is not None] for row in found},
-        )
-        for task in wanted
-    ]
+    curves = ({row.row.label: [run.curves[task] for run in row.runs if run is not None] for row in found} for task in wanted)
+    numbers = (order[task] for task in wanted)
+    return [(task_name(plan, number), metric_name(plan, number), of) for number, of in zip(numbers, curves, strict=True)]
 
 
 def curve_grid(plan: Plan, found: Sequence[Found]) -> Grid:

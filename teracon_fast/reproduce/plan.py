@@ -14,14 +14,12 @@ from teracon_fast.data import TaskSequence, check_tasks, open_dataset, split_tas
 from teracon_fast.data.order import NOISE, arranged, parse_order, with_noise
 from teracon_fast.errors import CheckpointError, ConfigError
 from teracon_fast.methods.plugins import find_method
-from teracon_fast.reproduce.experiments import TITLES, Experiment, Variant, experiment
+from teracon_fast.reproduce.experiments import EXPERIMENTS, TITLES, Experiment, Variant
 from teracon_fast.reproduce.paper import Paper, paper_of
 from teracon_fast.train.checkpoint import RunState
 from teracon_fast.train.folder import fingerprint
 
-QUICK = {
-    "model.channels": 8, "model.dilations": [1, 2], "first.epochs": 1, "later.epochs": 1, "tensorboard": False,
-}  # fmt: skip
+QUICK = {"model.channels": 8, "model.dilations": [1, 2], "epochs": 1, "tensorboard": False}
 # Settings that an experiment makes for each of its runs.
 OWN_SETTINGS = ("method", "order", "noise_at", "num_tasks", "seed", "test_every_epoch")
 
@@ -41,8 +39,7 @@ class Choices:
         config: TOML file, as for `teracon train`.
         overrides: dotted names of the configuration to values, `conure.block` for example.
         plugins: Python files that register methods.
-        quick: a tiny network and one epoch.
-        drop_weights: delete the weights of finished runs.
+        quick: a tiny network and one epoch. drop_weights: delete the weights of finished runs.
     """
 
     data: Path
@@ -109,7 +106,9 @@ def make_plan(name: str, choices: Choices) -> Plan:
     Raises:
         ConfigError: unknown experiment or method, an order or position that the data set does not have, or bad settings.
     """
-    what, seeds = experiment(name), choices.seeds
+    if name not in EXPERIMENTS:
+        raise ConfigError(f"got {name!r}, expected one of {', '.join(EXPERIMENTS)}")
+    what, seeds = EXPERIMENTS[name], choices.seeds
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**63:
         raise ConfigError(f"seeds: got {list(seeds)}, expected different non-negative integers, at least one")
     if choices.held_back is not None and not what.held_back:
@@ -146,17 +145,11 @@ def make_plan(name: str, choices: Choices) -> Plan:
     used = {number for row in rows for number in row.order} | ({*original} if single else set())
     tasks = arranged(dataset, sorted(used, key=lambda number: (number == NOISE, number)), seeds[0])
     check_tasks(tasks, [split_task(task, shared.split_by, seeds[0]) for task in tasks.tasks])
-    return Plan(
-        what, choices.output, shared, dataset, tuple(rows), tuple({run.run: run for run in needed}.values()), paper, seeds,
-        _file_name(name, choices),
-    )  # fmt: skip
-
-
-def _file_name(name: str, choices: Choices) -> str:
-    order = "" if choices.order in (None, "original") else f"_{str(choices.order).replace(' ', '').replace(',', '-')}"
-    noise = "" if choices.noise_at is None else f"_noise{choices.noise_at}"
-    held_back = "" if choices.held_back is None else f"_task{choices.held_back}"
-    return f"{name}{order}{noise}{held_back}"
+    file_name = name if choices.order in (None, "original") else f"{name}_{str(choices.order).replace(' ', '').replace(',', '-')}"
+    file_name += "" if choices.noise_at is None else f"_noise{choices.noise_at}"
+    file_name += "" if choices.held_back is None else f"_task{choices.held_back}"
+    all_runs = tuple({run.run: run for run in needed}.values())
+    return Plan(what, choices.output, shared, dataset, tuple(rows), all_runs, paper, seeds, file_name)
 
 
 def _settings(choices: Choices, paper: Paper | None, method: str | None = None, variant: Variant | None = None) -> RunConfig:
@@ -176,11 +169,7 @@ def _settings(choices: Choices, paper: Paper | None, method: str | None = None, 
 def _new_run(
     config: RunConfig, dataset: TaskSequence, order: tuple[int, ...], seed: int, tested: tuple[int, ...]
 ) -> RunConfig:
-    """The configuration of one run, in OUTPUT/runs/METHOD-ORDER-seedN-HASH: runs with other settings have other folders.
-
-    Raises:
-        ConfigError: the method refuses its options.
-    """
+    """The configuration of one run, in OUTPUT/runs/METHOD-ORDER-seedN-HASH: runs with other settings have other folders."""
     original = range(1, len(dataset.tasks) + 1)
     numbers = [number for number in order if number != NOISE]
     rest = [number for number in original if number not in numbers]

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from teracon_fast.config import RunConfig
 from teracon_fast.data.order import NOISE, NOISE_NAME
 from teracon_fast.errors import ConfigError
 from teracon_fast.report.run_report import pretty
@@ -102,32 +101,19 @@ class Found:
 def read_plan(plan: Plan) -> list[Found]:
     """All results of a plan that are there."""
     results = {run.run: read_run(run.run) for run in plan.runs}
-
-    def read(runs: Sequence[RunConfig]) -> tuple[RunResult | None, ...]:
-        return tuple(results[run.run] for run in runs)
-
-    return [Found(row, read(row.runs), read(row.single), read(row.plain)) for row in plan.rows]
+    kinds = ((row, (row.runs, row.single, row.plain)) for row in plan.rows)
+    return [Found(row, *(tuple(results[run.run] for run in runs) for runs in of_row)) for row, of_row in kinds]
 
 
 def tasks_forward(run: RunResult, single: RunResult | None, order: Sequence[int]) -> Array:
     """FWT of each task in the order, in percent; NaN for task 1, the noisy task, and tasks without a result of SinMo.
-
-    Args:
-        single: SinMo on the data set in its original order.
-    """
+    `single` is SinMo on the data set in its original order."""
     alone = [_NAN if single is None or number in (1, NOISE) else single.R[number - 1][number - 1] for number in order]
     return forward_transfer(result_matrix(run.R), alone)
 
 
 def value(found: Found, seed: int, position: int, quantity: Quantity) -> float:
-    """A quantity of a task.
-
-    Args:
-        seed: index among the seeds. position: of the task in the order, from 0.
-
-    Returns:
-        NaN if it is undefined or unknown.
-    """
+    """A quantity of a task, by index of the seed and of the task in the order; NaN if it is undefined or unknown."""
     run, number = found.runs[seed], found.order[position]
     if run is None or number == NOISE:
         return _NAN

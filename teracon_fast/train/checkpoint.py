@@ -144,12 +144,10 @@ class RunState:
     """What resume.pt holds.
 
     Attributes:
-        fingerprint: see `fingerprint`.
+        fingerprint: see `folder.fingerprint`.
         begun: tasks started so far. training: of the task in training, see `loop.TaskCheckpoint.plain`; None between tasks.
         tests: for each finished task the test metrics of every task so far.
-        steps: of each task. log_offset: bytes of metrics.jsonl.
-        torch: version.
-        peak_mib: highest memory so far.
+        steps: of each task. log_offset: bytes of metrics.jsonl. torch: version. peak_mib: highest memory so far.
     """
 
     fingerprint: dict[str, dict[str, Any]]

@@ -24,22 +24,15 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    method: Method,
-    data: TaskData,
-    task: int,
-    samples: NDArray[np.int64],
-    batch_size: int = 1024,
-    progress: Callable[[int, int], None] | None = None,
-    encode: EncodeUsers | None = None,
-) -> dict[str, float]:
+    method: Method, data: TaskData, task: int, samples: NDArray[np.int64], batch_size: int = 1024,
+    progress: Callable[[int, int], None] | None = None, encode: EncodeUsers | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Metrics of a task over the given samples, every one counted, its target ranked among all labels.
 
     A next-item task predicts the last item of each sequence from the ones before it.
 
     Args:
-        method: has learned the task.
-        data: the task's data.
-        task: counted from 0.
+        method: has learned the task. data: of the task. task: counted from 0.
         samples: int64 `[n]`, numbers of samples of `data`.
         batch_size: sequences encoded at a time.
         progress: called with (samples done, samples in all) after each batch; may raise to interrupt.
@@ -63,20 +56,13 @@ def evaluate(
 
 @torch.inference_mode()
 def target_ranks(
-    encode: EncodeUsers,
-    head: nn.Linear,
-    data: TaskData,
-    samples: NDArray[np.int64],
-    batch_size: int = 1024,
-    progress: Callable[[int, int], None] | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    encode: EncodeUsers, head: nn.Linear, data: TaskData, samples: NDArray[np.int64], batch_size: int = 1024,
+    progress: Callable[[int, int], None] | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Rank (0 the best) of each sample's target, int64 `[n]` on the CPU, in the order of `samples`.
 
     Args:
-        encode: see `Method.encoder`.
-        head: of the task.
-        backend: of `ops.linear_rank`.
+        encode: see `Method.encoder`. head: of the task. backend: of `ops.linear_rank`.
         All others: as `evaluate`.
     """
     device = head.weight.device

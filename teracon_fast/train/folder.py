@@ -34,11 +34,7 @@ GROWN = "grown.json"
 
 
 class RunStopped(TeraconError):
-    """The run was asked to stop (Ctrl-C or SIGTERM). It has been saved, and the same command resumes it.
-
-    Attributes:
-        signum: the signal's number.
-    """
+    """The run was asked to stop by a signal, `signum`. It has been saved, and the same command resumes it."""
 
     def __init__(self, signum: int, where: str = "") -> None:
         self.signum = signum
@@ -109,9 +105,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def fingerprint(
-    config: RunConfig, dataset: TaskSequence, order: Sequence[int], tasks: int
-) -> dict[str, dict[str, Any]]:
+def fingerprint(config: RunConfig, dataset: TaskSequence, order: Sequence[int], tasks: int) -> dict[str, dict[str, Any]]:
     """All that decides what a run finds in its first `tasks` tasks, in two views.
 
     Args:
@@ -122,14 +116,11 @@ def fingerprint(
         "result": what decides the numbers up to rounding; a finished run is reused where it is the same. "exact": what decides
         their last bits too; a task in training resumes only where it is the same.
     """
-    result: dict[str, Any] = {
-        name: getattr(config, name) for name in ("method", "seed", "precision", "split_by", "parity")
-    }  # fmt: skip
+    result = {name: getattr(config, name) for name in ("method", "seed", "precision", "split_by", "parity")}
     result["test_every_epoch"] = list(config.test_every_epoch)
     result.update({f"model.{name}": value for name, value in config.model.model_dump(mode="json").items()})
-    declared = options_of(METHODS[config.method])
     method = config.new_method(dataset.num_items)
-    for name, option in declared.items():
+    for name, option in options_of(METHODS[config.method]).items():
         if not option.per_task:
             # An option that the method does not keep under its name is taken as it was given.
             result[f"{config.method}.{name}"] = getattr(method, name, config.options.get(config.method, {}).get(name))
@@ -173,11 +164,11 @@ def training_data(config: RunConfig) -> tuple[TaskSequence, tuple[int, ...]]:
 
 def resolved_device(config: RunConfig) -> str:
     """The device that "auto" stands for here."""
-    if config.device != "auto":
-        if reason := _why_no_device(config.device):
-            raise ConfigError(f"device: got {config.device!r}, expected one that works here: {reason}")
-        return config.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if reason := _why_no_device(config.device):
+        raise ConfigError(f"device: got {config.device!r}, expected one that works here: {reason}")
+    return config.device
 
 
 def _why_no_device(device: str) -> str:
@@ -197,7 +188,7 @@ def resolved(config: RunConfig, begun: Mapping[str, Any] | None = None) -> RunCo
             read anyway, and one in the middle of a task is refused by `require_same`.
     """
     begun = begun or {}
-    device = begun.get("device", "") if config.device == "auto" else ""
+    device = begun.get("device") if config.device == "auto" else None
     fill: dict[str, Any] = {"device": device if device and not _why_no_device(device) else resolved_device(config)}
     if config.backend == "auto" and begun:
         with contextlib.suppress(backends.BackendError):

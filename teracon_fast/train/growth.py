@@ -12,7 +12,6 @@ forgotten.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -54,7 +53,7 @@ from teracon_fast.train.folder import (
 from teracon_fast.train.log import Observer, RunLog, Step
 from teracon_fast.train.loop import DivergedError
 from teracon_fast.train.results import Results, results_of
-from teracon_fast.train.run import task_split
+from teracon_fast.train.run import cost, task_split
 
 if TYPE_CHECKING:
     from teracon_fast.data import TaskData
@@ -65,8 +64,7 @@ class Growth:
     """What `grow` did.
 
     Attributes:
-        items: numbers of items before and after, with the pad and buckets.
-        labels: the same of the labels of each task, by its number from 1.
+        items: numbers of items before and after, with the pad and buckets. labels: of labels of each task, by number from 1.
         losses: mean loss of each epoch in which the new rows of task 1 were fitted.
         results: R and BWT of the grown weights on the larger data set.
     """
@@ -135,9 +133,9 @@ def grow(
         write_trained_labels(folder, {n: count for n, count in trained.items() if count < labels[n][1]})
         with atomic_write(folder / "config.toml", "w") as file:
             file.write(config.to_toml())
-        with atomic_write(folder / "results.json", "w") as file:
-            file.write(json.dumps(dataclasses.asdict(growth.results), indent=2) + "\n")
-        offset = _write_log(run, folder, state.log_offset, growth, tests)
+        growth.results.write(folder)
+        costs = cost(growing.method(done), state.peak_mib)
+        offset = _write_log(run, folder, state.log_offset, growth, tests, costs)
         now = fingerprint(config, dataset, numbers, done)
         RunState(now, done, None, tests, state.steps, offset, str(torch.__version__), state.peak_mib).save(folder)
     return growth
@@ -189,30 +187,24 @@ def _require_extended(run: Path, dataset: TaskSequence, order: Sequence[int]) ->
         ConfigError: the data set does not extend that of the run.
     """
     labels = {}
-    for place, (number, data) in enumerate(zip(order, dataset.tasks, strict=False), 1):
-        own, source = (f"task{index}/labels.parquet" if place > 1 else "items.parquet" for index in (place, number))
+    for task, (number, data) in enumerate(zip(order, dataset.tasks, strict=False), 1):
         if number == NOISE:
-            before = data.num_labels
-        else:
-            what = "item" if place == 1 else f"label of task {place} ({data.name}),"
-            before = _require_prefix(what, run / own, dataset.path / source, run)
-        labels[place] = before, data.num_labels
+            labels[task] = data.num_labels, data.num_labels
+            continue
+        own, source = (f"task{index}/labels.parquet" if task > 1 else "items.parquet" for index in (task, number))
+        expected = Dictionary.load(run / own).ids
+        got = Dictionary.load(dataset.path / source).ids[: len(expected)]
+        moved = np.flatnonzero(expected[: len(got)] != got)
+        first = int(moved[0]) if len(moved) else len(got)
+        if first < len(expected):
+            what = "item" if task == 1 else f"label of task {task} ({data.name}),"
+            found = repr(got[first]) if first < len(got) else "none"
+            raise ConfigError(
+                f"{dataset.path / source}: {what} with index {first} is {found}, expected {expected[first]!r} as in {run}: "
+                f"indices of a trained model must not move; prepare the data with --extend {run}"
+            )
+        labels[task] = len(expected), data.num_labels
     return labels
-
-
-def _require_prefix(what: str, old: Path, new: Path, run: Path) -> int:
-    """Number of ids of the dictionary `old`, all of which must have their indices in `new` too."""
-    expected = Dictionary.load(old).ids
-    got = Dictionary.load(new).ids[: len(expected)]
-    moved = np.flatnonzero(expected[: len(got)] != got)
-    first = int(moved[0]) if len(moved) else len(got)
-    if first < len(expected):
-        found = repr(got[first]) if first < len(got) else "none"
-        raise ConfigError(
-            f"{new}: {what} with index {first} is {found}, expected {expected[first]!r} as in {run}: indices of a trained "
-            f"model must not move; prepare the data with --extend {run}"
-        )
-    return len(expected)
 
 
 class _Growing:
@@ -223,8 +215,8 @@ class _Growing:
     ) -> None:
         self._run, self._config, self._dataset, self._order, self._labels = run, config, dataset, order, labels
         self._splits = [task_split(config, data) for data in dataset.tasks[: len(labels)]]
-        self._fitted: list[Tensor] = []
         check_tasks(dataset, self._splits)
+        self._fitted: list[Tensor] = []
 
     def method(self, after: int) -> Method:
         """The grown method after a task (from 1): the same new rows after each."""
@@ -242,11 +234,10 @@ class _Growing:
     def fit(self, epochs: int, trained: int, observer: Observer) -> list[float]:
         """Fit the new rows of task 1 to the method after the last task; returns the mean loss of each epoch."""
         method, config, data = self.method(len(self._labels)), self._config.for_task(1), self._dataset.tasks[0]
-        firsts = self._labels[1][0], trained, trained
+        firsts, seed = (self._labels[1][0], trained, trained), derived_seed(self._config.seed, len(self._labels), "fit")
         losses = fit_new_rows(
-            method, data, self._splits[0].train, firsts[0], firsts[1], epochs, config.lr, config.batch_size,
-            derived_seed(self._config.seed, len(self._labels), "fit"), observer,
-        )  # fmt: skip
+            method, data, self._splits[0].train, *firsts[:2], epochs, config.lr, config.batch_size, seed, observer
+        )
         self._fitted = [own.detach()[first:] for own, first in zip(_rows_of_items(method), firsts, strict=True)]
         return losses
 
@@ -277,16 +268,12 @@ def fit_new_rows(
     method: Method, data: TaskData, samples: NDArray[np.int64], first_item: int, first_label: int, epochs: int, lr: float,
     batch_size: int, seed: int, observer: Observer,
 ) -> list[float]:  # fmt: skip
-    """Train the rows of new items, and nothing else, with `Method.next_item_loss`.
+    """Train the rows of new items, and nothing else, with `Method.next_item_loss`; returns the mean loss of each epoch.
 
     Args:
         method: its rows `first_item`... of the item embedding and `first_label`... of task 1's head are trained, in place.
         data: task 1. samples: int64 `[n]`, those to train on: also the ones without a new item, which teach when none comes.
         epochs, lr, batch_size, seed: of Adam, and of the order of the samples.
-        observer: told of every step.
-
-    Returns:
-        Mean loss of each epoch.
 
     Raises:
         ConfigError: no sample holds a new item. DivergedError: a loss is not finite.
@@ -319,7 +306,9 @@ def fit_new_rows(
     return losses
 
 
-def _write_log(run: Path, folder: Path, offset: int, growth: Growth, tests: list[list[dict[str, float]]]) -> int:
+def _write_log(
+    run: Path, folder: Path, offset: int, growth: Growth, tests: list[list[dict[str, float]]], cost: dict[str, Any]
+) -> int:
     """The log of the run with the tests measured again, and what was done; returns its length in bytes."""
     with (run / "metrics.jsonl").open("rb") as reader, atomic_write(folder / "metrics.jsonl") as writer:
         for line in reader.read(offset).splitlines():
@@ -329,10 +318,9 @@ def _write_log(run: Path, folder: Path, offset: int, growth: Growth, tests: list
             if event["event"] != "run_end":
                 writer.write((json.dumps(event) + "\n").encode())
     log = RunLog(folder, (folder / "metrics.jsonl").stat().st_size, tensorboard=False)
-    log.write(
-        "grown", len(tests), run=run.resolve().name, items=growth.items, labels=growth.labels, fit_losses=growth.losses
-    )  # fmt: skip
-    log.write("run_end", len(tests), R=growth.results.R, bwt=growth.results.bwt)
+    about = {"run": run.resolve().name, "items": growth.items, "labels": growth.labels, "fit_losses": growth.losses}
+    log.write("grown", len(tests), **about)
+    log.write("run_end", len(tests), R=growth.results.R, bwt=growth.results.bwt, cost=cost)
     end = log.synced_offset()
     log.close()
     return end

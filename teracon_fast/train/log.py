@@ -22,6 +22,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -90,18 +91,16 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, offset: int = 0, steps: dict[int, int] | None = None, tensorboard: bool = True) -> None:
-        self._folder = folder
-        self._steps = steps or {}
-        self._path = folder / "metrics.jsonl"
-        self._path.touch()
-        size = self._path.stat().st_size
+        self._folder, self._steps, path = folder, steps or {}, folder / "metrics.jsonl"
+        path.touch()
+        size = path.stat().st_size
         if size < offset:
-            raise CheckpointError(f"{self._path}: got {size} bytes, expected at least the {offset} that the checkpoint names")
-        self._file: IO[bytes] = self._path.open("r+b")
+            raise CheckpointError(f"{path}: got {size} bytes, expected at least the {offset} that the checkpoint names")
+        self._file: IO[bytes] = path.open("r+b")
         self._file.truncate(offset)
         self._file.seek(offset)
         self._writers: dict[int, Any] = {}
-        self._tensorboard = tensorboard and _has_tensorboard()
+        self._tensorboard = tensorboard and find_spec("tensorboard") is not None
 
     def write(self, event: str, task: int, **fields: Any) -> dict[str, Any]:
         """Append one event, stamped with the time; returns it."""
@@ -136,12 +135,6 @@ class RunLog:
             purge = self._steps.get(task, 0) if folder.exists() else None
             self._writers = {task: SummaryWriter(str(folder), purge_step=purge)}
         return self._writers[task]
-
-
-def _has_tensorboard() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("tensorboard") is not None
 
 
 def _scalars(fields: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:

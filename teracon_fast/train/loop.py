@@ -16,15 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teracon_fast.data import (
-    Batch,
-    BatchSource,
-    Split,
-    TaskData,
-    TaskSequence,
-    epoch_batches,
-    prefetch,
-)
+from teracon_fast.data import Batch, BatchSource, Split, TaskSequence, epoch_batches, prefetch
 from teracon_fast.data.seeds import derived_seed
 from teracon_fast.errors import CheckpointError, ConfigError, TeraconError
 from teracon_fast.methods.base import Method, Precision, StepContext, StepResult
@@ -45,12 +37,11 @@ class DivergedError(TeraconError):
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """How one task is trained. The defaults are those of later tasks in the published program; see `published`.
+    """How one task is trained. The defaults are those of later tasks in the published program.
 
     Attributes:
         lr: of Adam, for parameter groups that have none of their own.
-        batch_size: samples a step.
-        epochs: of each phase, at most.
+        batch_size: samples a step. epochs: of each phase, at most.
         patience: validations without a better one, after which a phase ends.
         select: validation metric that picks the best weights, see `metrics.selection_value`.
     """
@@ -68,11 +59,6 @@ class TaskSettings:
         if not self.lr > 0:
             raise ConfigError(f"lr is {self.lr}, expected more than 0")
 
-    @staticmethod
-    def published(task: int) -> TaskSettings:
-        """Those of the published program for a task, counted from 0: the first has small batches, a high rate, 10 epochs."""
-        return TaskSettings(lr=1e-3, batch_size=32, epochs=10) if task == 0 else TaskSettings()
-
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -80,8 +66,7 @@ class LoopSettings:
 
     Attributes:
         seed: of the order of samples.
-        precision: of matrix products in training steps.
-        parity: of the annealing, see `masks.annealed_scale`.
+        precision, parity: see `StepContext`.
         log_every: steps between two logged ones.
         evaluate_batch_size: sequences encoded at a time in evaluation.
     """
@@ -122,10 +107,6 @@ class TrainState:
         """Move to the first step of a phase."""
         self.phase, self.epoch, self.batch, self.first_step = phase, 0, 0, self.step
         self.best_score, self.best_epoch, self.stale = -1.0, -1, 0
-
-    def mean_losses(self) -> dict[str, float]:
-        """Means over the samples of this epoch so far."""
-        return {name: total / self.samples for name, total in self.sums.items()}
 
     def end_epoch(self, score: float) -> None:
         """Move to the next epoch, having validated this one."""
@@ -188,9 +169,7 @@ class Callbacks:
         trainer.method.load_changing_state(self._best)
 
 
-def make_optimizer(
-    model: nn.Module, lr: float, groups: Sequence[Mapping[str, Any]] | None = None
-) -> Adam:
+def make_optimizer(model: nn.Module, lr: float, groups: Sequence[Mapping[str, Any]] | None = None) -> Adam:
     """Adam with default betas, without weight decay, in one fused kernel where PyTorch has one.
 
     From here on an item embedding's gradient is sparse where a kernel is there to take it: float32 on the CPU, or of a model
@@ -208,8 +187,7 @@ def make_optimizer(
         if not isinstance(backbone, Backbone):
             continue
         weight = backbone.embeding.weight
-        if backbone.backend == "triton":
-            backend = "triton"
+        backend = "triton" if backbone.backend == "triton" else backend
         here = backbone.backend == "triton" or (weight.device.type == "cpu" and native.available())
         served = here and weight.dtype == torch.float32 and id(weight) in chosen
         backbone.sparse_embedding_grad = served
@@ -219,14 +197,7 @@ def make_optimizer(
 
 
 def train_step(method: Method, optimizer: torch.optim.Optimizer, batch: Batch, context: StepContext) -> StepResult:
-    """One optimizer step of the present task.
-
-    Args:
-        method: its phase has begun.
-        optimizer: of the phase's parameter groups.
-        batch: of the task, where the method is.
-        context: of the step.
-    """
+    """One optimizer step of the present task. The method's phase has begun; the optimizer has its parameter groups."""
     result = method.step(batch, context)
     method.after_backward()
     optimizer.step()
@@ -416,9 +387,10 @@ class Trainer:
         best = score > state.best_score
         if best:
             self.callbacks.keep_best(self, metrics)
+        losses = {name: total / state.samples for name, total in state.sums.items()}
         event = {
             "phase": state.phase, "epoch": state.epoch, "step": state.step - 1, "metrics": metrics, "best": best,
-            **state.mean_losses(), "method": self.method.describe(),
+            **losses, "method": self.method.describe(),
         }  # fmt: skip
         state.end_epoch(score)
         self.callbacks.on_epoch_end(self, event)
@@ -428,22 +400,13 @@ class Trainer:
         return evaluate(self.method, self.data, self.task, samples, self.loop.evaluate_batch_size, progress)
 
     def _companion(self, other: int) -> Generator[Batch, None, None]:
-        """Batches of a companion task, from the next step's on."""
+        """Batches of a companion task, epoch after epoch, from the next step's on."""
+        samples, batch_size = self.splits[other].train, self.settings.batch_size
         order_seed = derived_seed(self.loop.seed, self.task + 1, f"{self.state.phase} {other}")
-        done = self.state.step - self.state.first_step
-        return _endless(
-            self.dataset.tasks[other], self.method.device, self.splits[other], self.settings.batch_size, order_seed, done
-        )
-
-
-def _endless(
-    data: TaskData, device: torch.device, split: Split, batch_size: int, seed: int, done: int
-) -> Generator[Batch, None, None]:
-    """Batches of a task, epoch after epoch, from the one after the first `done`."""
-    source = BatchSource(data, device)
-    epoch, first = divmod(done, len(epoch_batches(split.train, batch_size, seed, 0)))
-    while True:
-        batches = epoch_batches(split.train, batch_size, seed, epoch)
-        with closing(prefetch(source.prepare(batches[number]) for number in range(first, len(batches)))) as ready:
-            yield from map(source.load, ready)
-        epoch, first = epoch + 1, 0
+        source = BatchSource(self.dataset.tasks[other], self.method.device)
+        epoch, first = divmod(self.state.step - self.state.first_step, math.ceil(len(samples) / batch_size))
+        while True:
+            batches = epoch_batches(samples, batch_size, order_seed, epoch)
+            with closing(prefetch(source.prepare(batches[number]) for number in range(first, len(batches)))) as ready:
+                yield from map(source.load, ready)
+            epoch, first = epoch + 1, 0

@@ -94,13 +94,10 @@ def selection_value(metrics: Mapping[str, float], select: str = "hit@1") -> floa
 
 
 def result_matrix(rows: Sequence[Sequence[float]]) -> NDArray[np.float64]:
-    """R as a square array: R[j, i] is the test metric of task i after training task j, NaN where i > j.
+    """R as float64 [M, M]: R[j, i] is the test metric of task i after training task j, NaN where i > j.
 
     Args:
         rows: row j holds the metric of tasks 0..j, so j+1 values.
-
-    Returns:
-        float64 [M, M].
     """
     matrix = np.full((len(rows), len(rows)), np.nan)
     for j, row in enumerate(rows):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from teracon_fast.files import atomic_write
 from teracon_fast.train.metrics import backward_transfer, headline, result_matrix
 
 if TYPE_CHECKING:
@@ -29,6 +32,13 @@ class Results:
     R: list[list[float]]
     bwt: list[float | None]
     final: dict[str, dict[str, float]]
+
+    def write(self, folder: Path) -> None:
+        """Write FOLDER/results.json, if it is not there already."""
+        path, text = folder / "results.json", json.dumps(asdict(self), indent=2) + "\n"
+        if not path.exists() or path.read_text("utf-8") != text:
+            with atomic_write(path, "w") as file:
+                file.write(text)
 
 
 def results_of(dataset: TaskSequence, tests: list[list[dict[str, float]]]) -> Results:

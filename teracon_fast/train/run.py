@@ -11,8 +11,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,12 +76,15 @@ def task_split(config: RunConfig, data: TaskData) -> Split:
     return split_task(data, by=config.split_by, seed=config.seed)
 
 
-def new_method(config: RunConfig, num_items: int, device: torch.device) -> Method:
-    """The method of a run before its first task."""
-    method = config.new_method(num_items).to(device)
-    if config.cuda_graphs:
-        method.enable_graphs()
-    return method
+def cost(method: Method, peak_mib: float) -> dict[str, Any]:
+    """What inference on all tasks needs to keep, the highest memory of training, and the device."""
+    kept, device = method.inference_state().values(), method.device
+    return {
+        "parameters": sum(value.numel() for value in kept if value.is_floating_point()),
+        "kept_mib": sum(value.numel() * value.element_size() for value in kept) / 2**20,
+        "peak_mib": peak_mib,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+    }
 
 
 class Run(Callbacks):
@@ -104,7 +107,9 @@ class Run(Callbacks):
         self.last_task = min(config.num_tasks or len(self.order), len(self.order))
         self.splits = [task_split(config, data) for data in self.dataset.tasks[: self.last_task]]
         check_tasks(self.dataset, self.splits)
-        self.method = new_method(config, self.dataset.num_items, self.device)
+        self.method = config.new_method(self.dataset.num_items).to(self.device)
+        if config.cuda_graphs:
+            self.method.enable_graphs()
         if saved is None:
             delete_old_run(self.folder)
         with atomic_write(self.folder / "config.toml", "w") as file:
@@ -179,9 +184,7 @@ class Run(Callbacks):
         self.stop.poll()
 
     def on_evaluate(self, trainer: Trainer, done: int, total: int) -> None:
-        """A stop signal interrupts an evaluation."""
-        self.observer.on_evaluate(trainer.task + 1, "valid", done, total)
-        self.stop.poll()
+        self.show_progress(trainer.task, "valid", done, total)
 
     def on_epoch_end(self, trainer: Trainer, event: dict[str, Any]) -> None:
         """Log the validation, and the test metrics of the task where they are wanted."""
@@ -199,14 +202,14 @@ class Run(Callbacks):
     def load_best(self, trainer: Trainer) -> None:
         trainer.method.load_changing_state(load_best(self.folder, trainer.state.phase))
 
+    def show_progress(self, task: int, split: str, done: int, total: int) -> None:
+        """Of an evaluation of a task (from 0); a stop signal interrupts it."""
+        self.observer.on_evaluate(task + 1, split, done, total)
+        self.stop.poll()
+
     def test(self, task: int, encode: EncodeUsers) -> dict[str, float]:
-        """Test metrics of one task (from 0); a stop signal interrupts it."""
-
-        def progress(done: int, total: int) -> None:
-            self.observer.on_evaluate(task + 1, "test", done, total)
-            self.stop.poll()
-
-        data, samples = self.dataset.tasks[task], self.splits[task].test
+        """Test metrics of one task (from 0)."""
+        data, samples, progress = self.dataset.tasks[task], self.splits[task].test, partial(self.show_progress, task, "test")
         return evaluate(self.method, data, task, samples, self.config.evaluate_batch_size, progress, encode)
 
     def finish(self, trainer: Trainer) -> None:
@@ -229,21 +232,10 @@ class Run(Callbacks):
         self.state.peak_mib = max(self.state.peak_mib, self.peak_mib())
         if len(self.state.tests) == self.last_task:
             results = self.write_results()
-            self.log_file.write("run_end", number, R=results.R, bwt=results.bwt, cost=self.cost())
+            self.log_file.write("run_end", number, R=results.R, bwt=results.bwt, cost=cost(method, self.state.peak_mib))
         self.save(number, None)
         forget_best(self.folder)
         self.observer.on_task_end(record)
-
-    def cost(self) -> dict[str, Any]:
-        """What inference on all tasks needs to keep, and the highest memory of training."""
-        kept = self.method.inference_state().values()
-        cuda = self.device.type == "cuda"
-        return {
-            "parameters": sum(value.numel() for value in kept if value.is_floating_point()),
-            "kept_mib": sum(value.numel() * value.element_size() for value in kept) / 2**20,
-            "peak_mib": self.state.peak_mib,
-            "device": torch.cuda.get_device_name(self.device) if cuda else str(self.device),
-        }
 
     def peak_mib(self) -> float:
         """Highest memory of this process so far: on a GPU what torch held there, else its resident memory."""
@@ -279,11 +271,7 @@ class Run(Callbacks):
         self.saved_at = time.monotonic()
 
     def write_results(self) -> Results:
-        """Write results.json, if it is not there already: R and BWT of the tasks tested so far."""
+        """R and BWT of the tasks tested so far, written to results.json."""
         results = results_of(self.dataset, self.state.tests)
-        text = json.dumps(dataclasses.asdict(results), indent=2) + "\n"
-        path = self.folder / "results.json"
-        if not path.exists() or path.read_text("utf-8") != text:
-            with atomic_write(path, "w") as file:
-                file.write(text)
+        results.write(self.folder)
         return results

@@ -98,7 +98,7 @@ def test_options_per_task_are_set_between_tasks_and_checked() -> None:
 
 
 CONSTANTS = {
-    "piggyback": (Piggyback, "inference_weights"), "conure": (Conure, "inference_weights"), "hat": (HAT, "masks"),
+    "piggyback": (Piggyback, "backbone_options"), "conure": (Conure, "backbone_options"), "hat": (HAT, "masks"),
     "teracon": (FastTCN, "masks"), "parameter_masks": (FastTCN, "masks"),
 }  # fmt: skip
 

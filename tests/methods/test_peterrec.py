@@ -14,6 +14,7 @@ from teracon_fast import packing
 from teracon_fast.data import Batch
 from teracon_fast.errors import ConfigError
 from teracon_fast.methods import PeterRec, Sizes, StepContext
+from teracon_fast.methods.peterrec import Patches
 from teracon_fast.reference import dense_states, patch_addend
 
 LENGTHS = [0, 2, 9, 5, 9, 1]
@@ -106,11 +107,10 @@ def test_a_new_task_starts_as_the_frozen_network_and_moves_from_there() -> None:
 
 
 def test_number_of_patch_parameters() -> None:
-    method = begun(3)
-    for patches in method.patches:
-        assert sum(parameter.numel() for parameter in patches.parameters()) == method.patch_parameters
-    assert method.patch_parameters == 4 * (8 * 2 + 2 + 2 * 8 + 8)
-    assert PeterRec(Sizes(5)).patch_parameters == 529_408
+    for patches in begun(3).patches:
+        assert sum(parameter.numel() for parameter in patches.parameters()) == 4 * (8 * 2 + 2 + 2 * 8 + 8)
+    paper = Patches(sites=16, channels=256, bottleneck=64, slope=0.01)
+    assert sum(parameter.numel() for parameter in paper.parameters()) == 529_408
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_gradients_stay_whole_for_any_optimizer(monkeypatch: pytest.MonkeyPatch)
     [
         ({"alpha": -0.1}, "alpha is -0.1"),
         ({"c": 0.0}, "c is 0.0"),
-        ({"s_max": -1.0}, "s_max -1.0"),
+        ({"s_max": -1.0}, "s_max is -1.0"),
         ({"mask": "other"}, "mask is 'other'"),
         ({"sampling": "none"}, "sampling is 'none'"),
         ({"student_mask": "new"}, "student_mask is 'new'"),

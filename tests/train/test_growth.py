@@ -128,7 +128,8 @@ def test_results_are_measured_again_on_the_larger_data(folders: Folders) -> None
     assert json.loads((folders.grown / "results.json").read_text())["R"] == results.R
     [grown] = events(folders.grown, "grown")
     assert (grown["run"], grown["items"], grown["labels"]["2"]) == ("run", [31, 35], [24, 26])
-    assert [event["R"] for event in events(folders.grown, "run_end")] == [results.R]
+    (end,) = events(folders.grown, "run_end")
+    assert end["R"] == results.R and set(end["cost"]) == {"parameters", "kept_mib", "peak_mib", "device"}
     assert len(events(folders.grown, "step")) == len(events(folders.run, "step")) > 0
     assert {(task, split) for task, split, *_ in folders.seen.evaluated} == {(n, "test") for n in (1, 2, 3)}
     assert not folders.seen.messages
