@@ -1,4 +1,4 @@
-"""Weights and training states on disk: exact round trips, published files, damaged files."""
+"""Weights and train states on disk: exact round trips, published files, damaged files."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     torch.save({"weights": 1}, path)
     with pytest.raises(CheckpointError, match="expected a dict whose 'net'"):
         load_t7(path)
-    with pytest.raises(CheckpointError, match="got version None, expected a training state of version 1"):
+    with pytest.raises(CheckpointError, match="got version None, expected a train state of version 1"):
         load_state(path)
     torch.save({"net": {"embeding.weight": torch.zeros(2, 2)}}, path)
     with pytest.raises(CheckpointError, match="not the state dict of a published NextItNet_Decoder"):

@@ -33,9 +33,9 @@ CPU_ONLY = "a branch for the CPU; other devices take one that does not wait"
 ALLOWED = {
     ("packing/*", "*"): HOST,  # tables; and rho of the step before, which waits for that step's masks, not for the step
     ("model/backbone.py", "run"): HOST,  # drawn users, to numpy for the packing
-    ("ops/heads.py", "require_range"): CPU_ONLY,
+    ("ops/checks.py", "require_range"): CPU_ONLY,
     ("ops/heads.py", "_is_unit"): CPU_ONLY,
-    ("ops/masked_conv/torch.py", "_gather"): CPU_ONLY,
+    ("ops/rows.py", "gather_taps"): CPU_ONLY,
     ("ops/linear_rank/torch.py", "ranks_among"): CPU_ONLY,
 }
 # PyTorch's own, where the parameters are on the CPU: on a GPU the kernel reads the number of steps on the device.
