@@ -26,6 +26,7 @@ from teracon_fast.files import atomic_write
 
 FORMAT_VERSION = 2
 ROOT = Path(__file__).resolve().parent.parent
+ALLOCATOR = ("MALLOC_", "LD_PRELOAD", "THP_MEM")  # what the variables begin with that memory depends on
 
 
 def duration(seconds: float) -> str:
@@ -71,7 +72,7 @@ def table(title: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def provenance() -> dict[str, Any]:
     """Where and when and of what a measurement is taken: format, date, machine, versions, backends."""
     here = teracon_fast.env_report()
-    allocator = {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "LD_PRELOAD", "THP_MEM"))}
+    allocator = {name: value for name, value in os.environ.items() if name.startswith(ALLOCATOR)}
     machine = {key: here[key] for key in ("cores", "threads", "cpu_capability", "cpu_isa", "platform", "devices")}
     versions = {key: here[key] for key in ("teracon_fast", "python", "torch")}
     return {
