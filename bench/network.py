@@ -22,12 +22,14 @@ from bench import steps
 from bench.device import replayed
 from bench.harness import CPU, Call, Case, Operations, precision
 from bench.shapes import TINY, Shape
-from bench.steps import ALPHA, S_TRAINING, first_task_ranks
+from bench.steps import ALPHA, S_TRAINING
 from teracon_fast import FastTCN, Request
 from teracon_fast.data import TaskData
+from teracon_fast.methods import Teracon
 from teracon_fast.packing import PackedBatch, Streams
 from teracon_fast.reference import ReferenceTCN, clamp_task_embeddings, continual_step, target_rank
 from teracon_fast.reference.step import next_item_loss
+from teracon_fast.train.evaluation import target_ranks
 
 PYTORCH = ("eager", "eager-bf16", "compile", "compile-bf16")
 ON_CPU = (*PYTORCH, "torch", "ours-direct", "ours", "ours-bf16")
@@ -232,7 +234,8 @@ class Evaluation(NetworkCase):
             sequences, lengths = x.numpy().astype(np.int32), self.shape.lengths(self.users).astype(np.int32)
             groups = rows.astype(np.int64)
             data = TaskData("bench", "next_item", self.shape.labels[0], sequences, lengths, groups, samples, Path())
-            return Call(lambda: self._answer(first_task_ranks(fast, data, groups, S_MAX, batch)))
+            method = Teracon.around(fast)
+            return Call(lambda: self._answer(target_ranks(method.encoder(0), fast.head(0), data, groups, batch)))
         scores = self.compiled(name, self.reference(3))
 
         @torch.no_grad()

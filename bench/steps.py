@@ -9,21 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bench.shapes import Shape
 from teracon_fast import FastTCN
-from teracon_fast.data import Batch, TaskData
-from teracon_fast.methods import METHODS, Method, PeterRec, Sizes, StepContext, StepResult, Teracon
+from teracon_fast.data import Batch
+from teracon_fast.methods import METHODS, Method, PeterRec, Sizes, StepContext, Teracon
 from teracon_fast.methods.peterrec import Patches
 from teracon_fast.methods.preactivation import PreActivationBackbone
 from teracon_fast.model.backbone import Backbone
 from teracon_fast.packing import real_lengths
 from teracon_fast.reference import dense_loss, patch_addend
-from teracon_fast.train.evaluation import target_ranks
 from teracon_fast.train.loop import make_optimizer, train_step
 
 Step = Callable[[], dict[str, Tensor]]
@@ -34,18 +31,9 @@ ALPHA = 0.7
 NAMES = tuple(name for name in METHODS if name not in ("teracon", "parameter_masks"))  # with the ordinary loss
 
 
-class GivenUsers(Teracon):
-    """TERACON with given users of retention in place of drawn ones."""
-
-    users: Sequence[Tensor] = ()
-
-    def draw_users(self, batch: int, rates: Sequence[float]) -> list[Tensor]:
-        return list(self.users)
-
-
 def first_step(model: FastTCN, x: Tensor, lr: float, low: bool, graphs: bool = False) -> Step:
     """TERACON's step of task 1. `low`: in bf16. `graphs`: replayed as CUDA graphs."""
-    step, _ = _teracon_step(GivenUsers.around(model), x, x.new_empty(0), lr, low, graphs)
+    step = _teracon_step(Teracon.around(model), x, x.new_empty(0), lr, low, graphs)
     return lambda: {"loss": step()["class_loss"]}
 
 
@@ -55,8 +43,9 @@ def later_step(
 ) -> Step:  # fmt: skip
     """TERACON's step of a later task with retention of `users`, drawn with the rates `rho`; reads the next step's rates, as
     training does."""
-    step, method = _teracon_step(GivenUsers.around(model, teacher, alpha=ALPHA), x, y, lr, low, graphs)
-    method.users = users
+    method = Teracon.around(model, teacher, alpha=ALPHA)
+    method.draw_users = lambda *_: list(users)  # type: ignore[method-assign]
+    step = _teracon_step(method, x, y, lr, low, graphs)
 
     def with_rates() -> dict[str, Tensor]:
         method.rho = list(rho)
@@ -66,25 +55,12 @@ def later_step(
     return with_rates
 
 
-def _teracon_step(
-    method: GivenUsers, x: Tensor, y: Tensor, lr: float, low: bool, graphs: bool
-) -> tuple[Step, GivenUsers]:  # fmt: skip
+def _teracon_step(method: Teracon, x: Tensor, y: Tensor, lr: float, low: bool, graphs: bool) -> Step:
     if graphs:
         method.enable_graphs()
     optimizer = make_optimizer(method, lr, method.begin_phase("train"))
     batch, context = Batch(x, y, real_lengths(x)), replace(CONTEXT, precision="bf16" if low else "fp32")
-    return lambda: train_step(method, optimizer, batch, context).losses, method
-
-
-@torch.inference_mode()
-def first_task_ranks(model: FastTCN, data: TaskData, samples: NDArray[np.int64], s: float, batch_size: int) -> Tensor:
-    """Ranks of the last items of some samples, as evaluation computes them: its encoder is made anew."""
-    encode = model.encoder(s)
-
-    def first_task(x: Tensor, drop_last: int = 0, lengths: Any = None) -> Tensor:
-        return encode(x, 0, drop_last, lengths)
-
-    return target_ranks(first_task, model.head(0), data, samples, batch_size, backend=model.backend)
+    return lambda: train_step(method, optimizer, batch, context).losses
 
 
 def method_step(
@@ -110,11 +86,12 @@ def method_step(
     if dense:
         make_dense(method, compiled or (lambda loss: loss))
     context = replace(CONTEXT, companions={other: batches[other] for other in method.companions()})
-    return lambda: {"loss": _total(train_step(method, optimizer, batches[task], context))}
 
+    def step() -> dict[str, Tensor]:
+        found = train_step(method, optimizer, batches[task], context)
+        return {"loss": sum((found.weights.get(name, 1.0) * part for name, part in found.losses.items()), torch.zeros(()))}
 
-def _total(result: StepResult) -> Tensor:
-    return torch.stack([result.weights.get(name, 1.0) * loss for name, loss in result.losses.items()]).sum()
+    return step
 
 
 def make_dense(method: Method, compiled: Callable[[Any], Any]) -> None:

@@ -243,7 +243,7 @@ def test_on_a_gpu_steps_are_replayed_too(monkeypatch: pytest.MonkeyPatch) -> Non
     """What is made for a GPU is made here, but for the graphs themselves."""
     assert "ours-bf16-graphs" in LaterStep(TINY, torch.device("cuda"), "triton").sides
     replayed: list[int] = []
-    monkeypatch.setattr(steps.GivenUsers, "enable_graphs", lambda method: replayed.append(method.task))
+    monkeypatch.setattr(steps.Teracon, "enable_graphs", lambda method: replayed.append(method.task))
     for case in (network.FirstStep(TINY, CPU, "torch"), LaterStep(TINY, CPU, "torch")):
         for side in ("ours-bf16-graphs", "ours-bf16"):
             case.side(side).run()
