@@ -1,8 +1,8 @@
 # Every target works from a clean checkout with Python 3.11 or later, pip and make; a C++ compiler makes it faster.
 #
-#   make demo        train a sequence of tasks on real households' behaviour, print the R matrix, draw pictures
+#   make demo        train a sequence of tasks on real households' behavior, print the R matrix, draw pictures
 #   make test        all tests
-#   make asan        the kernels' tests on a build with the address and undefined behaviour sanitizers (needs gcc)
+#   make asan        the kernels' tests on a build with the address and undefined behavior sanitizers (needs gcc)
 #   make bench       ours beside the eager reference and torch.compile of it (BENCH=--quick for a smoke run)
 #   make bench-scaling   how the cost of ours grows with length, batch and number of past tasks (BENCH=--quick)
 #   make bench-large   heads over hundreds of thousands of labels, beside PyTorch's (BENCH=--quick)
@@ -46,7 +46,7 @@ test: $(VENV)/.installed-dev
 
 # Python is not built with the sanitizers, so their libraries are loaded before it; so is libstdc++, whose exceptions they
 # watch. A finding ends the process, and with it what pytest has captured: so pytest captures only what Python prints.
-# The peak of hardly optimised code is no peak. Of the instruction sets the best and AVX2, whose tiles differ most, are enough here.
+# The peak of hardly optimized code is no peak. Of the instruction sets the best and AVX2, whose tiles differ most, are enough here.
 ASAN_PRELOAD = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
 asan: export ASAN_OPTIONS = detect_leaks=0
 asan: export UBSAN_OPTIONS = halt_on_error=1:print_stacktrace=1

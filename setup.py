@@ -6,7 +6,7 @@ include Python.h, and `teracon_fast.ops.native` loads it into torch. So one buil
 Environment variable TERACON_BUILD_EXT: 1 makes a failed build fatal, 0 skips the build; by default it is tried, and the
 package is installed without it when that fails.
 
-Environment variable TERACON_SANITIZE: 1 builds it with the address and undefined behaviour sanitizers (`make asan`).
+Environment variable TERACON_SANITIZE: 1 builds it with the address and undefined behavior sanitizers (`make asan`).
 """
 
 from __future__ import annotations

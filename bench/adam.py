@@ -2,7 +2,7 @@
 
     python -m bench.adam [--users 1024 32] [--rounds 3] [--quick] [--results FOLDER]
 
-A step reads the rows of a batch of Zipf(1) items, forms the gradient and takes an optimiser step: ours brings the rows up to
+A step reads the rows of a batch of Zipf(1) items, forms the gradient and takes an optimizer step: ours brings the rows up to
 date first, and sums the gradients of repeated items; PyTorch forms the dense gradient in memory that it keeps. Both take the
 same steps, so the rows that they read must agree bit by bit on the CPU. Many untimed steps come first, until rows have missed
 about as many as they ever do.

@@ -113,7 +113,7 @@ class HeadCase(Case):
         return torch.empty(shape).normal_(0.0, std, generator=self.generator)
 
     def head(self, std: float = 0.01) -> tuple[Tensor, Tensor]:
-        """Weight and bias, initialised as the network's."""
+        """Weight and bias, initialized as the network's."""
         return self.normal(self.labels, self.sizes.channels, std=std), torch.full((self.labels,), 0.1)
 
     def put(self, *tensors: Tensor) -> list[Tensor]:

@@ -94,7 +94,7 @@ class NetworkCase(Case):
         return torch.compile(function, backend=self.shape.compiler, dynamic=False) if compiles else function
 
     def adam(self, side: str, model: torch.nn.Module, lr: float) -> torch.optim.Adam:
-        """The published program's optimiser; fused, where the side is PyTorch at its best."""
+        """The published program's optimizer; fused, where the side is PyTorch at its best."""
         fused = True if side.startswith("compile") or self.device.type == "cuda" else None
         return torch.optim.Adam(model.parameters(), lr=lr, fused=fused)
 
@@ -130,7 +130,7 @@ class Forward(NetworkCase):
 
 
 class LaterStep(NetworkCase):
-    """One optimiser step of the task after `past` others, with their retention, rho of the next step, Adam and the clamp."""
+    """One optimizer step of the task after `past` others, with their retention, rho of the next step, Adam and the clamp."""
 
     name, what = "t3-step", "training step of task {task}, B={users}, {past_users} users per past task"
     trains = True
@@ -189,7 +189,7 @@ class LaterStep(NetworkCase):
 
 
 class FirstStep(NetworkCase):
-    """One optimiser step of task 1: the next item at every position, among all items."""
+    """One optimizer step of task 1: the next item at every position, among all items."""
 
     name, what = "t1-step", "training step of task 1, B={users}, {shape.labels[0]:,} items"
     users_of, trains = "first_batch", True

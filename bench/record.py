@@ -199,7 +199,7 @@ class Panel(NamedTuple):
 
 
 def plot(path: Path, title: str, panels: Sequence[Panel]) -> None:
-    """Draw panels side by side, one colour and marker for each label."""
+    """Draw panels side by side, one color and marker for each label."""
     from teracon_fast.report import plots
 
     labels = list(dict.fromkeys(line.label for panel in panels for line in panel.lines if not line.expected))
@@ -210,8 +210,8 @@ def plot(path: Path, title: str, panels: Sequence[Panel]) -> None:
             for line in panel.lines:
                 look: dict[str, Any] = {"color": "#555555", "ls": "--", "lw": 1}
                 if not line.expected:
-                    number = labels.index(line.label) % len(plots.COLOURS)
-                    look = {"color": plots.COLOURS[number], "marker": plots.MARKERS[number], "ls": plots.LINES[number]}
+                    number = labels.index(line.label) % len(plots.COLORS)
+                    look = {"color": plots.COLORS[number], "marker": plots.MARKERS[number], "ls": plots.LINES[number]}
                 (handles[line.label],) = axes.plot(line.x, line.y, **look)
             if panel.logarithmic:
                 axes.loglog()

@@ -1,6 +1,6 @@
 """Sizes of the networks that are measured, their inputs, and the operations and bytes that their results need.
 
-Only convolutions and heads are counted: normalisation, masks, losses and Adam are less than a hundredth of the operations. Useful
+Only convolutions and heads are counted: normalization, masks, losses and Adam are less than a hundredth of the operations. Useful
 convolution outputs are the packer's rows: the receptive-field cone of the positions asked for, with the pad prefix of one mask
 once. Bytes count each row once for each kernel that must read or write it.
 """

@@ -167,7 +167,7 @@ template <class E>
 using Operand = float;
 #endif
 
-// Memory on a cache-line boundary, not initialised unless asked for. Not std::vector: an instantiation of a standard template
+// Memory on a cache-line boundary, not initialized unless asked for. Not std::vector: an instantiation of a standard template
 // could be compiled for this instruction set and then shared by the linker with code that runs on every machine.
 template <class T>
 class Array {

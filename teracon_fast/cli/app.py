@@ -17,7 +17,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Continual user representation learning (TERACON): from raw behaviour logs to recommendations.",
+    help="Continual user representation learning (TERACON): from raw behavior logs to recommendations.",
 )
 
 

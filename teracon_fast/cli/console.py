@@ -21,7 +21,7 @@ _WIDE = 200  # columns if the output is not a terminal, so that rows of tables s
 
 
 def console(stderr: bool = False) -> Console:
-    """A console on the current stdout or stderr; if that is not a terminal, wide and without colours and control codes."""
+    """A console on the current stdout or stderr; if that is not a terminal, wide and without colors and control codes."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDE
     return Console(file=stream, width=width, highlight=False, soft_wrap=not stream.isatty())

@@ -37,7 +37,7 @@ app = typer.Typer(cls=PreparerGroup, no_args_is_help=True)
 
 @app.callback()
 def _prepare() -> None:
-    """Convert raw behaviour logs into a prepared task sequence."""
+    """Convert raw behavior logs into a prepared task sequence."""
 
 
 def _option(option: Option) -> inspect.Parameter:

@@ -1,4 +1,4 @@
-"""Raw behaviour logs -> a prepared, memory-mapped task sequence -> splits -> batches.
+"""Raw behavior logs -> a prepared, memory-mapped task sequence -> splits -> batches.
 
 for block in read_sequences_csv("watch.csv", labels=False): ...      # or read_parquet
 with DatasetWriter("data/ttl", name="ttl", length=100) as writer:    # raw ids in, dense indices on disk

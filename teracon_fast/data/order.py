@@ -41,7 +41,7 @@ def parse_order(text: str, num_tasks: int) -> tuple[int, ...]:
 
 
 def noisy_task(dataset: TaskSequence, seed: int) -> TaskData:
-    """A task that cannot be learnt: half of the users of task 1, each with a random one of 50 classes.
+    """A task that cannot be learned: half of the users of task 1, each with a random one of 50 classes.
 
     Args:
         dataset: its first task has all the users (paper, Section 3.1). A user of several rows takes part with the first.

@@ -97,7 +97,7 @@ class DatasetWriter:
         path: folder to create, with its parents.
         name: name of the data set.
         length: L, the number of columns of every task's sequences; None takes it from the first block of the first task.
-        source: origin of the data, recorded in dataset.json; must be JSON-serialisable.
+        source: origin of the data, recorded in dataset.json; must be JSON-serializable.
         items: an existing item dictionary (such as the published program's), which task 1 must use too.
         extend: a prepared folder or a run folder. Its items, and the labels of its tasks (by name), keep their indices, whether
             or not they occur; new ones follow in ascending order.

@@ -33,7 +33,7 @@ class Conure(SharedBackbone):
 
     Biases, LayerNorms and the item embedding train in "train" of task 0 only, as in the authors' program: its later runs, and
     the retraining of task 0, train "weight" and "softmax" variables alone, and read task 0's LayerNorms. Each phase needs an
-    optimiser of its own, without weight decay, or frozen weights would move.
+    optimizer of its own, without weight decay, or frozen weights would move.
 
     Args:
         sizes: of the network.

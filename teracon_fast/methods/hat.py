@@ -69,7 +69,7 @@ class HAT(SharedBackbone):
         self._used: Tensor  # A
         self._protected: list[Tensor] = []
         self._shares: list[Tensor] = []  # by which each protected parameter may move
-        self._before: list[Tensor] = []  # copies of them from before the optimiser's step
+        self._before: list[Tensor] = []  # copies of them from before the optimizer's step
 
     def _start(self, task: int) -> None:
         super()._start(task)
@@ -107,7 +107,7 @@ class HAT(SharedBackbone):
         return [group(trained, self.head(self.task), [self.embeddings[self.task]])]
 
     def loss(self, batch: Batch, context: StepContext) -> Tensor:
-        """Cross-entropy under the present mask, and the attention regularisation times its weight."""
+        """Cross-entropy under the present mask, and the attention regularization times its weight."""
         self._scale = self.result.log["scale"] = context.scale(self.s_max)
         masks = self.masks(self.task, self._scale)
         loss = self.task_loss(self.task, self.backbone, batch, context, masks=masks[:, None])

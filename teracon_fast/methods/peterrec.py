@@ -25,7 +25,7 @@ class Patch(nn.Module):
     """What one task adds to one convolution: `up(leaky(down(x)))`, run by `Patches.convolve`.
 
     It begins as zero: `up` is zeros, so a new task starts as the frozen network, exactly. `down` has PyTorch's default
-    initialisation, so that `up` has a gradient from the first step on; `down` has one from the second.
+    initialization, so that `up` has a gradient from the first step on; `down` has one from the second.
     """
 
     def __init__(self, channels: int, bottleneck: int) -> None:

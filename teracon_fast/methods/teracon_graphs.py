@@ -2,7 +2,7 @@
 
 On a GPU a step is some hundreds of short launches, and queueing them can take the host longer than they take the GPU. A graph
 queues the encoders, the heads, the losses and their backward passes at once. What comes before stays outside: the masks, whose
-sampling rates the host reads while the graph runs, and the tables. So does what comes after: the optimiser.
+sampling rates the host reads while the graph runs, and the tables. So does what comes after: the optimizer.
 
 A graph reads and writes fixed memory. A batch's tables are padded to the sizes of its bucket (`padding`), retention's users to
 a multiple of `USERS`, and all of it is copied to where the graph reads it; rates and numbers of users are read on the GPU too.
@@ -178,7 +178,7 @@ class StepGraphs:
         )
 
     def _run(self, inputs: Inputs, predictions: bool) -> tuple[ops.CrossEntropy, Tensor]:
-        # A graph cannot know how far the optimiser has left a row behind.
+        # A graph cannot know how far the optimizer has left a row behind.
         lazy_rows.catch_up(self._model.embeding.stored, inputs.x)
         recorded = self._recording(inputs, predictions)
         with torch.no_grad():

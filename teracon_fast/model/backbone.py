@@ -130,7 +130,7 @@ class Backbone(nn.Module):
 
     Attributes:
         sparse_embedding_grad: whether the item embedding's gradient is sparse, see `ops.embedding_rows`. False until
-            `make_optimizer` sets it: most optimisers and `DistributedDataParallel` take only dense gradients. Copies of a model
+            `make_optimizer` sets it: most optimizers and `DistributedDataParallel` take only dense gradients. Copies of a model
             start with False too. While it is True, `optim.Adam` may update the embedding lazily; reading its weight brings all
             rows up to date first.
 

@@ -79,7 +79,7 @@ def load_t7(
     Args:
         path: a .t7 file.
         dilations: one per residual block, which a state dict does not contain. None: 1, 4, 1, 4, ..., the published ones.
-        task_embedding_range: used to initialise the embeddings of tasks added later.
+        task_embedding_range: used to initialize the embeddings of tasks added later.
 
     Raises:
         CheckpointError: the file is missing, damaged, or not such a checkpoint.

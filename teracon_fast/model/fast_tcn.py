@@ -69,7 +69,7 @@ class FastTCN(Backbone):
         labels: number of labels of each task; None means one next-item task over all items.
         dilations: one per residual block; its convolutions have dilations d and 2d.
         kernel_size: at least 2.
-        task_embedding_range: bounds of the uniform initialisation of task embeddings.
+        task_embedding_range: bounds of the uniform initialization of task embeddings.
         mask: "relation" (Eq. 12), "positive_only" (no negated rows) or "none" (Eq. 6).
         backend: of the compiled operations, see `teracon_fast.env_report()`. An operation that has no implementation of that
             name (task masks of `cpu`) runs on "torch".
@@ -318,7 +318,7 @@ class FastTCN(Backbone):
     def extended(self, num_labels: int, generator: torch.Generator | None = None) -> FastTCN:
         """A new model with one more task, ready to train it.
 
-        Backbone, item and task embeddings and heads are copied. The new task's embedding and head are initialised, as are the
+        Backbone, item and task embeddings and heads are copied. The new task's embedding and head are initialized, as are the
         relation weights of all tasks, since their number changes.
 
         Args:
@@ -345,7 +345,7 @@ class FastTCN(Backbone):
     ) -> FastTCN:
         """A new model with more items, and more labels in the heads of its tasks; old ids keep their meaning.
 
-        New rows are initialised as those of a new model: items U(-sqrt(1/V), sqrt(1/V)) with V = num_items, labels N(0, 0.01)
+        New rows are initialized as those of a new model: items U(-sqrt(1/V), sqrt(1/V)) with V = num_items, labels N(0, 0.01)
         with bias 0.1. All else is copied.
 
         Args:
@@ -390,7 +390,7 @@ class FastTCN(Backbone):
 
     @torch.no_grad()
     def clamp_task_embeddings(self, bound: float = 6.0) -> None:
-        """Clamp all task embeddings to [-bound, bound], as after every optimiser step."""
+        """Clamp all task embeddings to [-bound, bound], as after every optimizer step."""
         embeddings = [embedding for block in self.blocks for embedding in block.task_embeddings]
         torch._foreach_clamp_min_(embeddings, -bound)
         torch._foreach_clamp_max_(embeddings, bound)

@@ -59,7 +59,7 @@ _UNITS: dict[torch.device, Tensor] = {}
 def unit_gradient(loss: Tensor) -> Tensor:
     """A 1 to start a backward pass from: `loss.backward(unit_gradient(loss))`.
 
-    Operations that compute gradients with their loss recognise it, and return those unscaled. On a GPU, where reading a number
+    Operations that compute gradients with their loss recognize it, and return those unscaled. On a GPU, where reading a number
     means waiting, any other gradient costs a pass over all of them.
     """
     if loss.dtype != torch.float32:

@@ -27,7 +27,7 @@ from teracon_fast.optim.lazy_rows import (
 class Adam(torch.optim.Adam):
     """`torch.optim.Adam` (Kingma and Ba 2015, Algorithm 1; PyTorch 2.13) that also takes sparse gradients, to the same bits.
 
-    A gradient with layout `torch.sparse_coo` means a dense one with zeros elsewhere, unlike in PyTorch's optimisers: at every
+    A gradient with layout `torch.sparse_coo` means a dense one with zeros elsewhere, unlike in PyTorch's optimizers: at every
     step the moments of all rows decay and all rows move. `torch.optim.SparseAdam` does not touch rows without gradient.
 
     The compiled kernels (float32 on the CPU) never form the dense gradient. They round as `torch.optim.Adam(fused=True)` does,

@@ -1,6 +1,6 @@
-"""TERACON in plain PyTorch, slow and obvious: the specification that every optimised operation is tested against.
+"""TERACON in plain PyTorch, slow and obvious: the specification that every optimized operation is tested against.
 
-Of the rest of the package only the errors are imported here, and no optimised code imports this folder. Every function works
+Of the rest of the package only the errors are imported here, and no optimized code imports this folder. Every function works
 in any floating-point dtype on any device. Equation numbers are those of Kim et al., "Task Relation-aware
 Continual User Representation Learning", KDD 2023; the "published program" is the code released by its authors.
 

@@ -42,7 +42,7 @@ class ReferenceBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.dilation = dilation
-        # Created and initialised in the published order, so that a seed gives the published program's weights.
+        # Created and initialized in the published order, so that a seed gives the published program's weights.
         self.conv1 = nn.Conv2d(channels, channels, (1, kernel_size))
         self.ln1 = nn.LayerNorm(channels, eps=1e-8)
         self.conv2 = nn.Conv2d(channels, channels, (1, kernel_size))
@@ -76,7 +76,7 @@ class ReferenceBlock(nn.Module):
 
 
 def init_linear(linear: nn.Module) -> None:
-    """Published initialisation of heads and relation weights: weight N(0, 0.01), bias 0.1."""
+    """Published initialization of heads and relation weights: weight N(0, 0.01), bias 0.1."""
     assert isinstance(linear, nn.Linear)
     nn.init.normal_(linear.weight, 0.0, 0.01)
     nn.init.constant_(linear.bias, 0.1)
@@ -87,7 +87,7 @@ class ReferenceTCN(nn.Module):
 
     Args:
         model_para: keys item_size (V, of which index 0 is the pad, embedded like any item), dilated_channels (f), dilations,
-            kernel_size, task_embs (range of the uniform initialisation of e). With num_task (T) and target_item_size
+            kernel_size, task_embs (range of the uniform initialization of e). With num_task (T) and target_item_size
             (labels of each task) it is the network of several tasks; without num_task it is the network of task 1, which
             has one head over the items, plain masks and no relation weights. Other keys are kept but unused.
         variant: mask variant, see `masks.relation_mask`.
@@ -186,7 +186,7 @@ class ReferenceTCN(nn.Module):
         return self.task_classifier[task_num](state), masks_list
 
     def extended(self, num_labels: int) -> ReferenceTCN:
-        """A model with one more task: backbone, e and heads copied, the new task and all relation weights newly initialised."""
+        """A model with one more task: backbone, e and heads copied, the new task and all relation weights newly initialized."""
         model_para = {**self.model_para, "num_task": self.num_tasks + 1, "target_item_size": [*self.labels, num_labels]}
         model = ReferenceTCN(model_para, self.variant).to(self.embeding.weight)
         kept = {name: value for name, value in self.state_dict().items() if ".mlp" not in name}

@@ -58,7 +58,7 @@ def frozen_copy(model: ReferenceTCN) -> ReferenceTCN:
 
 
 def clamp_task_embeddings(model: ReferenceTCN, limit: float = E_LIMIT) -> None:
-    """Clamp every e to [-limit, limit] in place, after every optimiser step."""
+    """Clamp every e to [-limit, limit] in place, after every optimizer step."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".ec." in name:

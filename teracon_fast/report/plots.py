@@ -1,7 +1,7 @@
 """Plots of a run: R matrix, task similarity, rho over training, learning curves, losses.
 
 Each function takes plain arrays and returns a matplotlib Figure (no pyplot, no global state, no display), or None if there
-is nothing to show yet. Colours are safe for colour-blind readers: the Okabe-Ito set for lines, each with its own line
+is nothing to show yet. Colors are safe for color-blind readers: the Okabe-Ito set for lines, each with its own line
 style, and RdBu or cividis for heat maps.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 # Okabe and Ito (2008), darkest first; the yellow is replaced, being unreadable on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 STYLE: dict[str, Any] = {
@@ -141,12 +141,12 @@ def _legend(figure: Figure, heading: str, known: Mapping[str, Any], columns: int
 
 
 def _heat_map(
-    axes: Axes, table: Array, colours: str, norm: Normalize, text: Callable[[int, int], str], size: float = 9
+    axes: Axes, table: Array, colors: str, norm: Normalize, text: Callable[[int, int], str], size: float = 9
 ) -> Any:
     """A heat map of `table` with a text in each cell (row, column); NaN is left grey, without a text."""
     from matplotlib import colormaps
 
-    scale = colormaps[colours].with_extremes(bad="#F0F0F0")
+    scale = colormaps[colors].with_extremes(bad="#F0F0F0")
     image = axes.imshow(np.ma.masked_invalid(table), cmap=scale, norm=norm, aspect="auto")
     for row, column in zip(*np.nonzero(np.isfinite(table)), strict=True):
         ink = _ink(scale(norm(float(table[row, column]))))
@@ -157,7 +157,7 @@ def _heat_map(
     return image
 
 
-def _colour_bar(figure: Figure, image: Any, axes: Axes | list[Axes], label: str, **look: Any) -> None:
+def _color_bar(figure: Figure, image: Any, axes: Axes | list[Axes], label: str, **look: Any) -> None:
     bar = figure.colorbar(image, ax=axes, **look)
     bar.set_label(label)
     bar.outline.set_visible(False)
@@ -167,7 +167,7 @@ def r_matrix(matrix: Array, names: Sequence[str], metrics: Sequence[str], bwt: S
     """R[j, i], the test metric of task i after training task j, with backward transfer below.
 
     Args:
-        matrix: [M, M]; NaN where a task is not trained yet. Colour is the change in percent since the task was learned.
+        matrix: [M, M]; NaN where a task is not trained yet. Color is the change in percent since the task was learned.
         names, metrics: of the M tasks (each column has its own metric).
         bwt: M values in percent (100 (R[M,i] - R[i,i]) / R[i,i]); NaN where it is not defined.
     """
@@ -207,7 +207,7 @@ def r_matrix(matrix: Array, names: Sequence[str], metrics: Sequence[str], bwt: S
         foot.set_yticks([0], ["BWT"])
         foot.set_xticks([])
         if count > 1:
-            _colour_bar(figure, image, [body, foot], "change since the task was learned (%)", aspect=25, pad=0.02)
+            _color_bar(figure, image, [body, foot], "change since the task was learned (%)", aspect=25, pad=0.02)
     return figure
 
 
@@ -216,7 +216,7 @@ def _mask_map(axes: Axes, cosines: Array, digits: int, size: float) -> tuple[Any
     trained masks often differ by less than 0.001.
 
     Returns:
-        The image, its title and the label of its colour bar.
+        The image, its title and the label of its color bar.
     """
     from matplotlib.colors import LogNorm, Normalize
 
@@ -260,7 +260,7 @@ def similarity(pairs: Mapping[tuple[int, int], Array], names: Sequence[str]) -> 
         axes.set_xticks(range(count - 1), [f"T{i + 1}\n{_wrap(names[i], 11)}" for i in range(count - 1)])
         axes.set_yticks(range(count - 1), [f"T{i + 1} {_wrap(names[i], 16)}" for i in range(1, count)])
         axes.set_title(f"{title}\n({label}, mean over mask sites)")
-        _colour_bar(figure, image, axes, label, shrink=0.9, aspect=18, pad=0.03)
+        _color_bar(figure, image, axes, label, shrink=0.9, aspect=18, pad=0.03)
     return figure
 
 
@@ -288,7 +288,7 @@ def similarity_by_layer(pairs: Mapping[tuple[int, int], Array], names: Sequence[
             if keys[row][0] != keys[row - 1][0]:
                 axes.axhline(row - 0.5, color="white", lw=2.5)
         few = len(keys) < 6
-        _colour_bar(figure, image, axes, label, shrink=1.0 if few else 0.6, aspect=8 if few else 20, pad=0.02)
+        _color_bar(figure, image, axes, label, shrink=1.0 if few else 0.6, aspect=8 if few else 20, pad=0.02)
     return figure
 
 
@@ -330,7 +330,7 @@ def rho_over_training(
             for past in range(values.shape[1]):
                 marker = MARKERS[past % 8] if len(steps) < 15 else None
                 x, y = _thin(steps, values[:, past])
-                (line,) = axes.plot(x, y, color=COLOURS[past % 8], ls=LINES[past % 8], lw=width, marker=marker, ms=4)
+                (line,) = axes.plot(x, y, color=COLORS[past % 8], ls=LINES[past % 8], lw=width, marker=marker, ms=4)
                 known.setdefault(_title(past + 1, names[past], 26), line)
             axes.axhline(floors[task], color="#777777", lw=0.9, ls=":")
             axes.set(yscale="log", ylim=(bottom, top), xlim=(0, 1.02 * float(steps[-1])))
@@ -381,18 +381,18 @@ def learning_curves(
             phases, epochs = np.asarray(curve.phases), np.arange(1, len(curve.values) + 1)
             for number, phase in enumerate(dict.fromkeys(curve.phases)):
                 own = phases == phase
-                colour = COLOURS[2 * number % 8]
-                (line,) = axes.plot(epochs[own], curve.values[own], color=colour, marker="o", ms=4, lw=1.6)
+                color = COLORS[2 * number % 8]
+                (line,) = axes.plot(epochs[own], curve.values[own], color=color, marker="o", ms=4, lw=1.6)
                 known.setdefault(f"phase {phase}" if several else "after each epoch", line)
                 kept = np.flatnonzero(own & curve.best)[-1:]
                 if len(kept):
                     x, y = float(epochs[kept[0]]), float(curve.values[kept[0]])
-                    (star,) = axes.plot(x, y, ls="none", marker="*", ms=13, color=COLOURS[1], mec="white")
+                    (star,) = axes.plot(x, y, ls="none", marker="*", ms=13, color=COLORS[1], mec="white")
             if curve.best.any():
                 known.setdefault("kept: best by the selection metric of the run", star)
                 axes.annotate(
                     f"{y:.4f}", (x, y), xytext=(0, 9),
-                    textcoords="offset points", ha="center", fontsize=8.5, color=COLOURS[1],
+                    textcoords="offset points", ha="center", fontsize=8.5, color=COLORS[1],
                 )  # fmt: skip
             metric = f"validation {metrics[task - 1]}"
             axes.set(title=_title(task, names[task - 1], 30), xlabel="epoch", ylabel=metric)
@@ -441,13 +441,13 @@ def losses(curves: Mapping[int, LossCurves], names: Sequence[str]) -> Figure | N
             curve = curves[task]
             few_steps = len(curve.step) < 10 * len(curve.epoch_step)
             for name, logged in curve.losses.items():
-                colour, dash = COLOURS[order.index(name) % 8], LINES[order.index(name) % 8]
+                color, dash = COLORS[order.index(name) % 8], LINES[order.index(name) % 8]
                 x, y = _thin(curve.step, logged)
-                axes.plot(x, y, color=colour, lw=0.7, alpha=0.35)
+                axes.plot(x, y, color=color, lw=0.7, alpha=0.35)
                 by_epoch = few_steps and name in curve.means
                 x, y = (curve.epoch_step, curve.means[name]) if by_epoch else (x, _smooth(y))
                 marker = "o" if by_epoch and len(x) < 15 else None
-                (line,) = axes.plot(x, y, color=colour, ls=dash, lw=1.8, marker=marker, ms=4)
+                (line,) = axes.plot(x, y, color=color, ls=dash, lw=1.8, marker=marker, ms=4)
                 known.setdefault(LOSS_NAMES.get(name, name.replace("_", " ")), line)
             several = len(curve.losses) > 1
             if several:

@@ -239,7 +239,7 @@ def markdown_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 CAPTIONS = {
-    "r_matrix": "R: test metric of each task after each training; colour: change since the task was learned.",
+    "r_matrix": "R: test metric of each task after each training; color: change since the task was learned.",
     "similarity": "How alike the task masks are, mean over all mask sites: cosine, or 1 − cosine where all are nearly 1.",
     "similarity_by_layer": "The same at each mask site: which layers the tasks share.",
     "rho": "Share of each batch drawn to retain each past task; low means that the tasks are alike.",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from teracon_fast.report.plots import COLOURS, LINES, MARKERS, new_figure, panels, style
+from teracon_fast.report.plots import COLORS, LINES, MARKERS, new_figure, panels, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,15 +53,15 @@ def curves(tasks: Sequence[tuple[str, str, Mapping[str, Sequence[Sequence[float]
         known: dict[str, Any] = {}
         for axes, (name, metric, of_task) in zip(all_axes, drawn, strict=True):
             for label, found in of_task.items():
-                number = labels.index(label) % len(COLOURS)
+                number = labels.index(label) % len(COLORS)
                 mean, spread = mean_curve(found)
                 x = np.arange(1, len(mean) + 1)
                 few = MARKERS[number] if len(x) <= 20 else None
-                (line,) = axes.plot(x, mean, color=COLOURS[number], ls=LINES[number], marker=few, ms=4, lw=1.6)
+                (line,) = axes.plot(x, mean, color=COLORS[number], ls=LINES[number], marker=few, ms=4, lw=1.6)
                 if len(found) > 1 and len(x) == 1:  # a band would have no width
-                    axes.errorbar(x, mean, spread, color=COLOURS[number], alpha=0.6, capsize=3, lw=1.2)
+                    axes.errorbar(x, mean, spread, color=COLORS[number], alpha=0.6, capsize=3, lw=1.2)
                 elif len(found) > 1:
-                    axes.fill_between(x, mean - spread, mean + spread, color=COLOURS[number], alpha=0.15, lw=0)
+                    axes.fill_between(x, mean - spread, mean + spread, color=COLORS[number], alpha=0.15, lw=0)
                 known.setdefault(label, line)
             axes.set_title(name)
             axes.set_xlabel("epoch")

@@ -117,7 +117,7 @@ def test_doctor_as_a_module_on_a_pipe() -> None:
         [sys.executable, "-m", "teracon_fast", "doctor"], capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
-    assert "\x1b" not in result.stdout  # no colours in a log
+    assert "\x1b" not in result.stdout  # no colors in a log
     for name in ("torch", "C++ compiler", "compiled extension", "Triton", "CPU", "GPU", "self-check", *PACKAGES):
         assert f"  {name} " in result.stdout, name
 

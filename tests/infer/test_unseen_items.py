@@ -33,7 +33,7 @@ STRANGERS = [901, 902, 555]
 
 
 def write(folder: Path, **options: Any) -> Path:
-    """Twenty common items, thirty that occur once; a click on an item (common or rare); a colour."""
+    """Twenty common items, thirty that occur once; a click on an item (common or rare); a color."""
     random = np.random.default_rng(0)
     sequences = COMMON[random.integers(0, len(COMMON), (ROWS, LENGTH))]
     sequences[: len(RARE), random.integers(4, LENGTH)] = RARE
@@ -44,7 +44,7 @@ def write(folder: Path, **options: Any) -> Path:
         writer.add_task("next", "next_item", sequences, groups=users)
         clicks = np.append(COMMON, RARE[:2])
         writer.add_task("click", "label", sequences, labels=clicks[users % len(clicks)], groups=users)
-        writer.add_task("colour", "label", sequences, labels=np.array(["red", "blue"])[users % 2], groups=users)
+        writer.add_task("color", "label", sequences, labels=np.array(["red", "blue"])[users % 2], groups=users)
     return folder
 
 
@@ -175,11 +175,11 @@ def test_evaluation_on_data_with_strangers(unseen: Any, run: TrainedRun, home: P
     """Against the same rows written by hand with the indices of the run."""
     random = np.random.default_rng(5)
     sequences = np.concatenate([COMMON, RARE[:5], STRANGERS])[random.integers(0, 28, (60, LENGTH))]
-    colours = np.array(["blue", "green", "red"])[np.arange(60) % 3]
+    colors = np.array(["blue", "green", "red"])[np.arange(60) % 3]
     with DatasetWriter(tmp_path / "other", "other") as writer:
         writer.add_task("next", "next_item", sequences)
         writer.add_task("click", "label", sequences, labels=np.where(np.arange(60) % 2, 201, 601 + np.arange(60) % 4))
-        writer.add_task("colour", "label", sequences, labels=colours)
+        writer.add_task("color", "label", sequences, labels=colors)
     said: list[str] = []
     found = measure(run, tmp_path / "other", "train", unseen=unseen, say=said.append)
     data = open_dataset(tmp_path / "other")
@@ -236,8 +236,8 @@ def test_from_the_command_line(home: Path, tmp_path: Path) -> None:
     log = tmp_path / "log.csv"
     steps = [(user, step, item) for user in range(30) for step, item in enumerate([201, 202 + user % 4, 203])]
     rows = [f"{user},{item},{step},{'ab'[user % 2]}" for user, step, item in steps]
-    log.write_text("\n".join(["user,item,time,colour", *rows, "0,777,9,a", "1,778,9,b"]) + "\n")
+    log.write_text("\n".join(["user,item,time,color", *rows, "0,777,9,a", "1,778,9,b"]) + "\n")
     data = ["prepare", "events", str(log), "-o", str(tmp_path / "d"), "--extend", str(home / "run"), "--min-count", "2"]
-    result = CliRunner().invoke(app, [*data, "--labels", "colour"])
+    result = CliRunner().invoke(app, [*data, "--labels", "color"])
     assert result.exit_code == 0 and "2 rare items share the buckets" in result.stdout, result.output
     assert open_dataset(tmp_path / "d").num_items == open_dataset(home / "data").num_items

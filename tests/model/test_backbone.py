@@ -191,7 +191,7 @@ def test_wrong_numbers_of_weights_and_masks_are_refused() -> None:
         model.represent(x, model.no_masks()[:3])
 
 
-def test_an_optimiser_of_some_parameters() -> None:
+def test_an_optimizer_of_some_parameters() -> None:
     """Groups keep a rate of their own; an item embedding that is not among them keeps dense gradients."""
     module = torch.nn.ModuleList([backbone(torch.float32), backbone(torch.float32)])
     first, second = module

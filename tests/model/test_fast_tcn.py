@@ -1,4 +1,4 @@
-"""FastTCN: agreement with the dense reference on many shapes, the published interface, ordinary nn.Module behaviour."""
+"""FastTCN: agreement with the dense reference on many shapes, the published interface, ordinary nn.Module behavior."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_published_call_equals_dense_in_float32(
 
 
 def test_one_seed_gives_the_published_initial_weights() -> None:
-    """Modules are initialised in the published order; ReferenceTCN is checked against it elsewhere."""
+    """Modules are initialized in the published order; ReferenceTCN is checked against it elsewhere."""
     for para in (PARA, T1_PARA):
         torch.manual_seed(3)
         fast = FastTCN(para).state_dict()

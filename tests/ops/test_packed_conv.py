@@ -1,4 +1,4 @@
-"""The convolution without normalisation by itself: exactness, gradients, autocast, inputs that must be refused."""
+"""The convolution without normalization by itself: exactness, gradients, autocast, inputs that must be refused."""
 
 from __future__ import annotations
 

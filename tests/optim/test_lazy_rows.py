@@ -21,7 +21,7 @@ from teracon_fast.train.loop import make_optimizer
 
 
 def lazy_adam(model: FastTCN, monkeypatch: pytest.MonkeyPatch) -> Adam:
-    """The optimiser of a model whose embedding counts as large."""
+    """The optimizer of a model whose embedding counts as large."""
     monkeypatch.setattr(loop, "LAZY_FROM", 1)
     optimizer = make_optimizer(model, 1e-2)
     assert optimizer.lazy
@@ -34,7 +34,7 @@ def batches(steps: int) -> list[Tensor]:
 
 
 def trained(monkeypatch: pytest.MonkeyPatch) -> tuple[FastTCN, Adam, FastTCN]:
-    """A model with rows that are behind, its optimiser, and the model that it must be."""
+    """A model with rows that are behind, its optimizer, and the model that it must be."""
     model, data = small_model(), batches(12)
     plain = copy.deepcopy(model)
     optimizer, dense = lazy_adam(model, monkeypatch), make_optimizer(plain, 1e-2)

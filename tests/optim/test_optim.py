@@ -143,7 +143,7 @@ def test_either_optimizer_goes_on_from_the_others_state(adam: Make, fused: bool)
 
 
 def test_closures_hooks_and_schedulers_run_once(adam: Make) -> None:
-    torch.optim.Adam([nn.Parameter(torch.zeros(1))])  # PyTorch wraps the step of each class at its first optimiser
+    torch.optim.Adam([nn.Parameter(torch.zeros(1))])  # PyTorch wraps the step of each class at its first optimizer
     weight = nn.Parameter(torch.ones(4, 2))
     optimizer = adam([weight], lr=0.5)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)

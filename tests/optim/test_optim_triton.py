@@ -147,7 +147,7 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients of embeddings whose sums are left to the optimiser, as they are on a GPU."""
+    """Gradients of embeddings whose sums are left to the optimizer, as they are on a GPU."""
     module = importlib.import_module("teracon_fast.ops.embedding_rows.api")  # `ops` has a function of this name
     monkeypatch.setattr(module, "_leaves_sums", lambda grad: True)
 
@@ -232,7 +232,7 @@ def test_gradients_in_half_precision(adam: Make) -> None:
 
 
 def model_and_optimizer(monkeypatch: pytest.MonkeyPatch, large: bool) -> tuple[FastTCN, Adam]:
-    """A model and its optimiser, of backend="triton"; the interpreter, which is slow, runs only Adam's kernels."""
+    """A model and its optimizer, of backend="triton"; the interpreter, which is slow, runs only Adam's kernels."""
     model = FastTCN(num_items=30, channels=8, dilations=[1, 2], backend="triton").to(DEVICE)
     monkeypatch.setattr(loop, "LAZY_FROM", 1 if large else 10**9)
     optimizer = make_optimizer(model, 1e-2)

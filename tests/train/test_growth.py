@@ -268,7 +268,7 @@ def test_a_run_of_one_task_split_by_sample(folders: Folders, tmp_path: Path) -> 
 
 
 def walking(folder: Path, items: int, extend: Path | None = None) -> TaskSequence:
-    """A next-item task that can be learnt: item after item, in a circle; and two segments."""
+    """A next-item task that can be learned: item after item, in a circle; and two segments."""
     random = np.random.default_rng(items)
     sequences = (random.integers(0, items, (240, 1)) + np.arange(LENGTH)) % items + 1
     with DatasetWriter(folder, "walks", LENGTH, extend=extend) as writer:

@@ -28,13 +28,13 @@ LENGTH, OLD, NEW = 8, 20, 24  # items
 
 
 def write(folder: Path, items: int, tasks: int, extend: Path | None = None) -> Path:
-    """Item after item, in a circle; the label of the last one; the colour of the user, of which the larger data has one more."""
+    """Item after item, in a circle; the label of the last one; the color of the user, of which the larger data has one more."""
     random = np.random.default_rng(items)
     sequences = (random.integers(0, items, (120, 1)) + np.arange(LENGTH)) % items + 1
-    colours = np.array(["red", "blue", "green"][: 2 + (items > OLD)])
+    colors = np.array(["red", "blue", "green"][: 2 + (items > OLD)])
     with DatasetWriter(folder, "walks", LENGTH, extend=extend) as writer:
         writer.add_task("next", "next_item", sequences, groups=np.arange(120))
-        for name, labels in (("again", sequences[:, -1] + 100), ("colour", colours[np.arange(120) % len(colours)]),
+        for name, labels in (("again", sequences[:, -1] + 100), ("color", colors[np.arange(120) % len(colors)]),
                              ("half", sequences[:, -1] % 2))[: tasks - 1]:  # fmt: skip
             writer.add_task(name, "label", sequences, labels=labels, groups=np.arange(120))
     return folder
@@ -127,13 +127,13 @@ def test_order_and_noise_stay(data: Path, tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(data / name)
     train(config(tmp_path, "old", "run", method="peterrec", order="reversed", noise_at=2, first__epochs=1))
     found = grow(tmp_path / "run", tmp_path / "new", tmp_path / "grown")
-    assert found.results.tasks == ["next", "noise", "colour", "again"]
+    assert found.results.tasks == ["next", "noise", "color", "again"]
     assert found.labels == {1: (OLD + 1, NEW + 1), 2: (50, 50), 3: (2, 3), 4: (OLD, NEW)}
     run = open_run(tmp_path / "grown", device="cpu")
     assert (run.config.order, run.config.noise_at, run.order) == ("1,3,2,4", 2, (1, 0, 3, 2))
     assert {str(number): metrics for number, metrics in measure(run).items()} == found.results.final
     results = train(run.config)
-    assert results.tasks == ["next", "noise", "colour", "again", "half"]
+    assert results.tasks == ["next", "noise", "color", "again", "half"]
 
 
 def test_a_method_refuses_fewer_items_and_labels() -> None:

@@ -82,8 +82,8 @@ def test_the_sequence_learns_and_retention_retains(tmp_path: Path) -> None:
             tmp_path / "data", tmp_path / f"alpha {alpha}", later__alpha=alpha, later__batch_size=32, **longer
         )
         runs[alpha] = train(config)
-        learnt = [runs[alpha].R[i][i] for i in range(3)]
-        assert learnt[0] > 0.5 and learnt[1] > 0.3 and learnt[2] > 0.5, learnt
+        learned = [runs[alpha].R[i][i] for i in range(3)]
+        assert learned[0] > 0.5 and learned[1] > 0.3 and learned[2] > 0.5, learned
     forgot, kept = runs[0.0].bwt[0], runs[0.7].bwt[0]
     assert forgot is not None and kept is not None and forgot < kept - 10
 

@@ -65,7 +65,7 @@ def write_tasks(
     source: Mapping[str, Any],
     notes: Sequence[str],
 ) -> Summary:
-    """Write the tasks, in order, and summarise them.
+    """Write the tasks, in order, and summarize them.
 
     Args:
         output: prepared folder to create.
@@ -84,7 +84,7 @@ def write_tasks(
             labels = None if task.label_rows is None or task.labels is None else (task.label_rows, task.labels)
             blocks = _raw_blocks(raw, task.sequences)
             data.add_task(task.name, task.kind, blocks, labels, task.groups, unseen=task.unseen)
-    return summarise(output, notes)
+    return summarize(output, notes)
 
 
 def _raw_blocks(raw: NDArray[Any], codes: NDArray[np.int32]) -> Iterator[NDArray[Any]]:
@@ -92,7 +92,7 @@ def _raw_blocks(raw: NDArray[Any], codes: NDArray[np.int32]) -> Iterator[NDArray
         yield raw[codes[first : first + _ROWS_PER_BLOCK]]
 
 
-def summarise(output: Path, notes: Sequence[str]) -> Summary:
+def summarize(output: Path, notes: Sequence[str]) -> Summary:
     """The summary of a prepared folder; the notes of the writer follow those of the preparer."""
     data = open_dataset(output, validate=False)
     tasks, said = [], list(notes)

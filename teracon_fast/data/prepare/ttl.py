@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from teracon_fast.data.prepare.assemble import summarise
+from teracon_fast.data.prepare.assemble import summarize
 from teracon_fast.data.prepare.preparer import Summary, WriterOptions
 from teracon_fast.data.published_csv import read_sequences_csv
 from teracon_fast.data.store import DatasetWriter
@@ -62,4 +62,4 @@ def prepare_ttl(
             pad: Literal["none", "left"] = "none" if length is None else "left"
             blocks = read_sequences_csv(path, labels=not first, length=data.length, pad=pad)
             data.add_task(name, "next_item" if first else "label", blocks, unseen=unseen)
-    return summarise(output, notes)
+    return summarize(output, notes)

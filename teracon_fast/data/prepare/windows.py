@@ -1,4 +1,4 @@
-"""Event logs -> left-padded windows: order events by user and time, choose windows, gather their items. Vectorised over users
+"""Event logs -> left-padded windows: order events by user and time, choose windows, gather their items. Vectorized over users
 and windows.
 """
 

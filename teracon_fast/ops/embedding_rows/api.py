@@ -17,11 +17,11 @@ def embedding_rows(weight: Tensor, items: Tensor, sparse: bool = False) -> Tenso
     """`weight[items]`, differentiable with respect to `weight`.
 
     With `sparse` the gradient is a `torch.sparse_coo` tensor: the items of the batch, each once and ascending, with the sums
-    of their rows in the order of occurrence. On the CPU these are the bits of the dense gradient. Optimisers that take it:
+    of their rows in the order of occurrence. On the CPU these are the bits of the dense gradient. Optimizers that take it:
     `teracon_fast.optim.Adam`, torch's SGD, Adagrad and SparseAdam; `DistributedDataParallel` does not. PyTorch drops the flag
     "coalesced" when it fills `.grad`; rows are still unique and ascending there.
 
-    On a GPU the number of different items is unknown without waiting, so the sums are left to the optimiser: the gradient is not
+    On a GPU the number of different items is unknown without waiting, so the sums are left to the optimizer: the gradient is not
     coalesced, and consists of `items` and the upstream gradient themselves, which must not be modified before it is used.
 
     Rows of a weight that `optim.Adam(lazy=True)` has not updated yet are brought up to date first, in place, as by `Adam.flush`.
@@ -89,5 +89,5 @@ class _RowsWithSparseGradient(torch.autograd.Function):
 
 
 def _leaves_sums(grad: Tensor) -> bool:
-    """Whether summing the rows of each item is left to the optimiser: their number is known on the device only."""
+    """Whether summing the rows of each item is left to the optimizer: their number is known on the device only."""
     return grad.device.type != "cpu"

@@ -1,4 +1,4 @@
-"""Parameters with late rows: a lazy optimiser registers their missed updates, which readers of rows apply first."""
+"""Parameters with late rows: a lazy optimizer registers their missed updates, which readers of rows apply first."""
 
 from __future__ import annotations
 

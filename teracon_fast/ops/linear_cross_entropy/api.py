@@ -202,7 +202,7 @@ def _reduces(inputs: Inputs) -> bool:
 
 
 def predictions_of(hidden: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-    """Uninitialised best labels `[R]` and ranks `[N]`, empty unless wanted."""
+    """Uninitialized best labels `[R]` and ranks `[N]`, empty unless wanted."""
     return targets.new_empty(len(hidden) if wanted else 0), targets.new_empty(len(targets) if wanted else 0)
 
 

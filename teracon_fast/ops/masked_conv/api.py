@@ -178,7 +178,7 @@ def _check_algorithm(algorithm: str, backend: str, kernel_size: int, x: Tensor) 
 
 
 def room(inputs: Inputs) -> Results:
-    """Uninitialised results."""
+    """Uninitialized results."""
     x, f_out, rows = inputs.x, inputs.parameters.weight.shape[0], inputs.tables.taps.shape[0]
     kept, statistics = rows if inputs.save else 0, sums_dtype(x.dtype)
     mean, rstd = (x.new_empty(kept, 1, dtype=statistics) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Dilated causal convolution on packed rows without normalisation, mask or activation, with an optional residual."""
+"""Dilated causal convolution on packed rows without normalization, mask or activation, with an optional residual."""
 
 from teracon_fast.ops.packed_conv.api import packed_conv
 

@@ -1,4 +1,4 @@
-"""Dilated causal convolution on packed rows without normalisation, mask or activation, with an optional residual.
+"""Dilated causal convolution on packed rows without normalization, mask or activation, with an optional residual.
 
 `y[r] = bias + sum_k W[:, :, k] @ x[taps[r, k]] (+ residual[residual_rows[r]])`
 
