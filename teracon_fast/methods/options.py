@@ -5,12 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from teracon_fast.errors import ConfigError
-
-if TYPE_CHECKING:
-    from teracon_fast.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -56,10 +53,10 @@ class DeclaredOption(Option):
         raise ConfigError(f"{method}: {self.name} is {value!r}, expected {expected}")
 
 
-def options_of(kind: type[Method]) -> dict[str, DeclaredOption]:
+def options_of(kind: type) -> dict[str, DeclaredOption]:
     """The options that a method declares, by name, in order. An argument without `Option` is one without help."""
     try:
-        hints = get_type_hints(kind.__init__, include_extras=True)
+        hints = get_type_hints(kind.__init__, include_extras=True)  # type: ignore[misc]
     except NameError:  # a plugin's, of names that only a type checker sees
         hints = {}
     found = {}

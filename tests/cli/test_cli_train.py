@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from teracon_fast import config as configuration
 from teracon_fast.cli.app import app
-from teracon_fast.cli.train import FLAGS, SHARED, flag, seeds_of
-from teracon_fast.config import RunConfig
+from teracon_fast.cli.train import flag, seeds_of
+from teracon_fast.config import SHARED, RunConfig, flags
 from teracon_fast.methods import METHODS, options_of
 
 RUNNER = CliRunner()
@@ -37,7 +37,7 @@ def test_every_configuration_value_is_a_flag(tmp_path: Path) -> None:
         "parameter_masks.task_embedding_range": "[0.5, 1]",
     }  # fmt: skip
     given, wanted = [], {}
-    for option in FLAGS:
+    for option in flags():
         kind = getattr(option.type, "__name__", "list")
         if option.name == "plugins":
             continue  # see below
