@@ -31,7 +31,8 @@ from teracon_fast.train.loop import train_step
 HOST = "works on tensors that are on the host whatever the model's device"
 CPU_ONLY = "a branch for the CPU; other devices take one that does not wait"
 ALLOWED = {
-    ("packing/*", "*"): HOST,  # tables; and rho of the step before, which waits for that step's masks, not for the step
+    ("ops/pack/*", "*"): HOST,  # tables
+    ("packing/*", "*"): HOST,  # and rho of the step before, which waits for that step's masks, not for the step
     ("model/backbone.py", "run"): HOST,  # drawn users, to numpy for the packing
     ("ops/checks.py", "require_range"): CPU_ONLY,
     ("ops/heads.py", "_is_unit"): CPU_ONLY,
