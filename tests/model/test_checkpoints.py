@@ -12,7 +12,7 @@ from golden_vectors import load
 
 from teracon_fast import FastTCN
 from teracon_fast.errors import CheckpointError
-from teracon_fast.model.checkpoints import load_model, load_state, load_t7, read_notes, save_model, save_state, save_t7
+from teracon_fast.model.checkpoints import load_model, load_t7, read_notes, read_pickle, save_model, save_t7
 
 SIZES: dict[str, Any] = {"num_items": 23, "channels": 8, "dilations": (1, 4, 1), "kernel_size": 2}
 
@@ -89,7 +89,7 @@ class Malicious:
 def test_code_in_a_file_is_refused_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"net": Malicious(), "acc(hit@1)": 0.0}, tmp_path / "bad.t7")
-    for load_file in (load_t7, load_state):
+    for load_file in (load_t7, read_pickle):
         with pytest.raises(CheckpointError, match="bad.t7"):
             load_file(tmp_path / "bad.t7")
     assert not (tmp_path / "executed").exists()
@@ -97,7 +97,7 @@ def test_code_in_a_file_is_refused_not_run(tmp_path: Path, monkeypatch: pytest.M
 
 def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    for reader in (load_t7, load_state, load_model, read_notes):
+    for reader in (load_t7, read_pickle, load_model, read_notes):
         path.unlink(missing_ok=True)
         with pytest.raises(CheckpointError, match="file"):
             reader(path)
@@ -113,8 +113,6 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     torch.save({"weights": 1}, path)
     with pytest.raises(CheckpointError, match="expected a dict whose 'net'"):
         load_t7(path)
-    with pytest.raises(CheckpointError, match="got version None, expected a train state of version 1"):
-        load_state(path)
     torch.save({"net": {"embeding.weight": torch.zeros(2, 2)}}, path)
     with pytest.raises(CheckpointError, match="not the state dict of a published NextItNet_Decoder"):
         load_t7(path)
@@ -134,22 +132,6 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     torch.save({"net": state}, tmp_path / "m.t7")
     with pytest.raises(CheckpointError, match="task_classifier.1.bias"):
         load_t7(tmp_path / "m.t7")
-
-
-def test_state_round_trip_and_failed_save_keeps_the_old(tmp_path: Path) -> None:
-    path = tmp_path / "resume.pt"
-    state = {
-        "draws": torch.Generator().get_state(),
-        "position": {"rho": [0.5], "epoch": 3},
-        "tests": [[{"hit@1": 0.1}]],
-    }
-    save_state(path, state)
-    loaded = load_state(path)
-    assert torch.equal(loaded["draws"], state["draws"]) and loaded["position"] == state["position"]  # type: ignore[arg-type]
-    with pytest.raises(AttributeError):
-        save_state(path, {"broken": lambda: None})
-    assert load_state(path)["tests"] == [[{"hit@1": 0.1}]]
-    assert [file.name for file in tmp_path.iterdir()] == ["resume.pt"]
 
 
 def test_grown_models_are_saved_and_loaded(tmp_path: Path) -> None:

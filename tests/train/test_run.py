@@ -277,6 +277,21 @@ def test_a_kill_in_a_second_phase_leaves_the_best_weights_of_the_first_alone(
     assert_same_run(config.run, whole.run, 1)
 
 
+def test_a_failed_save_keeps_the_checkpoint_before_and_another_version_is_refused(tmp_path: Path) -> None:
+    training = {"draws": torch.Generator().get_state(), "rho": [0.5]}
+    RunState({"result": {"seed": 1}, "exact": {}}, begun=2, training=training, tests=[[{"hit@1": 0.1}]]).save(tmp_path)
+    with pytest.raises(AttributeError):
+        RunState({}, training={"broken": lambda: None}).save(tmp_path)
+    loaded = RunState.load(tmp_path)
+    assert loaded is not None and loaded.begun == 2 and loaded.training is not None and loaded.tests == [[{"hit@1": 0.1}]]
+    assert torch.equal(loaded.training["draws"], training["draws"])  # type: ignore[arg-type]
+    path = RunState.file(tmp_path)
+    assert [file.name for file in path.parent.iterdir()] == ["resume.pt"]
+    torch.save({"weights": 1}, path)
+    with pytest.raises(CheckpointError, match="got version None, expected"):
+        RunState.load(tmp_path)
+
+
 def test_log_shorter_than_the_checkpoint_says_is_refused(
     data: TaskSequence, finished: Finished, tmp_path: Path
 ) -> None:
