@@ -1,6 +1,6 @@
 # Every target works from a clean checkout with Python 3.11 or later, pip and make; a C++ compiler makes it faster.
 #
-#   make demo        train a sequence of tasks on real households' behavior, print the R matrix, draw pictures
+#   make demo        train a sequence of tasks on real households' behavior, print the R matrix, draw plots
 #   make test        all tests
 #   make asan        the kernels' tests on a build with the address and undefined behavior sanitizers (needs gcc)
 #   make bench       ours beside the eager reference and torch.compile of it (BENCH=--quick for a smoke run)

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 # In a source checkout the Triton kernels lie beside this package, not inside it.
 _root = Path(__file__).resolve().parent.parent
