@@ -47,7 +47,8 @@ def test_six_tasks_of_movielens(tmp_path: Path) -> None:
         time.sleep(0.02)
     process.kill()
     process.wait()
-    assert "resuming task" in run("train", *SETTINGS, "--data", data, "--run", killed)
+    resumed = run("train", *SETTINGS, "--data", data, "--run", killed)
+    assert "T1 of 6" not in resumed and "T6 of 6" in resumed, "finished tasks are not trained again"
     assert (killed / "results.json").read_bytes() == (tmp_path / "whole" / "results.json").read_bytes()
     last = "checkpoints/task6.safetensors"
     assert (killed / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
